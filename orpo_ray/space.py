@@ -1,0 +1,167 @@
+"""Sweep axes as frozen, validated values. YAML in, Ray Tune or Optuna distributions out."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Axis(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Grid(_Axis):
+    """Every value is tried. Under a model-based searcher (Optuna) the values are categories to propose from."""
+
+    type: Literal["grid"]
+    values: tuple[Any, ...] = Field(min_length=1)
+    """The candidates; each is passed through the config, so `1e-6` (a string in YAML) becomes a number."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Grid:
+        _require_distinct(self.values)
+        return self
+
+    def candidates(self) -> tuple[Any, ...]:
+        """All values: each is checked against the config before anything starts."""
+        return self.values
+
+
+class Choice(_Axis):
+    """One of the values, drawn anew for every trial."""
+
+    type: Literal["choice"]
+    values: tuple[Any, ...] = Field(min_length=1)
+    """The candidates."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Choice:
+        _require_distinct(self.values)
+        return self
+
+    def candidates(self) -> tuple[Any, ...]:
+        """All values."""
+        return self.values
+
+
+class Uniform(_Axis):
+    """A real number drawn uniformly from [low, high]."""
+
+    type: Literal["uniform"]
+    low: float
+    """Smallest value."""
+    high: float
+    """Largest value."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Uniform:
+        _require_ordered(self.low, self.high)
+        return self
+
+    def candidates(self) -> tuple[float, ...]:
+        """The two ends: a config that accepts both accepts what lies between."""
+        return (self.low, self.high)
+
+
+class LogUniform(_Axis):
+    """A positive real number whose logarithm is drawn uniformly from [log low, log high]."""
+
+    type: Literal["loguniform"]
+    low: float = Field(gt=0)
+    """Smallest value."""
+    high: float = Field(gt=0)
+    """Largest value."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LogUniform:
+        _require_ordered(self.low, self.high)
+        return self
+
+    def candidates(self) -> tuple[float, ...]:
+        """The two ends."""
+        return (self.low, self.high)
+
+
+class Bundle(_Axis):
+    """Named groups of settings that change together, e.g. a model size with its workers and its ZeRO stage.
+
+    Every bundle is tried, like a grid. Each trains on worker groups of its own (its resources differ).
+    """
+
+    type: Literal["bundle"]
+    values: dict[str, dict[str, Any]] = Field(min_length=1)
+    """label -> {config path: value}."""
+
+    @model_validator(mode="after")
+    def _same_keys_are_not_empty(self) -> Bundle:
+        empty = [label for label, settings in self.values.items() if not settings]
+        if empty:
+            raise ValueError(f"bundle {empty[0]!r} sets nothing; give it at least one `config.path: value`")
+        return self
+
+    def candidates(self) -> tuple[str, ...]:
+        """The labels."""
+        return tuple(self.values)
+
+
+Axis = Annotated[Grid | Choice | Uniform | LogUniform | Bundle, Field(discriminator="type")]
+
+
+def grid_size(space: dict[str, Axis]) -> int:
+    """Number of cells of the grid that the `grid` and `bundle` axes span; 1 where there are none."""
+    return math.prod(len(axis.candidates()) for axis in space.values() if isinstance(axis, Grid | Bundle))
+
+
+def to_ray_tune(space: dict[str, Axis]) -> dict[str, Any]:
+    """Search space for Ray Tune's own variant generator: grids are spanned, the rest is sampled.
+
+    Args:
+        space: axis name -> axis, values already coerced by the config.
+    """
+    from ray import tune
+
+    def convert(axis: Axis) -> Any:
+        match axis:
+            case Grid() | Bundle():
+                return tune.grid_search(list(axis.candidates()))
+            case Choice():
+                return tune.choice(list(axis.values))
+            case Uniform():
+                return tune.uniform(axis.low, axis.high)
+            case LogUniform():
+                return tune.loguniform(axis.low, axis.high)
+
+    return {name: convert(axis) for name, axis in space.items()}
+
+
+def to_optuna(space: dict[str, Axis]) -> dict[str, Any]:
+    """Search space as Optuna distributions; grids and bundles become categories.
+
+    Args:
+        space: axis name -> axis, values already coerced by the config.
+    """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    def convert(axis: Axis) -> Any:
+        match axis:
+            case Grid() | Bundle() | Choice():
+                return CategoricalDistribution(axis.candidates())
+            case Uniform():
+                return FloatDistribution(axis.low, axis.high)
+            case LogUniform():
+                return FloatDistribution(axis.low, axis.high, log=True)
+
+    return {name: convert(axis) for name, axis in space.items()}
+
+
+def _require_distinct(values: tuple[Any, ...]) -> None:
+    repeated = [value for index, value in enumerate(values) if value in values[:index]]
+    if repeated:
+        raise ValueError(f"values must be distinct, but {repeated[0]!r} is there twice")
+
+
+def _require_ordered(low: float, high: float) -> None:
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"low < high must hold, both finite, but got low={low}, high={high}")
