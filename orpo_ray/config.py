@@ -189,7 +189,8 @@ class TrainConfig(_Section):
     def _one_length(self) -> TrainConfig:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError(
-                f"give either max_steps or epochs, not both or neither (max_steps={self.max_steps}, epochs={self.epochs})"
+                f"give either max_steps or epochs, not both or neither "
+                f"(max_steps={self.max_steps}, epochs={self.epochs})"
             )
         if self.max_steps is not None and self.eval_every is not None and self.eval_every > self.max_steps:
             raise ValueError(f"eval_every ({self.eval_every}) must not exceed max_steps ({self.max_steps})")
@@ -301,8 +302,8 @@ class SweepConfig(_Section):
     """Early stopping."""
     searcher: Annotated[RandomConfig | OptunaConfig, Field(discriminator="type")] = RandomConfig(type="random")
     """Where proposals come from."""
-    space: dict[str, Axis] = Field(min_length=1)
-    """config path -> axis; a bundle's key is a name of your choice."""
+    space: dict[str, Axis] = Field(default_factory=dict)
+    """config path -> axis; a bundle's key is a name of your choice. Empty: one trial."""
 
     @property
     def mode(self) -> Literal["max", "min"]:
@@ -338,6 +339,12 @@ class SweepConfig(_Section):
             raise ValueError(
                 f"metric {self.metric} changes its meaning with {', '.join(moved)}, which this sweep varies: "
                 f"it would rank the setting, not the model; use one of {', '.join(allowed)}"
+            )
+        lone = [path for path, axis in self.space.items() if not isinstance(axis, Bundle) and _needs_bundle(path)]
+        if lone:
+            raise ValueError(
+                f"axis {lone[0]} changes the model or what a trial occupies, so it belongs in a bundle: early stopping "
+                "compares trials of one bundle only, and each bundle has worker groups of its own"
             )
         if sum(isinstance(axis, Bundle) for axis in self.space.values()) > 1:
             raise ValueError("a sweep has at most one bundle axis; merge them into one, with a label per combination")
@@ -384,6 +391,11 @@ class ExperimentConfig(_Section):
         """Absolute directory of this experiment's results."""
         return Path(self.output_dir).expanduser().absolute() / self.name
 
+    def as_sweep(self) -> tuple[ExperimentConfig, SweepConfig]:
+        """This experiment as a sweep; a single run is a sweep of one trial (law 6)."""
+        sweep = self.sweep or SweepConfig()
+        return self.model_copy(update={"sweep": sweep}), sweep
+
     def trial(self, params: dict[str, Any]) -> ExperimentConfig:
         """The config of one trial: this one without its sweep, with `params` applied.
 
@@ -429,7 +441,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConf
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: an experiment file is a mapping (name, model, data, ...), got {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: an experiment file is a mapping (name, model, data, ...), got {type(tree).__name__}"
+        )
     return parse(tree, overrides, source=str(path))
 
 
@@ -547,7 +561,9 @@ def _with_coerced_space(config: ExperimentConfig, source: str) -> ExperimentConf
             values.append(candidate if isinstance(axis, Bundle) else _get(trial, name))
         coerced[name] = _rebuilt(axis, values) if len(values) == len(axis.candidates()) else axis
     if not problems:
-        problems += _problems_in_combinations(config.model_copy(update={"sweep": sweep.model_copy(update={"space": coerced})}))
+        problems += _problems_in_combinations(
+            config.model_copy(update={"sweep": sweep.model_copy(update={"space": coerced})})
+        )
     if problems:
         raise ConfigError("\n".join([f"{source}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
     return config.model_copy(update={"sweep": sweep.model_copy(update={"space": coerced})})
@@ -590,6 +606,10 @@ def _problems_in_combinations(config: ExperimentConfig) -> list[str]:
             for line in str(error).splitlines()[1:]:
                 problems.setdefault(f"sweep.space: {params}: {line.strip()}")
     return list(problems)
+
+
+def _needs_bundle(path: str) -> bool:
+    return path in {"model.path", "model.gguf_file", "model.revision"} or path.startswith("scaling.")
 
 
 def _require_batch_arithmetic(train: TrainConfig, scaling: ScalingConfig) -> None:

@@ -165,3 +165,20 @@ def _require_distinct(values: tuple[Any, ...]) -> None:
 def _require_ordered(low: float, high: float) -> None:
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"low < high must hold, both finite, but got low={low}, high={high}")
+
+
+def describe(params: dict[str, Any]) -> str:
+    """One trial's place in the space, short enough for a table row: `8m λ=0.1 lr=8.0e-04`."""
+    parts = []
+    for name, value in params.items():
+        if name == "loss.orpo_lambda":
+            parts.append(f"λ={value:g}")
+        elif isinstance(value, float) and value != 0 and not 0.01 <= abs(value) < 1e4:
+            parts.append(f"{name.rsplit('.', 1)[-1]}={value:.1e}")
+        elif isinstance(value, float):
+            parts.append(f"{name.rsplit('.', 1)[-1]}={value:g}")
+        elif "." in name:
+            parts.append(f"{name.rsplit('.', 1)[-1]}={value}")
+        else:
+            parts.insert(0, str(value))  # a bundle's label
+    return " ".join(parts) or "single run"

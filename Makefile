@@ -1,0 +1,48 @@
+# Needs Python 3.11, git and a C++ compiler (DeepSpeed compiles small ops at first use).
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test test-fast check format golden lock clean help
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(STAMP) ## Install, then sweep λ × learning rate × model size on the built-in pairs (minutes on 2 cores)
+	$(BIN)/orpo-ray sweep experiments/quickstart.yaml
+
+test: $(STAMP) ## Install, then run all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## The tests that need neither Ray nor several processes, under 2 minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(STAMP) ## Lint, format, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Apply the formatter and the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: $(STAMP) ## Write the golden losses anew; look at the diff before you commit it
+	$(BIN)/python tests/golden/make_golden.py
+
+lock: $(STAMP) ## Write constraints.txt from what is installed
+	{ echo "# The versions everything here was tested with. Made by: make lock"; \
+	  $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' ; } > constraints.txt
+
+clean: ## Remove the environment and caches, not runs/
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# torch comes first and pinned: whatever is resolved later then keeps this build.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)" setuptools wheel
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,oracle]'
+	touch $@

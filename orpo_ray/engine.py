@@ -1,0 +1,125 @@
+"""Typed config to a DeepSpeed ZeRO engine, and one optimizer step on it."""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from orpo_ray.config import DeepSpeedConfig, ExperimentConfig, OptimConfig
+
+
+def init_process_group() -> None:
+    """Join the process group that the launcher's environment describes, unless that has happened already."""
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+
+
+def build_engine(model: torch.nn.Module, config: ExperimentConfig) -> deepspeed.DeepSpeedEngine:
+    """Wrap a model for training. The process group must exist; every rank calls this with the same weights.
+
+    Weights and gradients are fp32 at every ZeRO stage and `train.precision` acts through autocast, so that the stage
+    changes memory and speed but never the numbers.
+    """
+    _quiet()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = _parameter_groups(trainable, config.optim)
+    ds_config = deepspeed_config(config)
+    if config.deepspeed.offload_optimizer == "none":
+        # torch's own fused kernel runs on CPU and CUDA alike and needs no compiler, unlike DeepSpeed's FusedAdam.
+        arguments: dict[str, Any] = {"optimizer": torch.optim.AdamW(groups, fused=True, **_adam(config.optim))}
+    else:
+        arguments = {"model_parameters": groups}
+        ds_config["optimizer"] = {"type": "AdamW", "params": _adam(config.optim)}
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False, **arguments)
+    return engine
+
+
+def deepspeed_config(config: ExperimentConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration that an experiment stands for."""
+    stage = config.deepspeed.zero_stage
+    return {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps,
+        # Stage 0 has no DeepSpeed optimizer to report the norm it clipped to: `step` clips there.
+        "gradient_clipping": (config.optim.max_grad_norm or 0.0) if stage else 0.0,
+        "zero_optimization": _zero(config.deepspeed),
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def step(engine: deepspeed.DeepSpeedEngine, lr: float, max_grad_norm: float | None) -> float:
+    """Clip, update, clear. Call on every rank after the last micro-batch's backward.
+
+    Returns:
+        Norm of the global gradient before clipping, the same on every rank. Not finite if any rank's gradient was not.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    if engine.zero_optimization_stage() == 0:
+        parameters = [p for p in engine.module.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+        engine.step()
+    else:
+        engine.step()
+        norm = engine.get_global_grad_norm()
+    return float(norm)
+
+
+def destroy(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Free what the engine holds; the process group stays for the next one."""
+    engine.destroy()
+    # DeepSpeed's hooks and optimizer refer to each other in cycles that only the collector can break.
+    engine.optimizer = None
+    engine.module = None
+    gc.collect()
+    get_accelerator().empty_cache()
+
+
+def device_type() -> str:
+    """`cuda`, `cpu`, ...: where engines of this process live."""
+    return str(get_accelerator().device_name())
+
+
+def _adam(optim: OptimConfig) -> dict[str, Any]:
+    return {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+
+
+def _parameter_groups(trainable: list[torch.nn.Parameter], optim: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices decay, biases and norms do not. A group without parameters would break ZeRO's flat buffers."""
+    decayed = [p for p in trainable if p.dim() >= 2]
+    plain = [p for p in trainable if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _zero(config: DeepSpeedConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage >= 2:
+        zero |= {"overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True}
+    if config.zero_stage == 3:
+        zero |= {"stage3_gather_16bit_weights_on_model_save": True}
+    for name in ("offload_optimizer", "offload_param"):
+        device = getattr(config, name)
+        if device != "none":
+            zero[name] = {"device": device, "pin_memory": torch.cuda.is_available()}
+            if device == "nvme":
+                zero[name]["nvme_path"] = config.nvme_path
+    return zero
+
+
+def _quiet() -> None:
+    """DeepSpeed logs dozens of INFO lines per engine; a warm worker starts one engine per trial."""
+    import logging
+
+    from deepspeed.utils import logger
+
+    logger.setLevel(os.environ.get("ORPO_RAY_DEEPSPEED_LOG_LEVEL", "WARNING").upper())
+    logging.getLogger("DeepSpeed").setLevel(logger.level)

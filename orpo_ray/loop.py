@@ -1,0 +1,294 @@
+"""The training loop of one trial on one rank. It knows torch and a DeepSpeed engine; it knows nothing of Ray."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from orpo_ray import checkpoint, loss
+from orpo_ray.config import DataConfig, ExperimentConfig, ModelConfig, OptimConfig
+from orpo_ray.data import PairDataset, batch_indices, load_pairs
+from orpo_ray.engine import build_engine, destroy, step
+from orpo_ray.evaluate import evaluate
+from orpo_ray.forward import collate, nll_tokens, pair_logps
+from orpo_ray.metrics import PairSums, Throughput
+from orpo_ray.model import build_model, count_parameters, load_tokenizer
+
+
+class Decision(StrEnum):
+    """What the trial's owner says after an evaluation."""
+
+    CONTINUE = "continue"
+    STOP = "stop"
+
+
+class Status(StrEnum):
+    """How a trial ended, in the words of results.json."""
+
+    FINISHED = "finished"
+    STOPPED_EARLY = "stopped_early"
+    DIVERGED = "diverged"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class RankContext:
+    """What the loop needs from whoever runs it. The callables are called on rank 0 only."""
+
+    trial_dir: Path
+    """Checkpoints are kept here; if there is one, the trial continues from it."""
+    on_start: Callable[[int, int, dict[str, float]], None] = lambda step, max_steps, facts: None
+    """(steps already done, steps in all, facts such as the model's parameters) when training begins."""
+    on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    """(step, training metrics)."""
+    on_eval: Callable[[int, dict[str, float], str | None], Decision] = lambda step, metrics, path: Decision.CONTINUE
+    """(step, held-out metrics, last checkpoint) -> whether to go on."""
+    control: Any = None
+    """Process group for small host-side messages; the default group if None."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """The same on every rank."""
+
+    status: Status
+    steps: int
+    metrics: dict[str, float]
+    """The last evaluation."""
+    checkpoint: str | None
+    train_seconds: float
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint remembers of the loop; the sampler is a function of the step, so nothing of it is kept."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    train_seconds: float = 0.0
+
+
+class Diverged(ArithmeticError):
+    """The gradient of a step is not finite. Raised on every rank alike, with the pairs that this rank found bad."""
+
+    def __init__(self, step: int, pair_ids: list[str]) -> None:
+        super().__init__(step, pair_ids)
+        self.step = step
+        self.pair_ids = pair_ids
+
+    def __str__(self) -> str:
+        if not self.pair_ids:
+            return f"gradient not finite at step {self.step}, though every pair's log-probabilities were"
+        shown = ", ".join(self.pair_ids[:8]) + (", ..." if len(self.pair_ids) > 8 else "")
+        return f"log-probabilities not finite at step {self.step} for {len(self.pair_ids)} pair(s): {shown}"
+
+
+def train(config: ExperimentConfig, ctx: RankContext) -> TrialResult:
+    """Run one trial from its start or its last checkpoint to its end. Every rank of the process group calls this.
+
+    Args:
+        config: one trial's config (its `sweep` is not looked at).
+        ctx: this rank's surroundings.
+
+    Raises:
+        DataError, ModelError, CheckpointError: what the trial was given cannot be used.
+    """
+    started = time.perf_counter()
+    run = _Run.build(config)
+    max_steps = num_steps(config, len(run.train_pairs))
+    progress, done = Progress(), 0
+    last_checkpoint = checkpoint.latest(ctx.trial_dir)
+    try:
+        if last_checkpoint is not None:
+            done, saved = checkpoint.load(run.engine, last_checkpoint)
+            progress = Progress(**saved)
+        earlier_seconds = progress.train_seconds
+        if dist.get_rank() == 0:
+            ctx.on_start(done, max_steps, run.facts)
+        sums, clock, logged = PairSums.zeros(run.engine.device), Throughput(), done
+        for at in range(done + 1, max_steps + 1):
+            clock.start()
+            indices = batch_indices(at, len(run.train_pairs), config.train.global_batch_size, config.train.seed)
+            lr = learning_rate(config.optim, at, max_steps)
+            grad_norm = run.step(indices, lr, sums, at)
+            clock.stop(len(indices), run.num_tokens(indices))
+            done = at
+            if _is_due(at, config.train.log_every, max_steps):
+                metrics = sums.averages("train", steps=at - logged)
+                metrics |= {"train/grad_norm": grad_norm, "train/lr": lr} | clock.averages(run.engine.device)
+                logged = at
+                if dist.get_rank() == 0:
+                    ctx.on_log(at, metrics)
+            evaluates = _is_due(at, config.train.eval_every, max_steps)
+            if evaluates:
+                progress.metrics = run.evaluate()
+            progress.train_seconds = earlier_seconds + time.perf_counter() - started
+            if _is_due(at, config.train.checkpoint_every or config.train.eval_every, max_steps):
+                last_checkpoint = checkpoint.save(run.engine, ctx.trial_dir, at, asdict(progress))
+            if evaluates:
+                decision = _decide(ctx, at, progress.metrics, last_checkpoint)
+                if decision is Decision.STOP and at < max_steps:
+                    return _result(Status.STOPPED_EARLY, at, progress, last_checkpoint)
+        return _result(Status.FINISHED, done, progress, last_checkpoint)
+    except Diverged as error:
+        pair_ids = _gather(error.pair_ids, ctx)
+        progress.train_seconds = earlier_seconds + time.perf_counter() - started
+        return _result(Status.DIVERGED, error.step, progress, last_checkpoint, str(Diverged(error.step, pair_ids)))
+    finally:
+        destroy(run.engine)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What one trial works with on this rank."""
+
+    config: ExperimentConfig
+    engine: Any
+    loss_fn: loss.LossFn
+    train_pairs: PairDataset
+    eval_pairs: PairDataset
+    pad_token_id: int
+    facts: dict[str, float]
+
+    @classmethod
+    def build(cls, config: ExperimentConfig) -> _Run:
+        world = dist.get_world_size()
+        if world != config.scaling.num_workers:
+            raise ValueError(
+                f"scaling.num_workers ({config.scaling.num_workers}) must equal the size of the process group ({world})"
+            )
+        tokenizer = load_tokenizer(config.model)
+        train_pairs, eval_pairs = _pairs(config.data, config.model)
+        model = build_model(config.model, config.train.seed)
+        parameters, trainable = count_parameters(model)
+        torch.manual_seed(config.train.seed + dist.get_rank())  # dropout differs between ranks
+        engine = build_engine(model, config)
+        engine.train()
+        return cls(
+            config=config,
+            engine=engine,
+            loss_fn=loss.from_config(config.loss),
+            train_pairs=train_pairs,
+            eval_pairs=eval_pairs,
+            pad_token_id=int(tokenizer.pad_token_id),
+            facts={"model/parameters": float(parameters), "model/trainable_parameters": float(trainable)},
+        )
+
+    def step(self, indices: np.ndarray, lr: float, sums: PairSums, at: int) -> float:
+        """One optimizer step over the global batch `indices`; returns the gradient norm before clipping.
+
+        Raises:
+            Diverged: that norm is not finite. It is the norm of the global gradient, so every rank raises.
+        """
+        config, pairs = self.config, self.train_pairs
+        # Every rank knows the lengths of the whole global batch, so its counts need no communication.
+        nll_N = nll_tokens(pairs.prompt_lengths_N[indices], pairs.chosen_lengths_N[indices], config.loss.nll_scope)
+        counts = loss.BatchCounts(pairs=len(indices), nll_tokens=int(nll_N.sum()))
+        finite: list[tuple[str, torch.Tensor]] = []
+        for micro_batch in self._my_micro_batches(indices):
+            members = [pairs[int(i)] for i in micro_batch]
+            batch = collate(members, self.pad_token_id, config.loss.nll_scope).to(self.engine.device)
+            with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                logps = pair_logps(self.engine, batch)
+            terms = self.loss_fn(logps, counts)
+            # Shares add up over micro-batches and ranks; DeepSpeed averages over ranks, so each share is scaled up by
+            # their number, and told not to divide by the accumulation steps.
+            self.engine.backward(terms.loss * dist.get_world_size(), scale_wrt_gas=False)
+            sums.add(logps, terms, len(members))
+            finite_P = (logps.chosen_logps_P + logps.rejected_logps_P + logps.nll_sums_P).isfinite()
+            finite += [(pair.pair_id, flag) for pair, flag in zip(members, finite_P, strict=True)]
+            if not self.engine.is_gradient_accumulation_boundary():
+                self.engine.step()  # only counts the micro-batch
+        grad_norm = step(self.engine, lr, config.optim.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            raise Diverged(at, [pair_id for pair_id, flag in finite if not flag])
+        return grad_norm
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics."""
+        return evaluate(self.engine, self.eval_pairs, self.config, self.loss_fn, self.pad_token_id, self.engine.device)
+
+    def num_tokens(self, indices: np.ndarray) -> int:
+        """Tokens of the two sequences of each pair: prompts counted twice, padding not."""
+        pairs = self.train_pairs
+        answers = pairs.chosen_lengths_N[indices] + pairs.rejected_lengths_N[indices]
+        return int((2 * pairs.prompt_lengths_N[indices] + answers).sum())
+
+    def _my_micro_batches(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """This rank's share of a global batch, cut into micro-batches of pairs of like length: little is padded.
+
+        Micro-batches of the sorted pairs are dealt to the ranks in turn, so ranks get alike work. The order within a
+        global batch does not change its gradient (law 2).
+        """
+        pairs, train = self.train_pairs, self.config.train
+        lengths_B = (pairs.prompt_lengths_N + np.maximum(pairs.chosen_lengths_N, pairs.rejected_lengths_N))[indices]
+        by_length = indices[np.argsort(lengths_B, kind="stable")]
+        cut = by_length.reshape(self.config.accumulation_steps, dist.get_world_size(), train.micro_batch_size)
+        yield from cut[:, dist.get_rank()]
+
+
+def num_steps(config: ExperimentConfig, num_pairs: int) -> int:
+    """Optimizer steps of a trial: `max_steps`, or `epochs` over so many pairs, rounded up."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    assert config.train.epochs is not None
+    return math.ceil(config.train.epochs * num_pairs / config.train.global_batch_size)
+
+
+def learning_rate(optim: OptimConfig, at: int, max_steps: int) -> float:
+    """Learning rate of optimizer step `at` (from 1). Linear warm-up reaches `lr` at its last step.
+
+    After it: cosine and linear fall to 0 one step past the end, inverse_sqrt is lr · sqrt(warmup / step).
+    """
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else round(optim.warmup_ratio * max_steps)
+    if at <= warmup:
+        return optim.lr * at / warmup
+    share = (at - warmup) / (max_steps - warmup + 1)
+    match optim.schedule:
+        case "cosine":
+            return optim.lr * 0.5 * (1 + math.cos(math.pi * share))
+        case "linear":
+            return optim.lr * (1 - share)
+        case "inverse_sqrt":
+            return optim.lr * math.sqrt(max(warmup, 1) / at)
+        case "constant":
+            return optim.lr
+
+
+@lru_cache(maxsize=2)
+def _pairs(data: DataConfig, model: ModelConfig) -> tuple[PairDataset, PairDataset]:
+    """Kept between the trials of a warm worker."""
+    return load_pairs(data, load_tokenizer(model))
+
+
+def _is_due(at: int, every: int | None, max_steps: int) -> bool:
+    return at == max_steps or (every is not None and at % every == 0)
+
+
+def _decide(ctx: RankContext, at: int, metrics: dict[str, float], path: Path | None) -> Decision:
+    """Rank 0 asks the trial's owner; all ranks hear the answer."""
+    box = [ctx.on_eval(at, metrics, str(path) if path else None) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0, group=ctx.control)
+    assert box[0] is not None
+    return box[0]
+
+
+def _gather(pair_ids: list[str], ctx: RankContext) -> list[str]:
+    """The ids found by all ranks, in rank order."""
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, pair_ids, group=ctx.control)
+    return [pair_id for ids in everyone for pair_id in ids]
+
+
+def _result(status: Status, steps: int, progress: Progress, path: Path | None, error: str | None = None) -> TrialResult:
+    return TrialResult(status, steps, progress.metrics, str(path) if path else None, progress.train_seconds, error)

@@ -1,0 +1,100 @@
+"""Sums over pairs, reduced over ranks once per report; speed and memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from orpo_ray.loss import LossTerms, PairLogps
+
+_PER_PAIR = ("odds_ratio_loss", "log_odds", "chosen_logp", "rejected_logp", "preference_accuracy")
+
+
+@dataclass(slots=True)
+class PairSums:
+    """Running sums of what is averaged over pairs, and of loss shares; stays on the device until reported.
+
+    `sums` holds, in order: loss shares, NLL shares, the per-pair quantities, pairs.
+    """
+
+    sums: torch.Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> PairSums:
+        """Nothing counted yet. fp64, so that long evaluations do not round."""
+        return cls(torch.zeros(len(_PER_PAIR) + 3, dtype=torch.float64, device=device))
+
+    def add(self, logps: PairLogps, terms: LossTerms, pairs: int) -> None:
+        """Count the first `pairs` pairs of a micro-batch (fewer than it holds when the rest is padding)."""
+        chosen_P, rejected_P = logps.chosen_logps_P.detach()[:pairs], logps.rejected_logps_P.detach()[:pairs]
+        # A tie counts half: a model that gives both answers the same probability prefers neither.
+        accuracy_P = (chosen_P > rejected_P).double() + 0.5 * (chosen_P == rejected_P).double()
+        per_pair = (terms.odds_ratio_loss_P[:pairs], terms.log_odds_P[:pairs], chosen_P, rejected_P, accuracy_P)
+        self.sums += torch.stack(
+            [
+                terms.loss.detach().double(),
+                terms.nll.double(),
+                *(quantity_P.double().sum() for quantity_P in per_pair),
+                torch.tensor(float(pairs), dtype=torch.float64, device=self.sums.device),
+            ]
+        )
+
+    def averages(self, prefix: str, steps: int = 1) -> dict[str, float]:
+        """Averages over all ranks since the start; a collective, called by every rank. Resets the sums.
+
+        Args:
+            prefix: `train` or `eval`.
+            steps: optimizer steps that the loss shares span; each step's shares add up to one loss.
+        """
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.sums)
+        loss, nll, *per_pair, pairs = self.sums.tolist()
+        self.sums.zero_()
+        named = dict(zip(_PER_PAIR, per_pair, strict=True))
+        return {
+            f"{prefix}/loss": loss / steps,
+            f"{prefix}/nll": nll / steps,
+            **{f"{prefix}/{name}": value / pairs for name, value in named.items()},
+        }
+
+
+@dataclass(slots=True)
+class Throughput:
+    """Pairs and tokens of the global batch per second of training, evaluation and saving left out."""
+
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    _started: float = field(default_factory=time.perf_counter)
+
+    def start(self) -> None:
+        """The clock runs from here."""
+        self._started = time.perf_counter()
+
+    def stop(self, pairs: int, tokens: int) -> None:
+        """Count one optimizer step."""
+        self.seconds += time.perf_counter() - self._started
+        self.pairs += pairs
+        self.tokens += tokens
+
+    def averages(self, device: torch.device) -> dict[str, float]:
+        """Rates since the last call, and this rank's memory. Resets the counts."""
+        seconds = max(self.seconds, 1e-9)
+        rates = {
+            "perf/pairs_per_second": self.pairs / seconds,
+            "perf/tokens_per_second": self.tokens / seconds,
+            "perf/peak_memory_gib": memory_gib(device),
+        }
+        self.pairs, self.tokens, self.seconds = 0, 0, 0.0
+        return rates
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak of allocated device memory since the trial began; on CPU the process's resident memory now, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30

@@ -1,0 +1,201 @@
+"""Tokenizer and causal language model from a hub name, a folder, a GGUF file or a tiny preset; LoRA."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from orpo_ray import style_pairs
+from orpo_ray.config import LoraConfig, ModelConfig
+
+_PRESET_VOCABULARY = 1024
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny-llama-1m": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "tiny-llama-2m": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
+    "tiny-llama-4m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5, "num_attention_heads": 8},
+    "tiny-llama-8m": {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 6, "num_attention_heads": 5},
+}
+"""Llama-style models small enough to train from scratch on a laptop; named by their parameters, in millions."""
+
+
+class ModelError(ValueError):
+    """The model or its tokenizer cannot be used; the message says why and what to do."""
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token (EOS where it has none of its own; padding is masked everywhere).
+
+    Raises:
+        ModelError: not found, or it has no EOS token.
+    """
+    if config.path in PRESETS:
+        return _preset_tokenizer()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            **_gguf(config),
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_found(config, "tokenizer", error)) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"model.path {config.path}: its tokenizer has no EOS token, so an answer's end cannot be learned"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
+    """A fresh fp32 model on the CPU, ready to be handed to DeepSpeed.
+
+    Pretrained weights are read once per process and copied, so the next trial on the same model starts at once.
+
+    Args:
+        config: which model.
+        seed: initialises weights that are not read: all of a preset's, and LoRA's.
+
+    Raises:
+        ModelError: not found, or not a causal language model.
+    """
+    torch.manual_seed(seed)
+    if config.path in PRESETS:
+        model = AutoModelForCausalLM.from_config(_preset_config(config), attn_implementation=config.attention)
+    else:
+        model = copy.deepcopy(_pretrained(config.model_copy(update={"lora": None, "gradient_checkpointing": False})))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model if config.lora is None else _with_lora(model, config.lora)
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters, tied weights counted once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def count_parameters_of(config: ModelConfig) -> int:
+    """Parameters of a model from its configuration alone; no weights are read or made.
+
+    Raises:
+        ModelError: not found.
+    """
+    architecture = _architecture(config)
+    with torch.device("meta"):
+        return count_parameters(
+            AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+        )[0]
+
+
+@lru_cache(maxsize=1)
+def _pretrained(config: ModelConfig) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attention,
+            dtype=torch.float32,
+            **_gguf(config),
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_found(config, "causal language model", error)) from error
+    if config.gguf_file is not None:
+        # Dequantised weights are dense; the marker that remains would make transformers refuse to train or save them.
+        model.is_quantized = False
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model
+
+
+def _preset_config(config: ModelConfig) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=_PRESET_VOCABULARY,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        **PRESETS[config.path],
+    )
+
+
+@lru_cache(maxsize=1)
+def _preset_tokenizer() -> PreTrainedTokenizerBase:
+    """Byte-level BPE learned from the built-in pairs: deterministic, any text can be encoded, nothing is stored."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    rows = style_pairs.generate(2000, seed=0)
+    tokenizer.train_from_iterator(
+        (row[field] for row in rows for field in ("prompt", "chosen", "rejected")),
+        trainers.BpeTrainer(
+            vocab_size=_PRESET_VOCABULARY,
+            special_tokens=["<s>", "</s>", "<pad>", "<|user|>", "<|system|>", "<|assistant|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    # Without this, gradient checkpointing has no input that requires a gradient once the base is frozen.
+    model.enable_input_require_grads()
+    try:
+        return get_peft_model(
+            model,
+            PeftLoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=targets,
+            ),
+        )
+    except ValueError as error:
+        raise ModelError(f"model.lora.target_modules {lora.target_modules}: {error}") from error
+
+
+def _gguf(config: ModelConfig) -> dict[str, str]:
+    return {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
+
+
+def _not_found(config: ModelConfig, what: str, error: Exception) -> str:
+    if config.path.startswith("tiny-"):
+        return f"model.path {config.path}: no such preset; the presets are {', '.join(PRESETS)}"
+    place = "this folder" if Path(config.path).is_dir() else "a hub (is it reachable? is the name right?) or a folder"
+    return f"model.path {config.path}: no {what} could be read from {place}: {error}"
+
+
+def _architecture(config: ModelConfig) -> Any:
+    if config.path in PRESETS:
+        return _preset_config(config)
+    try:
+        return AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **_gguf(config)
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_found(config, "model configuration", error)) from error

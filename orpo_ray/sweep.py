@@ -1,0 +1,281 @@
+"""A sweep from its config to its results: Ray Tune proposes and prunes, worker groups train, MLflow follows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from orpo_ray import broker, provenance, report, results
+from orpo_ray.config import ExperimentConfig, OptunaConfig, SweepConfig
+from orpo_ray.driver import StopAtBroker, TrialDriver
+from orpo_ray.progress import SweepProgress
+from orpo_ray.scheduler import PerBundle
+from orpo_ray.space import Axis, to_optuna, to_ray_tune
+from orpo_ray.tracking import SweepTracker
+from orpo_ray.trainer import GroupManager, Resources, fits, most_groups
+
+NAMESPACE = "orpo_ray"
+_SWEEP_FILE = "sweep.json"
+_TUNE_DIR = "tune"
+_TICK_S = 0.2
+_DRIVER_RESOURCES = {"node:__internal_head__": 1e-4}
+"""Drivers take no CPU, so they never starve the workers, and sit on the head node, which is not preempted."""
+
+
+class SweepError(RuntimeError):
+    """The sweep cannot start here; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a sweep leaves behind."""
+
+    results: dict[str, Any]
+    """As in results.json."""
+    run_dir: Path
+    report_files: list[Path]
+    tracking_uri: str
+    undelivered: int
+    """Events that MLflow did not take in time; the same command delivers them."""
+    interrupted: bool
+
+
+def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
+    """Run a sweep, or continue the one of the same name. A config without `sweep` is a sweep of one trial.
+
+    Ray must be initialised.
+
+    Raises:
+        SweepError: the run directory holds another experiment, or a trial would never fit the cluster.
+        TrackingError: MLflow cannot be used.
+    """
+    config, sweep = config.as_sweep()
+    sweep_id = _claim_run_dir(config)
+    resources = group_resources(config, sweep, cluster_has_gpus())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    _require_room(resources, nodes)
+    _require_shared_storage(config, nodes)
+
+    tracker = SweepTracker(config, sweep_id, provenance.collect())
+    tracker.start()
+    broker_name = f"broker-{sweep_id}"
+    handle = broker.start(broker_name, NAMESPACE, config.run_dir, sweep.max_failures)
+    manager = GroupManager(
+        handle, broker_name, NAMESPACE, config.run_dir, resources, nodes, max_groups=sweep.max_concurrent
+    )
+    follower = _Follower(handle, manager, tracker, progress)
+    follower.start()
+    try:
+        slots = min(most_groups(list(resources.values()), nodes), sweep.max_concurrent or 10**6)
+        _fit(config, sweep, broker_name, max_drivers=slots + _lookahead(sweep, resources))
+        ray.get(handle.settle.remote())
+    finally:
+        follower.stop()
+    events = results.read_events(config.run_dir / results.EVENTS_FILE)
+    summary = results.summarize(config.name, sweep.metric, sweep.mode, events, tracker.run_ids)
+    interrupted = any(t["error"] == "did not finish" for t in summary["trials"])
+    results.write_results(config.run_dir / results.RESULTS_FILE, summary)
+    files = report.write_report(config.run_dir, config)
+    tracker.attach([config.run_dir / results.RESULTS_FILE, *files])
+    undelivered = tracker.close(summary, interrupted=interrupted)
+    ray.kill(handle)
+    return Outcome(summary, config.run_dir, files, tracker.uri, undelivered, interrupted)
+
+
+def cluster_has_gpus() -> bool:
+    """Whether any node of the connected cluster offers a GPU."""
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def group_resources(config: ExperimentConfig, sweep: SweepConfig, has_gpus: bool) -> dict[str, Resources]:
+    """What a worker group occupies, for each bundle label (`""` where there is no bundle axis)."""
+    axis = sweep.bundle_axis
+    if axis is None:
+        return {"": Resources.of(config.scaling, has_gpus)}
+    labels = sweep.space[axis].candidates()
+    return {str(label): Resources.of(config.trial({axis: label}).scaling, has_gpus) for label in labels}
+
+
+class _Follower(threading.Thread):
+    """Moves events from the broker to MLflow and the terminal, and lets the group manager look around."""
+
+    def __init__(self, handle: Any, manager: GroupManager, tracker: SweepTracker, progress: SweepProgress) -> None:
+        super().__init__(name="follower", daemon=True)
+        self._broker, self._manager, self._tracker, self._progress = handle, manager, tracker, progress
+        self._stopping = threading.Event()
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            while not self._stopping.wait(_TICK_S):
+                self._manager.tick()
+                self._move_events()
+        except BaseException as error:
+            self._error = error
+
+    def stop(self) -> None:
+        """End the groups, move what is left.
+
+        Raises:
+            Exception: the thread had failed.
+        """
+        self._stopping.set()
+        self.join()
+        self._manager.shutdown(timeout_s=30)
+        self._move_events()
+        if self._error is not None:
+            raise self._error
+
+    def _move_events(self) -> None:
+        events = ray.get(self._broker.drain.remote())
+        if events:
+            self._tracker.handle(events)
+            self._progress.handle(events)
+
+
+def _fit(config: ExperimentConfig, sweep: SweepConfig, broker_name: str, max_drivers: int) -> None:
+    # Tune's own per-trial CSV, JSON and TensorBoard files would repeat the journal.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    trainable = tune.with_resources(
+        tune.with_parameters(TrialDriver, experiment=config, broker_name=broker_name, namespace=NAMESPACE),
+        tune.PlacementGroupFactory([_DRIVER_RESOURCES]),
+    )
+    path = str(config.run_dir / _TUNE_DIR)
+    if tune.Tuner.can_restore(path):
+        tuner = tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={} if isinstance(sweep.searcher, OptunaConfig) else to_ray_tune(_bundle_first(sweep)),
+            tune_config=tune.TuneConfig(
+                search_alg=_searcher(sweep),
+                scheduler=PerBundle(sweep, config.train.max_steps, config.run_dir / results.EVENTS_FILE),
+                num_samples=sweep.num_samples,
+                max_concurrent_trials=max_drivers,
+                metric=sweep.metric,
+                mode=sweep.mode,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name=_TUNE_DIR,
+                storage_path=str(config.run_dir),
+                callbacks=[StopAtBroker(broker_name, NAMESPACE)],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                failure_config=tune.FailureConfig(max_failures=0),
+                verbose=0,
+            ),
+        )
+    # Tune would warn that it finds no result files of its own.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    for result in tuner.fit():
+        if result.error is not None:
+            raise SweepError(f"a trial driver failed, which is a defect of orpo_ray: {result.error}") from result.error
+
+
+def _bundle_first(sweep: SweepConfig) -> dict[str, Axis]:
+    """Tune varies the first axis fastest: bundles then alternate, and their groups find work at the same time."""
+    return dict(sorted(sweep.space.items(), key=lambda item: item[0] != sweep.bundle_axis))
+
+
+def _searcher(sweep: SweepConfig) -> Any:
+    searcher = sweep.searcher
+    if not isinstance(searcher, OptunaConfig):
+        from ray.tune.search.basic_variant import BasicVariantGenerator
+
+        return BasicVariantGenerator(random_state=sweep.seed)
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    if searcher.sampler == "tpe":
+        sampler: Any = optuna.samplers.TPESampler(seed=sweep.seed, n_startup_trials=searcher.startup_trials)
+    else:
+        sampler = optuna.samplers.RandomSampler(seed=sweep.seed)
+    return OptunaSearch(space=to_optuna(sweep.space), metric=sweep.metric, mode=sweep.mode, sampler=sampler)
+
+
+def _lookahead(sweep: SweepConfig, resources: dict[str, Resources]) -> int:
+    """Trials submitted beyond those that can train now, so that a group finds its next one waiting.
+
+    None for a model-based searcher: it proposes better the more it has seen.
+    """
+    return 0 if isinstance(sweep.searcher, OptunaConfig) else len(resources)
+
+
+def _claim_run_dir(config: ExperimentConfig) -> str:
+    """Write the config into a new run directory, or recognise it in the old one; returns the sweep's id."""
+    path = config.run_dir / _SWEEP_FILE
+    mine = config.model_dump(mode="json")
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(_differences(_comparable(known["config"]), _comparable(mine)))
+        if changed:
+            raise SweepError(
+                f"{config.run_dir} holds a sweep with other settings ({'; '.join(changed)}): "
+                "choose another name, or remove that directory to start over"
+            )
+        return str(known["sweep_id"])
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    sweep_id = uuid.uuid4().hex[:12]
+    results.write_results(path, {"sweep_id": sweep_id, "created": int(time.time() * 1000), "config": mine})
+    return sweep_id
+
+
+def _comparable(tree: dict[str, Any]) -> dict[str, Any]:
+    """Without what may change between two runs of the same sweep: where it runs, not what it does."""
+    tree = json.loads(json.dumps(tree))
+    tree.pop("output_dir")
+    for name in ("max_concurrent", "max_failures"):
+        tree["sweep"].pop(name)
+    return tree
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = old.keys() | new.keys()
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [f"{path} was {old}, is {new}"]
+
+
+def _require_room(resources: dict[str, Resources], nodes: list[dict[str, float]]) -> None:
+    for bundle, request in resources.items():
+        if not fits([request], nodes):
+            cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+            name = f"bundle {bundle}" if bundle else "a trial"
+            raise SweepError(
+                f"{name} needs {request.num_workers} workers × {request.cpus_per_worker} CPU and "
+                f"{request.gpus_per_worker} GPU, but the cluster has {cpus} CPU and {gpus} GPU on {len(nodes)} nodes: "
+                "it would wait for ever; lower scaling.num_workers or scaling.cpus_per_worker, or add nodes"
+            )
+
+
+def _require_shared_storage(config: ExperimentConfig, nodes: list[dict[str, float]]) -> None:
+    """On several nodes, a probe on each must see a file written here."""
+    if len(nodes) < 2:
+        return
+    probe = config.run_dir / f".probe-{uuid.uuid4().hex[:8]}"
+    probe.write_text("visible", encoding="utf-8")
+    try:
+        seen = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = ray.remote(num_cpus=0, scheduling_strategy=there)(os.path.exists)
+                seen.append((node["NodeManagerAddress"], task.remote(str(probe))))
+        blind = [address for address, reference in seen if not ray.get(reference)]
+    finally:
+        probe.unlink()
+    if blind:
+        raise SweepError(
+            f"output_dir {config.output_dir}: {config.run_dir} is not seen by {', '.join(blind)}; on several nodes "
+            "it must be on a file system that all of them mount"
+        )
