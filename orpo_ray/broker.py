@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ class Load:
     """What the group manager needs to know."""
 
     queued: dict[str, int]
-    """bundle -> trials waiting."""
+    """lane -> trials waiting."""
     busy: dict[str, str]
     """group -> trial."""
     idle_seconds: dict[str, float]
@@ -48,6 +47,7 @@ class Load:
 @dataclass(slots=True)
 class _Trial:
     bundle: str
+    lane: str = ""
     config: Any = None
     attempt: int = 0
     group: str | None = None
@@ -71,8 +71,9 @@ class Broker:
         self._path = Path(run_dir) / EVENTS_FILE
         self._max_failures = max_failures
         self._trials: dict[str, _Trial] = {}
-        self._queues: dict[str, deque[str]] = {}
-        self._groups: dict[str, str] = {}  # group -> bundle
+        self._queues: dict[str, list[str]] = {}  # lane -> trials
+        self._lanes: dict[str, str] = {}  # group -> lane
+        self._last_bundle: dict[str, str] = {}  # group -> bundle of its latest trial
         self._busy: dict[str, str] = {}  # group -> trial
         self._idle_since: dict[str, float] = {}
         self._retired: set[str] = set()
@@ -84,15 +85,23 @@ class Broker:
 
     # ---- Tune's drivers -------------------------------------------------------------------------------------------
 
-    async def submit(self, trial_id: str, params: dict[str, Any], bundle: str, config: Any) -> None:
-        """Queue a trial. One that is known already (its driver, or everything, was restarted) is not queued twice."""
+    async def submit(self, trial_id: str, params: dict[str, Any], bundle: str, lane: str, config: Any) -> None:
+        """Queue a trial. One that is known already (its driver, or everything, was restarted) is not queued twice.
+
+        Args:
+            trial_id: Tune's.
+            params: axis name -> value.
+            bundle: label of its bundle, or "".
+            lane: which groups can run it: those that occupy what it needs.
+            config: its ExperimentConfig, only passed on.
+        """
         trial = self._trials.get(trial_id)
         if trial is None:
             trial = self._trials[trial_id] = _Trial(bundle)
             self._record("submitted", trial_id, params=params, bundle=bundle)
         if trial.config is None and trial.end is None:
-            trial.config = config
-            self._queues.setdefault(bundle, deque()).append(trial_id)
+            trial.config, trial.lane = config, lane
+            self._queues.setdefault(lane, []).append(trial_id)
         await self._notify()
 
     async def next_result(self, trial_id: str) -> dict[str, Any]:
@@ -111,27 +120,26 @@ class Broker:
             return
         trial.stop_requested = True
         self._answer(trial, "stop")
-        queue = self._queues.get(trial.bundle, deque())
-        if trial_id in queue:
+        if trial_id in (queue := self._queues.get(trial.lane, [])):
             queue.remove(trial_id)
             self._end_unfinished(trial_id, "stopped_early", None)
         await self._notify()
 
     # ---- worker groups --------------------------------------------------------------------------------------------
 
-    async def join(self, group: str, bundle: str) -> None:
+    async def join(self, group: str, lane: str) -> None:
         """A group's processes are up. If they were up before and had a trial, that one was interrupted."""
-        self._groups[group] = bundle
+        self._lanes[group] = lane
         self._idle_since[group] = time.monotonic()
         self._interrupted(group, "a worker process died")
         await self._notify()
 
     async def take(self, group: str, timeout_s: float) -> Assignment | str:
-        """Wait for a trial of the group's bundle. Returns `wait` after `timeout_s` without one, `end` to finish."""
-        bundle = self._groups[group]
+        """Wait for a trial of the group's lane. Returns `wait` after `timeout_s` without one, `end` to finish."""
+        lane = self._lanes[group]
 
         def ready() -> bool:
-            return group in self._retired or bool(self._queues.get(bundle))
+            return group in self._retired or bool(self._queues.get(lane))
 
         async with self._changed:
             try:
@@ -140,9 +148,14 @@ class Broker:
                 return "wait"
             if group in self._retired:
                 return "end"
-            trial_id = self._queues[bundle].popleft()
+            queue = self._queues[lane]
+            # The oldest trial of the bundle whose weights the group has in memory, else the oldest.
+            warm = self._last_bundle.get(group)
+            trial_id = next((t for t in queue if self._trials[t].bundle == warm), queue[0])
+            queue.remove(trial_id)
         trial = self._trials[trial_id]
         trial.group = group
+        self._last_bundle[group] = trial.bundle
         self._busy[group] = trial_id
         return Assignment(trial_id, trial.attempt, trial.config)
 
@@ -204,15 +217,14 @@ class Broker:
     async def lost(self, group: str, reason: str) -> None:
         """The group has ended and will not come back; a trial it had is queued again or, too often tried, failed."""
         self._interrupted(group, reason)
-        self._groups.pop(group, None)
+        self._lanes.pop(group, None)
         self._idle_since.pop(group, None)
         await self._notify()
 
-    async def fail_bundle(self, bundle: str, reason: str) -> None:
-        """No group of this bundle can be started: its waiting trials fail with the reason."""
-        queue = self._queues.get(bundle, deque())
-        while queue:
-            self._end_unfinished(queue.popleft(), "failed", reason)
+    async def fail_lane(self, lane: str, reason: str) -> None:
+        """No group of this lane can be kept running: its waiting trials fail with the reason."""
+        for trial_id in self._queues.pop(lane, []):
+            self._end_unfinished(trial_id, "failed", reason)
         await self._notify()
 
     async def settle(self) -> None:
@@ -235,7 +247,7 @@ class Broker:
         """Queues and groups as they are."""
         now = time.monotonic()
         return Load(
-            queued={bundle: len(queue) for bundle, queue in self._queues.items() if queue},
+            queued={lane: len(queue) for lane, queue in self._queues.items() if queue},
             busy=dict(self._busy),
             idle_seconds={g: now - since for g, since in self._idle_since.items() if g not in self._busy},
         )
@@ -263,7 +275,7 @@ class Broker:
             self._end_unfinished(trial_id, "failed", error)
             return
         self._record("retry", trial_id, attempt=trial.attempt, error=reason)
-        self._queues.setdefault(trial.bundle, deque()).appendleft(trial_id)
+        self._queues.setdefault(trial.lane, []).insert(0, trial_id)
 
     def _end(
         self,

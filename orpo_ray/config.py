@@ -320,6 +320,10 @@ class SweepConfig(_Section):
         """Name of the bundle axis, if there is one."""
         return next((name for name, axis in self.space.items() if isinstance(axis, Bundle)), None)
 
+    def bundle_of(self, params: dict[str, Any]) -> str:
+        """The bundle that a trial belongs to; "" where there is no bundle axis."""
+        return str(params[self.bundle_axis]) if self.bundle_axis else ""
+
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, metric: str) -> str:

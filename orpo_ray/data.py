@@ -228,6 +228,8 @@ def _epoch(seed: int, epoch: int, num_pairs: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Split:
+    source: str
+    """`data.path` or `data.eval_path`, for messages."""
     name: str
     fingerprint: Callable[[], str]
     """Changes when the rows change."""
@@ -237,57 +239,59 @@ class _Split:
 
 def _chosen_splits(config: DataConfig) -> tuple[_Split, _Split | None]:
     """The training split, and the held-out one where the data have it."""
-    splits = _splits(config.path, config)
-    train = _pick(splits, config.train_split, TRAIN_SPLITS) or _only(splits, config.path, "train_split", TRAIN_SPLITS)
+    named = config.train_split is not None or (config.eval_split is not None and config.eval_path is None)
+    splits = _splits(config.path, config, named)
+    train = _pick(splits, "train_split", config.train_split, TRAIN_SPLITS) or _only(splits, "train_split", TRAIN_SPLITS)
     if config.eval_path is not None:
-        others = _splits(config.eval_path, config)
-        held_out = _pick(others, config.eval_split, EVAL_SPLITS)
-        return train, held_out or _only(others, config.eval_path, "eval_split", EVAL_SPLITS)
+        others = _splits(config.eval_path, config, named=config.eval_split is not None)
+        picked = _pick(others, "eval_split", config.eval_split, EVAL_SPLITS)
+        return train, picked or _only(others, "eval_split", EVAL_SPLITS)
     if config.eval_split == train.name:
         raise DataError(
             f"{config.path}: data.eval_split and the training split are both {train.name!r}; "
             f"leave eval_split out to set {config.eval_pairs} pairs (data.eval_pairs) of it aside"
         )
-    others = {name: split for name, split in splits.items() if name != train.name}
-    return train, _pick(others, config.eval_split, EVAL_SPLITS)
+    return train, _pick(splits, "eval_split", config.eval_split, [name for name in EVAL_SPLITS if name != train.name])
 
 
-def _pick(splits: Mapping[str, _Split], name: str | None, usual: Sequence[str]) -> _Split | None:
+def _pick(splits: Mapping[str, _Split], setting: str, name: str | None, usual: Sequence[str]) -> _Split | None:
     if name is not None and name not in splits:
-        raise DataError(f"no split is called {name!r}; there are {', '.join(splits)}")
+        source = next(iter(splits.values())).source
+        raise DataError(f"{source}: data.{setting} is {name!r}, but the splits there are {', '.join(splits)}")
     return next((splits[known] for known in ([name] if name else usual) if known in splits), None)
 
 
-def _only(splits: Mapping[str, _Split], path: str, setting: str, usual: Sequence[str]) -> _Split:
-    if len(splits) > 1:
+def _only(splits: Mapping[str, _Split], setting: str, usual: Sequence[str]) -> _Split:
+    first, *others = splits.values()
+    if others:
         raise DataError(
-            f"{path}: no split is called {' or '.join(usual)}; set data.{setting} to one of {', '.join(splits)}"
+            f"{first.source}: no split is called {' or '.join(usual)}; set data.{setting} to one of {', '.join(splits)}"
         )
-    return next(iter(splits.values()))
+    return first
 
 
-def _splits(path: str, config: DataConfig) -> dict[str, _Split]:
+def _splits(path: str, config: DataConfig, named: bool) -> dict[str, _Split]:
+    """Every split of a source. Files whose names tell no split are one, unless the config names one of them."""
     local = Path(path).expanduser()
     if path != BUILTIN and not local.exists():
         return _hub_splits(path, config.subset)
-    if config.subset is not None:
+    if config.subset is not None and path == config.path:
         raise DataError(f"{path}: data.subset ({config.subset!r}) names a configuration of a hub dataset; leave it out")
     if path == BUILTIN:
         return _builtin_splits(config)
     if local.is_file():
         if _format(local) is None:
             raise DataError(f"{path}: not a format that can be read; use {', '.join(_FORMATS)}")
-        return {"train": _file_split("train", local.parent, [local])}
+        return {"train": _file_split(path, "train", local.parent, [local])}
     files = sorted(file for file in local.rglob("*") if file.is_file() and _format(file))
     if not files:
         raise DataError(f"{path}: no {', '.join(_FORMATS)} file in this folder")
     groups: dict[str, list[Path]] = {}
     for file in files:
         groups.setdefault(_split_of_file(file), []).append(file)
-    named = config.train_split is not None or config.eval_split is not None
     if not named and not groups.keys() & {*TRAIN_SPLITS, *EVAL_SPLITS}:
         groups = {"train": files}
-    return {name: _file_split(name, local, members) for name, members in groups.items()}
+    return {name: _file_split(path, name, local, members) for name, members in groups.items()}
 
 
 def _split_of_file(path: Path) -> str:
@@ -295,7 +299,7 @@ def _split_of_file(path: Path) -> str:
     return re.sub(r"-\d+-of-\d+.*", "", path.name.split(".")[0])
 
 
-def _file_split(name: str, root: Path, files: Sequence[Path]) -> _Split:
+def _file_split(source: str, name: str, root: Path, files: Sequence[Path]) -> _Split:
     def fingerprint() -> str:
         digest = hashlib.sha256()
         for file in files:
@@ -309,7 +313,7 @@ def _file_split(name: str, root: Path, files: Sequence[Path]) -> _Split:
             for number, row in _FORMATS[_format(file) or ""](file):
                 yield f"{file.relative_to(root)}:{number}", row
 
-    return _Split(name, fingerprint, read)
+    return _Split(source, name, fingerprint, read)
 
 
 def _hub_splits(path: str, subset: str | None) -> dict[str, _Split]:
@@ -325,7 +329,7 @@ def _hub_splits(path: str, subset: str | None) -> dict[str, _Split]:
             for number, row in enumerate(rows, start=1):
                 yield f"{path}/{name}:{number}", row
 
-        return _Split(name, lambda: f"{path} {name} {rows._fingerprint}", read)
+        return _Split(path, name, lambda: f"{path} {name} {rows._fingerprint}", read)
 
     return {name: split(name, rows) for name, rows in found.items()}
 
@@ -342,7 +346,7 @@ def _builtin_splits(config: DataConfig) -> dict[str, _Split]:
                     yield f"style-pairs:{number}", row
 
         source = Path(style_pairs.__file__).read_bytes()
-        return _Split(name, lambda: f"{name} {sizes} {hashlib.sha256(source).hexdigest()}", read)
+        return _Split(BUILTIN, name, lambda: f"{name} {sizes} {hashlib.sha256(source).hexdigest()}", read)
 
     return {name: split(name) for name in sizes}
 
@@ -661,7 +665,9 @@ def _scan(split: _Split, on_bad_rows: str) -> tuple[np.ndarray, list[bytes], Cou
         positions.append(position)
         prompts.append(hashlib.sha256(json.dumps(texts.prompt).encode()).digest())
     if not positions:
-        raise DataError(f"split {split.name}: no pair in it is usable ({_shown(counts)}){first_problem}")
+        raise DataError(
+            f"{split.source}, split {split.name}: no pair in it is usable ({_shown(counts)}){first_problem}"
+        )
     return np.array(positions), prompts, counts
 
 
@@ -691,7 +697,8 @@ def _write(
             writer.write_batch(batch)
     if not counts["pairs"]:
         raise DataError(
-            f"split {split.name}: no pair is left for {name} ({_shown(counts)}); see data.max_prompt_tokens"
+            f"{split.source}, split {split.name}: no pair is left for {name} ({_shown(counts)}); "
+            "are data.max_prompt_tokens and data.max_tokens too small, or every prompt in both sets?"
         )
     summary = {"digest": digest.hexdigest(), "counts": {name: counts[name] for name in COUNTS}}
     (folder / f"{name}.json").write_text(json.dumps(summary), encoding="utf-8")

@@ -8,29 +8,45 @@ import ray
 from ray import tune
 
 from orpo_ray.config import ExperimentConfig
+from orpo_ray.space import params_of
 
 WORST = 1.0e6
-"""What Tune is told of a diverged or failed trial, with the sign that makes it the worst; NaN never compares as worse."""
+"""Told to Tune for a diverged or failed trial, with the sign that makes it worst: NaN never compares as worse."""
 
 
 class TrialDriver(tune.Trainable):
     """Hands a trial's config to the broker and forwards what comes back."""
 
-    def setup(self, config: dict[str, Any], experiment: ExperimentConfig, broker_name: str, namespace: str) -> None:
-        """Called once per actor; actors are reused for later trials."""
-        self._experiment = experiment
+    def setup(
+        self,
+        config: dict[str, Any],
+        experiment: ExperimentConfig,
+        lanes: dict[str, str],
+        broker_name: str,
+        namespace: str,
+    ) -> None:
+        """Called once per actor; actors are reused for later trials.
+
+        Args:
+            config: the first trial, as `space.to_ray_tune` or `to_optuna` shapes it.
+            experiment: the sweep.
+            lanes: bundle -> lane.
+            broker_name: the broker's name.
+            namespace: and namespace.
+        """
+        self._experiment, self._lanes = experiment, lanes
         self._broker = ray.get_actor(broker_name, namespace=namespace)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take on another trial."""
-        self._params = {name: _plain(value) for name, value in new_config.items()}
+        params = params_of(new_config)
         self._last: dict[str, float] = {}
         _, sweep = self._experiment.as_sweep()
         self._metric, self._worst = sweep.metric, -WORST if sweep.mode == "max" else WORST
-        bundle = str(self._params.get(sweep.bundle_axis, "")) if sweep.bundle_axis else ""
-        trial_config = self._experiment.trial(self._params)
-        ray.get(self._broker.submit.remote(self.trial_id, self._params, bundle, trial_config))
+        bundle = sweep.bundle_of(params)
+        trial_config = self._experiment.trial(params)
+        ray.get(self._broker.submit.remote(self.trial_id, params, bundle, self._lanes[bundle], trial_config))
         return True
 
     def step(self) -> dict[str, Any]:
@@ -67,8 +83,3 @@ class StopAtBroker(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The driver failed; its trial must not run on alone."""
         self.on_trial_complete(iteration, trials, trial)
-
-
-def _plain(value: Any) -> Any:
-    """numpy scalars, which some searchers return, as Python's own."""
-    return value.item() if hasattr(value, "item") else value

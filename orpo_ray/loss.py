@@ -66,8 +66,10 @@ def log_odds_ratio(chosen_logps_P: torch.Tensor, rejected_logps_P: torch.Tensor)
         chosen_logps_P: mean token log-probability of each chosen answer, ≤ 0.
         rejected_logps_P: the same for the rejected answers.
     """
-    chosen = chosen_logps_P.float().clamp(max=LOGP_CEILING)
-    rejected = rejected_logps_P.float().clamp(max=LOGP_CEILING)
+    # At least fp32: in bf16 all log-probabilities above -0.002 are P = 1. fp64 stays, for gradient checks.
+    dtype = torch.promote_types(chosen_logps_P.dtype, torch.float32)
+    chosen = chosen_logps_P.to(dtype).clamp(max=LOGP_CEILING)
+    rejected = rejected_logps_P.to(dtype).clamp(max=LOGP_CEILING)
     return (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
 
 

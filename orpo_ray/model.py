@@ -56,7 +56,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise ModelError(_not_found(config, "tokenizer", error)) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"model.path {config.path}: its tokenizer has no EOS token, so an answer's end cannot be learned"
+            f"model.path {config.path}: its tokenizer has no EOS token, so an answer's end cannot be learned; "
+            "give eos_token in the folder's tokenizer_config.json, or take a model whose tokenizer has one"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from orpo_ray.config import ExperimentConfig, OptunaConfig
 from orpo_ray.model import ModelError, count_parameters_of
-from orpo_ray.space import Bundle, Grid, LogUniform, Uniform, describe
+from orpo_ray.space import Bundle, Grid, LogUniform, Uniform, describe, grid_cells
 from orpo_ray.trainer import Resources, fits, most_groups
 
 _BYTES_PER_PARAMETER = 12
@@ -161,16 +160,8 @@ def plan(config: ExperimentConfig, num_cpus: int | None = None, num_gpus: int | 
         concurrent=min(slots, sweep.num_trials, sweep.max_concurrent or slots),
         sizes=sizes,
         axes={name: _axis_text(axis) for name, axis in sweep.space.items()},
-        cells=[] if model_based else _cells(sweep.space),
+        cells=[] if model_based else grid_cells(sweep.space)[:200],
     )
-
-
-def _cells(space: dict[str, Any]) -> list[dict[str, Any]]:
-    grids = {name: axis.candidates() for name, axis in space.items() if isinstance(axis, Grid | Bundle)}
-    if not grids:
-        return []
-    cells = itertools.islice(itertools.product(*grids.values()), 200)
-    return [dict(zip(grids, cell, strict=True)) for cell in cells]
 
 
 def _axis_text(axis: Any) -> str:

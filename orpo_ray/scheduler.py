@@ -9,6 +9,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from orpo_ray.config import AshaConfig, MedianConfig, SweepConfig
 from orpo_ray.results import read_events
+from orpo_ray.space import params_of
 
 
 class PerBundle(FIFOScheduler):
@@ -67,7 +68,7 @@ class PerBundle(FIFOScheduler):
         self.on_trial_remove(tune_controller, trial)
 
     def _of(self, trial: Any) -> TrialScheduler:
-        label = str(trial.config.get(self._sweep.bundle_axis, ""))
+        label = self._sweep.bundle_of(params_of(trial.config))
         if label not in self._schedulers:
             self._schedulers[label] = self._build()
         return self._schedulers[label]

@@ -20,7 +20,7 @@ from orpo_ray.config import ExperimentConfig, OptunaConfig, SweepConfig
 from orpo_ray.driver import StopAtBroker, TrialDriver
 from orpo_ray.progress import SweepProgress
 from orpo_ray.scheduler import PerBundle
-from orpo_ray.space import Axis, to_optuna, to_ray_tune
+from orpo_ray.space import to_optuna, to_ray_tune
 from orpo_ray.tracking import SweepTracker
 from orpo_ray.trainer import GroupManager, Resources, fits, most_groups
 
@@ -28,6 +28,8 @@ NAMESPACE = "orpo_ray"
 _SWEEP_FILE = "sweep.json"
 _TUNE_DIR = "tune"
 _TICK_S = 0.2
+_LOOKAHEAD = 8
+"""Each waiting trial costs a driver process, of some 100 MB."""
 _DRIVER_RESOURCES = {"node:__internal_head__": 1e-4}
 """Drivers take no CPU, so they never starve the workers, and sit on the head node, which is not preempted."""
 
@@ -66,18 +68,20 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
     _require_room(resources, nodes)
     _require_shared_storage(config, nodes)
 
-    tracker = SweepTracker(config, sweep_id, provenance.collect())
-    tracker.start()
     broker_name = f"broker-{sweep_id}"
     handle = broker.start(broker_name, NAMESPACE, config.run_dir, sweep.max_failures)
     manager = GroupManager(
-        handle, broker_name, NAMESPACE, config.run_dir, resources, nodes, max_groups=sweep.max_concurrent
+        handle, broker_name, NAMESPACE, config.run_dir, set(resources.values()), nodes, max_groups=sweep.max_concurrent
     )
+    # Worker processes take seconds to come up; MLflow is opened meanwhile.
+    tracker = SweepTracker(config, sweep_id, provenance.collect())
+    tracker.start()
     follower = _Follower(handle, manager, tracker, progress)
     follower.start()
     try:
         slots = min(most_groups(list(resources.values()), nodes), sweep.max_concurrent or 10**6)
-        _fit(config, sweep, broker_name, max_drivers=slots + _lookahead(sweep, resources))
+        lanes = {bundle: request.lane for bundle, request in resources.items()}
+        _fit(config, sweep, broker_name, lanes, max_drivers=slots + _lookahead(sweep))
         ray.get(handle.settle.remote())
     finally:
         follower.stop()
@@ -143,11 +147,13 @@ class _Follower(threading.Thread):
             self._progress.handle(events)
 
 
-def _fit(config: ExperimentConfig, sweep: SweepConfig, broker_name: str, max_drivers: int) -> None:
+def _fit(
+    config: ExperimentConfig, sweep: SweepConfig, broker_name: str, lanes: dict[str, str], max_drivers: int
+) -> None:
     # Tune's own per-trial CSV, JSON and TensorBoard files would repeat the journal.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     trainable = tune.with_resources(
-        tune.with_parameters(TrialDriver, experiment=config, broker_name=broker_name, namespace=NAMESPACE),
+        tune.with_parameters(TrialDriver, experiment=config, lanes=lanes, broker_name=broker_name, namespace=NAMESPACE),
         tune.PlacementGroupFactory([_DRIVER_RESOURCES]),
     )
     path = str(config.run_dir / _TUNE_DIR)
@@ -156,12 +162,13 @@ def _fit(config: ExperimentConfig, sweep: SweepConfig, broker_name: str, max_dri
     else:
         tuner = tune.Tuner(
             trainable,
-            param_space={} if isinstance(sweep.searcher, OptunaConfig) else to_ray_tune(_bundle_first(sweep)),
+            param_space={} if isinstance(sweep.searcher, OptunaConfig) else to_ray_tune(sweep.space),
             tune_config=tune.TuneConfig(
-                search_alg=_searcher(sweep),
+                search_alg=_searcher(sweep, max_drivers),
                 scheduler=PerBundle(sweep, config.train.max_steps, config.run_dir / results.EVENTS_FILE),
                 num_samples=sweep.num_samples,
-                max_concurrent_trials=max_drivers,
+                # The random generator limits itself; Tune limits the others.
+                max_concurrent_trials=max_drivers if isinstance(sweep.searcher, OptunaConfig) else None,
                 metric=sweep.metric,
                 mode=sweep.mode,
                 reuse_actors=True,
@@ -182,17 +189,12 @@ def _fit(config: ExperimentConfig, sweep: SweepConfig, broker_name: str, max_dri
             raise SweepError(f"a trial driver failed, which is a defect of orpo_ray: {result.error}") from result.error
 
 
-def _bundle_first(sweep: SweepConfig) -> dict[str, Axis]:
-    """Tune varies the first axis fastest: bundles then alternate, and their groups find work at the same time."""
-    return dict(sorted(sweep.space.items(), key=lambda item: item[0] != sweep.bundle_axis))
-
-
-def _searcher(sweep: SweepConfig) -> Any:
+def _searcher(sweep: SweepConfig, max_drivers: int) -> Any:
     searcher = sweep.searcher
     if not isinstance(searcher, OptunaConfig):
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        return BasicVariantGenerator(random_state=sweep.seed)
+        return BasicVariantGenerator(max_concurrent=max_drivers, random_state=sweep.seed)
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
@@ -203,12 +205,12 @@ def _searcher(sweep: SweepConfig) -> Any:
     return OptunaSearch(space=to_optuna(sweep.space), metric=sweep.metric, mode=sweep.mode, sampler=sampler)
 
 
-def _lookahead(sweep: SweepConfig, resources: dict[str, Resources]) -> int:
-    """Trials submitted beyond those that can train now, so that a group finds its next one waiting.
+def _lookahead(sweep: SweepConfig) -> int:
+    """Trials submitted beyond those that can train now, so that every lane's groups find their next one waiting.
 
     None for a model-based searcher: it proposes better the more it has seen.
     """
-    return 0 if isinstance(sweep.searcher, OptunaConfig) else len(resources)
+    return 0 if isinstance(sweep.searcher, OptunaConfig) else _LOOKAHEAD
 
 
 def _claim_run_dir(config: ExperimentConfig) -> str:

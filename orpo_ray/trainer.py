@@ -17,18 +17,18 @@ from orpo_ray.config import ScalingConfig
 from orpo_ray.worker import GroupSpec, run_group
 
 _MAX_GROUP_RESTARTS = 1_000
-"""Ray restarts a crashed group this often. The broker counts attempts per trial, so a trial that always crashes ends."""
+"""Ray restarts a crashed group this often; the broker counts attempts per trial, so no trial crashes for ever."""
 _COLLECTIVE_TIMEOUT_S = 1800
 """A rank that never arrives fails the group after this."""
 _MAX_FAILED_STARTS = 3
-"""Groups of a bundle that end without having taken a trial, one after another, before its trials are given up."""
+"""Groups of a lane that end without having taken a trial, one after another, before its trials are given up."""
 _IDLE_GRACE_S = 3.0
-"""A group without work is kept this long before it makes room for another bundle's."""
+"""A group without work is kept this long before it makes room for another lane's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one group occupies."""
+    """What one group occupies. Trials that need the same share a lane: any group of it can run them."""
 
     num_workers: int
     cpus_per_worker: int
@@ -39,6 +39,11 @@ class Resources:
         """`use_gpu: auto` means: where the cluster has GPUs."""
         use_gpu = cluster_has_gpus if scaling.use_gpu == "auto" else scaling.use_gpu
         return cls(scaling.num_workers, scaling.cpus_per_worker, int(use_gpu))
+
+    @property
+    def lane(self) -> str:
+        """Name of the lane."""
+        return f"{self.num_workers}x{self.cpus_per_worker}cpu{self.gpus_per_worker}gpu"
 
 
 class WorkerGroup:
@@ -104,22 +109,22 @@ class GroupManager:
         broker_name: str,
         namespace: str,
         run_dir: Path,
-        resources: dict[str, Resources],
+        kinds: set[Resources],
         nodes: list[dict[str, float]],
         max_groups: int | None,
     ) -> None:
-        """Nothing is started yet.
+        """Start one group of each kind, as far as there is room: every kind will be needed.
 
         Args:
             broker: the sweep's broker, under `broker_name` in `namespace`.
             run_dir: groups keep Ray Train's state in `groups/`, trials their checkpoints in `trials/`.
-            resources: bundle -> what a group of it occupies.
+            kinds: what groups may occupy.
             nodes: each node's total resources.
             max_groups: groups running at once at most, i.e. trials training at once.
         """
         self._broker, self._broker_name, self._namespace = broker, broker_name, namespace
         self._run_dir = run_dir
-        self._resources = resources
+        self._kinds = {kind.lane: kind for kind in kinds}
         self._nodes = nodes
         self._max_groups = max_groups
         self._groups: dict[str, WorkerGroup] = {}
@@ -128,18 +133,21 @@ class GroupManager:
         self._failed_starts: dict[str, int] = {}
         # Names are never reused: Ray Train would take up the state of an earlier group of the same name.
         self._stamp = int(time.time())
+        for kind in sorted(kinds, key=lambda k: (k.gpus_per_worker, k.num_workers, k.cpus_per_worker), reverse=True):
+            if self._has_room_for(kind):
+                self._start(kind)
 
     def tick(self) -> None:
         """Look once, act once. Call a few times a second."""
         load: Load = ray.get(self._broker.load.remote())
         self._reap(load)
-        for bundle, queued in load.queued.items():
-            up = [g for g, group in self._groups.items() if group.spec.bundle == bundle and g not in self._retiring]
+        for lane, queued in load.queued.items():
+            up = [g for g, group in self._groups.items() if group.spec.lane == lane and g not in self._retiring]
             waiting_for_work = [g for g in up if g not in load.busy]
             if queued <= len(waiting_for_work):
                 continue
-            if self._has_room_for(self._resources[bundle]):
-                self._start(bundle)
+            if self._has_room_for(self._kinds[lane]):
+                self._start(self._kinds[lane])
             elif (idle := self._idle_group(load)) is not None:
                 self._retiring.add(idle)
                 ray.get(self._broker.retire.remote(idle))
@@ -155,17 +163,19 @@ class GroupManager:
     def _reap(self, load: Load) -> None:
         for group_id, group in list(self._groups.items()):
             if group_id in load.busy:
-                self._failed_starts[group.spec.bundle] = 0
+                self._failed_starts[group.spec.lane] = 0
             if group.running:
                 continue
             del self._groups[group_id]
-            if group_id in self._retiring and group.error is None:
-                continue
-            bundle, reason = group.spec.bundle, group.error or "the worker group ended by itself"
+            if group_id in self._retiring:
+                self._retiring.discard(group_id)
+                if group.error is None:
+                    continue
+            lane, reason = group.spec.lane, group.error or "the worker group ended by itself"
             ray.get(self._broker.lost.remote(group_id, reason))
-            self._failed_starts[bundle] = self._failed_starts.get(bundle, 0) + 1
-            if self._failed_starts[bundle] >= _MAX_FAILED_STARTS:
-                ray.get(self._broker.fail_bundle.remote(bundle, f"no worker group could be kept running: {reason}"))
+            self._failed_starts[lane] = self._failed_starts.get(lane, 0) + 1
+            if self._failed_starts[lane] >= _MAX_FAILED_STARTS:
+                ray.get(self._broker.fail_lane.remote(lane, f"no worker group could be kept running: {reason}"))
 
     def _has_room_for(self, request: Resources) -> bool:
         if self._max_groups is not None and len(self._groups) >= self._max_groups:
@@ -173,21 +183,20 @@ class GroupManager:
         return fits([group.resources for group in self._groups.values()] + [request], self._nodes)
 
     def _idle_group(self, load: Load) -> str | None:
-        """A group whose bundle has nothing waiting and that has had nothing to do for a while."""
+        """A group whose lane has nothing waiting and that has had nothing to do for a while."""
         if self._retiring:
             return None  # room is being made already
         for group_id, idle_seconds in load.idle_seconds.items():
             group = self._groups.get(group_id)
-            if group is not None and group.spec.bundle not in load.queued and idle_seconds > _IDLE_GRACE_S:
+            if group is not None and group.spec.lane not in load.queued and idle_seconds > _IDLE_GRACE_S:
                 return group_id
         return None
 
-    def _start(self, bundle: str) -> None:
+    def _start(self, resources: Resources) -> None:
         self._started += 1
-        resources = self._resources[bundle]
         spec = GroupSpec(
             group=f"group-{self._stamp}-{self._started:03d}",
-            bundle=bundle,
+            lane=resources.lane,
             broker=self._broker_name,
             namespace=self._namespace,
             trials_dir=str(self._run_dir / "trials"),

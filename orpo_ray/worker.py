@@ -26,7 +26,7 @@ class GroupSpec:
     """What a worker group is told at its start."""
 
     group: str
-    bundle: str
+    lane: str
     broker: str
     namespace: str
     trials_dir: str
@@ -40,7 +40,7 @@ class GroupBrokenError(RuntimeError):
 
 def run_group(spec: GroupSpec) -> None:
     """Train loop per worker of the group's TorchTrainer. Returns when the broker says that the group may end."""
-    # DeepSpeed compiles small ops at first use and looks for ninja on PATH, where a virtual environment not activated is not.
+    # DeepSpeed compiles ops at first use and looks for ninja on PATH, where that of an inactive environment is not.
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
     import torch
     import torch.distributed as dist
@@ -53,7 +53,7 @@ def run_group(spec: GroupSpec) -> None:
     control = dist.new_group(backend="gloo")
     roll_call = dist.new_group(backend="gloo", timeout=timedelta(seconds=_PEER_TIMEOUT_S))
     if rank == 0:
-        ray.get(broker.join.remote(spec.group, spec.bundle))
+        ray.get(broker.join.remote(spec.group, spec.lane))
     while (assignment := _next_assignment(spec, broker, control, rank)) is not None:
         _run_trial(assignment, spec, broker, control, roll_call, rank)
 
@@ -71,7 +71,7 @@ def _next_assignment(spec: GroupSpec, broker: Any, control: Any, rank: int) -> A
 
 
 def _run_trial(assignment: Assignment, spec: GroupSpec, broker: Any, control: Any, roll_call: Any, rank: int) -> None:
-    """Run one trial. An exception that every rank meets is the trial's result; one that only some meet breaks the group.
+    """Run one trial. An exception that every rank meets is its result; one that only some meet breaks the group.
 
     Raises:
         GroupBrokenError: ranks disagree about how the trial ended.

@@ -1,0 +1,67 @@
+"""Fixtures shared by all tests. Nothing here or in a test reaches a network."""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+torch.set_num_threads(1)
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from orpo_ray.config import ModelConfig
+from orpo_ray.data import Pair
+from orpo_ray.forward import NllScope
+from orpo_ray.model import load_tokenizer
+
+NaiveLogps = Callable[[torch.nn.Module, Sequence[Pair], NllScope], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with real preference data: $ORPO_RAY_SHARED, or `shared` beside the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("ORPO_RAY_SHARED", default))
+    if not folder.is_dir():
+        pytest.skip(f"needs real preference data: no folder {folder}; name it in ORPO_RAY_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The presets' tokenizer: byte-level, 1,024 tokens, BOS, EOS and padding."""
+    return load_tokenizer(ModelConfig(path="tiny-llama-1m"))
+
+
+@pytest.fixture(scope="session")
+def naive_logps() -> NaiveLogps:
+    """The definition of `PairLogps`, spelled out: fp64, one sequence at a time, no padding, no mask."""
+
+    def token_logps(model: torch.nn.Module, ids: list[int]) -> list[float]:
+        """log p of every token but the first."""
+        logits_TV = model(input_ids=torch.tensor([ids])).logits[0].double()
+        logps_TV = logits_TV.log_softmax(-1)
+        return [logps_TV[t, token].item() for t, token in enumerate(ids[1:])]
+
+    @torch.no_grad()
+    def compute(model: torch.nn.Module, pairs: Sequence[Pair], scope: NllScope) -> dict[str, torch.Tensor]:
+        model = copy.deepcopy(model).double().eval()
+        columns: dict[str, list[float]] = {"chosen": [], "rejected": [], "nll_sums": [], "nll_tokens": []}
+        for pair in pairs:
+            for side, answer in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+                logps = token_logps(model, [*pair.prompt_ids.tolist(), *answer.tolist()])
+                answer_logps = logps[-len(answer) :]
+                columns[side].append(sum(answer_logps) / len(answer))
+                if side == "chosen":
+                    counted = logps if scope == "prompt_and_response" else answer_logps
+                    columns["nll_sums"].append(-sum(counted))
+                    columns["nll_tokens"].append(len(counted))
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+
+    return compute
