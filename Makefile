@@ -30,7 +30,7 @@ format: $(STAMP) ## Apply the formatter and the safe fixes
 	$(BIN)/ruff format .
 
 golden: $(STAMP) ## Write the golden losses anew; look at the diff before you commit it
-	$(BIN)/python tests/golden/make_golden.py
+	$(BIN)/python -m tests.golden.make_golden
 
 lock: $(STAMP) ## Write constraints.txt from what is installed
 	{ echo "# The versions everything here was tested with. Made by: make lock"; \

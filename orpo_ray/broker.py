@@ -73,6 +73,7 @@ class Broker:
         self._trials: dict[str, _Trial] = {}
         self._queues: dict[str, list[str]] = {}  # lane -> trials
         self._lanes: dict[str, str] = {}  # group -> lane
+        self._processes: dict[str, list[str]] = {}  # group -> host:pid of each rank
         self._last_bundle: dict[str, str] = {}  # group -> bundle of its latest trial
         self._busy: dict[str, str] = {}  # group -> trial
         self._idle_since: dict[str, float] = {}
@@ -127,9 +128,16 @@ class Broker:
 
     # ---- worker groups --------------------------------------------------------------------------------------------
 
-    async def join(self, group: str, lane: str) -> None:
-        """A group's processes are up. If they were up before and had a trial, that one was interrupted."""
+    async def join(self, group: str, lane: str, processes: list[str]) -> None:
+        """A group's processes are up. If they were up before and had a trial, that one was interrupted.
+
+        Args:
+            group: its name.
+            lane: which trials it can run.
+            processes: `host:pid` of every rank, for the journal: where to look when a trial hangs.
+        """
         self._lanes[group] = lane
+        self._processes[group] = processes
         self._idle_since[group] = time.monotonic()
         self._interrupted(group, "a worker process died")
         await self._notify()
@@ -164,7 +172,14 @@ class Broker:
         trial = self._trials[trial_id]
         if attempt == trial.attempt:
             self._record(
-                "started", trial_id, attempt=attempt, group=trial.group, step=step, max_steps=max_steps, facts=facts
+                "started",
+                trial_id,
+                attempt=attempt,
+                group=trial.group,
+                processes=self._processes.get(trial.group or "", []),
+                step=step,
+                max_steps=max_steps,
+                facts=facts,
             )
 
     async def log(self, trial_id: str, attempt: int, step: int, metrics: dict[str, float]) -> None:

@@ -85,6 +85,7 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
         ray.get(handle.settle.remote())
     finally:
         follower.stop()
+    tracker.flush()  # runs of the last trials get their ids
     events = results.read_events(config.run_dir / results.EVENTS_FILE)
     summary = results.summarize(config.name, sweep.metric, sweep.mode, events, tracker.run_ids)
     interrupted = any(t["error"] == "did not finish" for t in summary["trials"])

@@ -527,3 +527,25 @@ def _note(config: ExperimentConfig) -> str:
 
 def _without_password(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s@]+@", "", text)
+
+
+def probe(uri: str) -> str | None:
+    """Why MLflow cannot be used at `uri`, or None if it can. Creates nothing.
+
+    Args:
+        uri: as `resolve_uri` gives it.
+    """
+    if uri.startswith("sqlite"):
+        file = Path(uri.partition(":///")[2])
+        place = file if file.exists() else next(parent for parent in file.parents if parent.exists())
+        if not os.access(place, os.W_OK):
+            return f"{place} is not writable"
+        if not file.exists():
+            return None
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        return _without_password(str(error))
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import traceback
 from dataclasses import dataclass
@@ -52,8 +53,10 @@ def run_group(spec: GroupSpec) -> None:
     # Host-side messages need gloo: over NCCL they would spin the GPU while rank 0 waits for work.
     control = dist.new_group(backend="gloo")
     roll_call = dist.new_group(backend="gloo", timeout=timedelta(seconds=_PEER_TIMEOUT_S))
+    processes: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(processes, f"{socket.gethostname()}:{os.getpid()}", group=control)
     if rank == 0:
-        ray.get(broker.join.remote(spec.group, spec.lane))
+        ray.get(broker.join.remote(spec.group, spec.lane, processes))
     while (assignment := _next_assignment(spec, broker, control, rank)) is not None:
         _run_trial(assignment, spec, broker, control, roll_call, rank)
 

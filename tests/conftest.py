@@ -5,20 +5,20 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-if not torch.cuda.is_available():
-    os.environ["DS_ACCELERATOR"] = "cpu"
-torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from orpo_ray.config import ModelConfig
 from orpo_ray.data import Pair
 from orpo_ray.forward import NllScope
 from orpo_ray.model import load_tokenizer
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+torch.set_num_threads(1)
 
 NaiveLogps = Callable[[torch.nn.Module, Sequence[Pair], NllScope], dict[str, torch.Tensor]]
 

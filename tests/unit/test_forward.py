@@ -1,6 +1,6 @@
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -18,16 +18,16 @@ PAD = 0
 LENGTHS = [(7, 5, 9), (1, 6, 2), (12, 1, 1), (1, 1, 1), (3, 17, 4), (9, 2, 11)]
 
 
-def make_pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> Pair:
-    ids = (np.array(part, dtype=np.int32) for part in (prompt, chosen, rejected))
-    return Pair("test:1", *ids, chosen_bytes=len(chosen))
+def make_pair(*parts: Sequence[int]) -> Pair:
+    prompt, chosen, rejected = (np.array(part, dtype=np.int32) for part in parts)
+    return Pair("test:1", prompt, chosen, rejected, chosen_bytes=1)
 
 
 @pytest.fixture(scope="module")
 def pairs() -> list[Pair]:
     rng = np.random.default_rng(0)
     # PAD is among the real tokens: only the masks may tell them from padding.
-    return [make_pair(*(rng.integers(0, VOCABULARY, n) for n in lengths)) for lengths in LENGTHS]
+    return [make_pair(*(rng.integers(0, VOCABULARY, n).tolist() for n in lengths)) for lengths in LENGTHS]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def test_collate_by_hand():
+def test_collate_by_hand() -> None:
     pairs = [make_pair([5, 6], [7, 8], [9]), make_pair([4], [3], [2, 1, 1])]
     batch = collate(pairs, pad_token_id=0, scope="prompt_and_response")
     assert batch.input_ids_ST.tolist() == [[5, 6, 7, 8], [4, 3, 0, 0], [5, 6, 9, 0], [4, 2, 1, 1]]
@@ -57,7 +57,9 @@ def test_collate_by_hand():
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_counts_from_lengths_are_the_counts_of_the_masks(model, pairs, scope):
+def test_counts_from_lengths_are_the_counts_of_the_masks(
+    model: LlamaForCausalLM, pairs: list[Pair], scope: NllScope
+) -> None:
     prompts_N, chosen_N, _ = np.array(LENGTHS).T
     batch = collate(pairs, PAD, scope)
     counted = nll_tokens(prompts_N, chosen_N, scope)
@@ -68,7 +70,9 @@ def test_counts_from_lengths_are_the_counts_of_the_masks(model, pairs, scope):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_equals_the_definition_sequence_by_sequence(model, pairs, naive_logps, scope):
+def test_equals_the_definition_sequence_by_sequence(
+    model: LlamaForCausalLM, pairs: list[Pair], naive_logps: Callable[..., dict[str, torch.Tensor]], scope: NllScope
+) -> None:
     logps = pair_logps(model, collate(pairs, PAD, scope))
     expected = naive_logps(model, pairs, scope)
     for name, result in (
@@ -77,12 +81,14 @@ def test_equals_the_definition_sequence_by_sequence(model, pairs, naive_logps, s
         ("nll_sums", logps.nll_sums_P),
         ("nll_tokens", logps.nll_tokens_P),
     ):
-        torch.testing.assert_close(result.double(), expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(result.double(), expected[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("pad_token_id", [0, VOCABULARY - 1])
-def test_padding_and_company_do_not_move_a_pair(model, pairs, scope, pad_token_id):
+def test_padding_and_company_do_not_move_a_pair(
+    model: LlamaForCausalLM, pairs: list[Pair], scope: NllScope, pad_token_id: int
+) -> None:
     together = pair_logps(model, collate(pairs, pad_token_id, scope))
     backwards = pair_logps(model, collate(pairs[::-1], pad_token_id, scope))
     for index, pair in enumerate(pairs):
@@ -95,7 +101,9 @@ def test_padding_and_company_do_not_move_a_pair(model, pairs, scope, pad_token_i
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("reduction", ["token", "pair"])
-def test_gradient_does_not_depend_on_how_the_batch_is_cut(model, pairs, scope, reduction):
+def test_gradient_does_not_depend_on_how_the_batch_is_cut(
+    model: LlamaForCausalLM, pairs: list[Pair], scope: NllScope, reduction: str
+) -> None:
     """Law 2, on a model: also uneven cuts of pairs of very different length."""
     prompts_N, chosen_N, _ = np.array(LENGTHS).T
     counts = BatchCounts(len(pairs), int(nll_tokens(prompts_N, chosen_N, scope).sum()))
@@ -113,12 +121,12 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(model, pairs, scope, r
         torch.testing.assert_close(gradient(*sizes), whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
 
 
-def test_log_probabilities_are_fp32_whatever_the_model(model, pairs):
+def test_log_probabilities_are_fp32_whatever_the_model(model: LlamaForCausalLM, pairs: list[Pair]) -> None:
     logps = pair_logps(copy.deepcopy(model).bfloat16(), collate(pairs, PAD, "response"))
     assert logps.chosen_logps_P.dtype == logps.rejected_logps_P.dtype == logps.nll_sums_P.dtype == torch.float32
 
 
-def test_batch_moves_as_a_whole(pairs):
+def test_batch_moves_as_a_whole(pairs: list[Pair]) -> None:
     moved = collate(pairs, PAD, "response").to(torch.device("meta"))
     assert isinstance(moved, Batch)
     assert {getattr(moved, field.name).device.type for field in dataclasses.fields(moved)} == {"meta"}

@@ -48,7 +48,7 @@ def synthetic_sweep(trials):
             metrics = held_out(bundle, lam, lr, step, noise)
             add("eval", step=step, metrics=metrics, checkpoint=f"/runs/s/trials/{trial_id}/step-{step}")
         errors = {"diverged": f"log-probabilities not finite at step {last + 3} for 2 pair(s): a, b"}
-        errors["failed"] = "worker group 8m-0 ended: [Errno 12] out of memory | killed"
+        errors["failed"] = "worker group 8m-0 ended: [node 10.0.0.7] out of memory | killed"
         add(
             "finished",
             status=status,
@@ -149,7 +149,7 @@ def test_the_table_is_ranked_and_says_why_trials_ended(tmp_path):
     assert statuses == 12 * ["finished"] + 2 * ["stopped early"] + ["diverged", "failed"]
     values = [float(line.split("lr=")[1].split()[1]) for line in lines[:12]]
     assert values == sorted(values, reverse=True)
-    assert "[Errno 12] out of memory" in lines[-1]  # brackets are not markup
+    assert "[node 10.0.0.7] out of memory" in lines[-1]  # brackets are not markup
     assert "not finite at step 28" in lines[-2]
     assert " 50 " in lines[12]  # stopped early: at its step
 
@@ -176,7 +176,7 @@ def test_a_report_of_a_whole_sweep(tmp_path):
     assert "**Best: 8m λ=1 lr=3.7e-04.** `eval/preference_accuracy` = 0.7857" in page
     assert f"orpo-ray train {run_dir}/best.yaml" in page
     assert "one seed" in page
-    assert "- 8m λ=0.5 lr=1.9e-03: step 0: worker group 8m-0 ended: [Errno 12] out of memory" in page
+    assert "- 8m λ=0.5 lr=1.9e-03: step 0: worker group 8m-0 ended: [node 10.0.0.7] out of memory" in page
     assert "16 trials: 12 finished, 2 stopped early, 1 diverged, 1 failed." in page
     # 12 × 12.5 + 2 × 5 + 3.75 + 2.5 seconds; those of bundle 8m on two workers each
     assert "2.8 min of training, added up (4.0 min of worker time)" in page

@@ -1,11 +1,9 @@
 import math
-import random
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from pydantic import TypeAdapter, ValidationError
-from ray.tune.search.sample import Categorical, Float
 from ray.tune.search.variant_generator import generate_variants
 
 from orpo_ray.space import (
@@ -16,7 +14,9 @@ from orpo_ray.space import (
     LogUniform,
     Uniform,
     describe,
+    grid_cells,
     grid_size,
+    params_of,
     to_optuna,
     to_ray_tune,
 )
@@ -32,9 +32,9 @@ SPACE = {
 }
 
 
-def test_the_type_decides_the_axis():
+def test_the_type_decides_the_axis() -> None:
     assert [type(a) for a in SPACE.values()] == [Grid, Choice, Uniform, LogUniform, Bundle]
-    assert (SPACE["optim.lr"].low, SPACE["optim.lr"].high) == (1e-6, 1e-4)  # YAML reads these as strings
+    assert SPACE["optim.lr"] == LogUniform(type="loguniform", low=1e-6, high=1e-4)  # YAML reads these as strings
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,17 @@ def test_the_type_decides_the_axis():
         ({"values": [1]}, "type"),
     ],
 )
-def test_an_impossible_axis_is_refused(tree, message):
+def test_an_impossible_axis_is_refused(tree: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         axis(tree)
 
 
-def test_axes_are_frozen():
+def test_axes_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        SPACE["optim.beta1"].low = 0.0
+        setattr(SPACE["optim.beta1"], "low", 0.0)  # noqa: B010
 
 
-def test_candidates_are_what_the_config_has_to_accept():
+def test_candidates_are_what_the_config_has_to_accept() -> None:
     assert {name: a.candidates() for name, a in SPACE.items()} == {
         "loss.orpo_lambda": (0.0, 0.1, 1.0),
         "optim.schedule": ("cosine", "linear"),
@@ -76,33 +76,41 @@ def test_candidates_are_what_the_config_has_to_accept():
     }
 
 
-def test_grid_size_counts_grids_and_bundles_only():
+def test_grid_size_counts_grids_and_bundles_only() -> None:
     assert grid_size(SPACE) == 3 * 2
     assert grid_size({"optim.lr": SPACE["optim.lr"]}) == 1
     assert grid_size({}) == 1
 
 
-def test_ray_tune_spans_the_grid_and_samples_the_rest():
-    space = to_ray_tune(SPACE)
-    assert space["loss.orpo_lambda"] == {"grid_search": [0.0, 0.1, 1.0]}
-    assert space["size"] == {"grid_search": ["2m", "8m"]}
-    assert isinstance(space["optim.schedule"], Categorical)
-    assert isinstance(space["optim.lr"], Float)
-    random.seed(0)
-    variants = [variant for _, variant in generate_variants(space)]
-    cells = sorted((v["loss.orpo_lambda"], v["size"]) for v in variants)
-    assert cells == [(lam, size) for lam in (0.0, 0.1, 1.0) for size in ("2m", "8m")]
-    assert all(1e-6 <= v["optim.lr"] <= 1e-4 and 0.8 <= v["optim.beta1"] <= 0.95 for v in variants)
-    assert all(v["optim.schedule"] in ("cosine", "linear") for v in variants)
+def test_grid_cells_alternate_bundles_fastest_and_keep_the_order_of_the_file() -> None:
+    cells = grid_cells({"size": SPACE["size"], "loss.orpo_lambda": SPACE["loss.orpo_lambda"]})
+    assert [tuple(cell.items()) for cell in cells] == [
+        (("size", size), ("loss.orpo_lambda", value)) for value in (0.0, 0.1, 1.0) for size in ("2m", "8m")
+    ]
+    assert grid_cells({"optim.lr": SPACE["optim.lr"]}) == [{}]
 
 
-def test_ray_tune_draws_learning_rates_evenly_in_the_logarithm():
+def test_ray_tune_spans_the_grid_and_samples_the_rest() -> None:
+    variants = [params_of(variant) for _, variant in generate_variants(to_ray_tune(SPACE))]
+    assert [(v["loss.orpo_lambda"], v["size"]) for v in variants] == [
+        (value, size) for value in (0.0, 0.1, 1.0) for size in ("2m", "8m")
+    ]
+    for params in variants:
+        assert params.keys() == SPACE.keys()
+        assert 1e-6 <= params["optim.lr"] <= 1e-4
+        assert 0.8 <= params["optim.beta1"] <= 0.95
+        assert params["optim.schedule"] in ("cosine", "linear")
+        assert {type(params[name]) for name in ("optim.lr", "optim.beta1")} == {float}  # no numpy: they go to JSON
+    assert len({params["optim.lr"] for params in variants}) == len(variants)
+
+
+def test_ray_tune_draws_learning_rates_evenly_in_the_logarithm() -> None:
     draws = to_ray_tune(SPACE)["optim.lr"].sample(size=2000, random_state=0)
     below = sum(lr < 1e-5 for lr in draws) / len(draws)  # 1e-5 halves [1e-6, 1e-4] in the logarithm
     assert 0.45 < below < 0.55
 
 
-def test_optuna_makes_categories_of_grids_and_bundles():
+def test_optuna_makes_categories_of_grids_and_bundles() -> None:
     assert to_optuna(SPACE) == {
         "loss.orpo_lambda": CategoricalDistribution((0.0, 0.1, 1.0)),
         "optim.schedule": CategoricalDistribution(("cosine", "linear")),
@@ -112,7 +120,7 @@ def test_optuna_makes_categories_of_grids_and_bundles():
     }
 
 
-def test_optuna_can_ask_from_the_space():
+def test_optuna_can_ask_from_the_space() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     params = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask(to_optuna(SPACE)).params
     assert params.keys() == SPACE.keys()
@@ -130,5 +138,5 @@ def test_optuna_can_ask_from_the_space():
         ({"optim.schedule": "cosine"}, "schedule=cosine"),
     ],
 )
-def test_describe(params, text):
+def test_describe(params: dict[str, object], text: str) -> None:
     assert describe(params) == text

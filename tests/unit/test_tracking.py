@@ -361,6 +361,42 @@ def test_a_server_that_goes_away_and_comes_back_loses_and_doubles_nothing(output
         assert "results.json" in [f.path for f in client.list_artifacts(parent_id)]
 
 
+def test_what_a_broken_connection_leaves_half_done_is_completed_once(output_dir, monkeypatch):
+    monkeypatch.setattr(tracking, "_FIRST_BACKOFF_S", 0.1)
+
+    class LosesAnswers(MlflowClient):
+        """The first run is created but its answer is lost; the first end does not arrive at all."""
+
+        lost = 0
+
+        def create_run(self, *args, **kwargs):
+            run = super().create_run(*args, **kwargs)
+            self.lose(at=0)
+            return run
+
+        def set_terminated(self, *args, **kwargs):
+            self.lose(at=1)
+            super().set_terminated(*args, **kwargs)
+
+        def lose(self, at):
+            if self.lost == at:
+                self.lost += 1
+                raise MlflowException("connection reset by peer")
+
+    tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
+    parent_id = tracker.start()
+    tracker._client = LosesAnswers(tracker.uri)
+    events = life("t0")
+    tracker.handle(events)
+    assert tracker.close(summary(events, tracker)) == 0
+    assert tracker._client.lost == 2
+    client = MlflowClient(tracker.uri)
+    runs = client.search_runs([client.get_run(parent_id).info.experiment_id])
+    assert {run.info.run_id for run in runs} == {parent_id, tracker.run_ids["t0"]}
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    assert points(client, tracker.run_ids["t0"], METRIC) == [(10, 101, 0.25), (20, 201, 0.5)]
+
+
 def test_closing_while_the_server_is_away_is_bounded_and_counts(output_dir):
     """Against a socket that accepts and never answers, the worst a server can do."""
     tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)

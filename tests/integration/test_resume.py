@@ -1,0 +1,85 @@
+"""Golden losses, and a resumed trial that reproduces the tail of the undisturbed one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.golden.make_golden import CONFIG, METRICS, read
+from tests.ranks import Record, experiment, train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_golden_losses(cache: Path, tmp_path: Path) -> None:
+    record = train(experiment(cache, **CONFIG), tmp_path)
+    golden = read()
+    assert sorted(golden) == sorted(record.logs)
+    for metric in METRICS:
+        assert record.curve(metric) == pytest.approx([golden[s][metric] for s in sorted(golden)], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 1), (2, 2), (2, 3)])
+def test_resume_reproduces_the_tail(workers: int, stage: int, cache: Path, tmp_path: Path) -> None:
+    # LoRA's dropout makes the random state part of what must be resumed.
+    settings = {
+        "scaling.num_workers": workers,
+        "deepspeed.zero_stage": stage,
+        "model.lora": {"rank": 4, "dropout": 0.1},
+    }
+    whole = train(experiment(cache, **settings), tmp_path / "whole")
+    first = train(experiment(cache, **settings), tmp_path / "cut", stop_at=10)
+    assert first.result.status == "stopped_early"
+    assert first.result.steps == 10
+    second = train(experiment(cache, **settings), tmp_path / "cut")
+    assert second.started_at == 10
+    assert sorted(second.logs) == list(range(11, 21))
+    _same(second, whole, range(11, 21))
+    assert second.result.metrics == pytest.approx(whole.result.metrics, rel=1e-5, abs=1e-6)
+
+
+def test_full_fine_tuning_resumes_exactly(cache: Path, tmp_path: Path) -> None:
+    whole = train(experiment(cache), tmp_path / "whole")
+    train(experiment(cache), tmp_path / "cut", stop_at=10)
+    second = train(experiment(cache), tmp_path / "cut")
+    _same(second, whole, range(11, 21), rel=0)
+
+
+def test_damaged_checkpoint_is_passed_over(cache: Path, tmp_path: Path) -> None:
+    train(experiment(cache), tmp_path, stop_at=10)
+    (folder,) = tmp_path.glob("step-*")
+    victim = folder / "engine" / "mp_rank_00_model_states.pt"
+    victim.write_bytes(victim.read_bytes()[:-7])
+    record = train(experiment(cache), tmp_path)
+    assert record.started_at == 0
+    assert record.result.status == "finished"
+
+
+def test_other_number_of_workers_is_refused(cache: Path, tmp_path: Path) -> None:
+    train(experiment(cache, **{"deepspeed.zero_stage": 1}), tmp_path, stop_at=10)
+    (manifest,) = tmp_path.glob("step-*/manifest.json")
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"num_workers": 2}))
+    with pytest.raises(AssertionError, match=r"CheckpointError.*num_workers 2, this run has 1"):
+        train(experiment(cache, **{"deepspeed.zero_stage": 1}), tmp_path)
+
+
+def test_divergence_ends_the_trial_with_step_and_pairs(cache: Path, tmp_path: Path) -> None:
+    record = train(experiment(cache, **{"optim.lr": 1e30, "optim.warmup_ratio": 0.0}), tmp_path)
+    assert record.result.status == "diverged"
+    assert record.result.steps == 2
+    assert "step 2 for 8 pair(s): " in record.result.error
+    assert record.result.metrics == {}
+
+
+def _same(resumed: Record, whole: Record, steps: range, rel: float = 1e-5) -> None:
+    for metric in ("train/loss", "train/log_odds", "train/grad_norm", "train/lr"):
+        expected = [whole.logs[step][metric] for step in steps]
+        assert [resumed.logs[step][metric] for step in steps] == pytest.approx(expected, rel=rel, abs=0)

@@ -1,0 +1,132 @@
+"""Run `loop.train` in one process per rank, as a worker group does but without Ray."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orpo_ray import config as configs
+
+BASE: dict[str, Any] = {
+    "name": "test",
+    "model": {"path": "tiny-llama-1m"},
+    "data": {
+        "path": "builtin://style-pairs",
+        "train_pairs": 256,
+        "eval_pairs": 24,
+        "max_tokens": 256,
+        "max_prompt_tokens": 160,
+    },
+    "optim": {"lr": 1.0e-3, "weight_decay": 0.1},
+    "train": {
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "max_steps": 20,
+        "log_every": 1,
+        "eval_every": 10,
+        "precision": "fp32",
+    },
+}
+
+
+def experiment(cache_dir: Path, **settings: Any) -> configs.ExperimentConfig:
+    """The base experiment with dotted settings changed, e.g. `**{"train.max_steps": 5}`."""
+    tree = json.loads(json.dumps(BASE))
+    tree["data"]["cache_dir"] = str(cache_dir)
+    return configs.parse(tree, [f"{path}={json.dumps(value)}" for path, value in settings.items()])
+
+
+@dataclass
+class Record:
+    """What rank 0 saw."""
+
+    logs: dict[int, dict[str, float]] = field(default_factory=dict)
+    evals: dict[int, dict[str, float]] = field(default_factory=dict)
+    result: Any = None
+    started_at: int = 0
+
+    def curve(self, metric: str) -> list[float]:
+        """A training metric, step by step."""
+        return [metrics[metric] for _, metrics in sorted(self.logs.items())]
+
+
+def train(config: configs.ExperimentConfig, trial_dir: Path, stop_at: int | None = None) -> Record:
+    """Train with as many processes as the config has workers.
+
+    Args:
+        config: one trial.
+        trial_dir: where its checkpoints are.
+        stop_at: the owner says stop at the evaluation of this step.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    port = _free_port()
+    world = config.scaling.num_workers
+    ranks = [
+        context.Process(target=_rank, args=(rank, world, port, config, trial_dir, stop_at, queue))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    outcome = queue.get(timeout=300)
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0, f"a rank ended with {process.exitcode}: {outcome}"
+    assert isinstance(outcome, Record), outcome
+    return outcome
+
+
+def _rank(
+    rank: int,
+    world: int,
+    port: int,
+    config: configs.ExperimentConfig,
+    trial_dir: Path,
+    stop_at: int | None,
+    queue: Any,
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    from orpo_ray import loop
+    from orpo_ray.engine import init_process_group
+
+    init_process_group()
+    record = Record()
+
+    def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None) -> loop.Decision:
+        record.evals[step] = metrics
+        return loop.Decision.STOP if step == stop_at else loop.Decision.CONTINUE
+
+    def on_start(step: int, max_steps: int, facts: dict[str, float]) -> None:
+        record.started_at = step
+
+    ctx = loop.RankContext(trial_dir, on_start=on_start, on_log=record.logs.__setitem__, on_eval=on_eval)
+    try:
+        record.result = loop.train(config, ctx)
+    except BaseException as error:
+        if rank == 0:
+            queue.put(f"{type(error).__name__}: {error}")
+        raise
+    if rank == 0:
+        queue.put(record)
+    torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
