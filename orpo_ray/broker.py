@@ -8,6 +8,7 @@ the sweep; whoever dies, the next broker reads it and goes on.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import json
 import os
 import time
@@ -102,7 +103,7 @@ class Broker:
             self._record("submitted", trial_id, params=params, bundle=bundle)
         if trial.config is None and trial.end is None:
             trial.config, trial.lane = config, lane
-            self._queues.setdefault(lane, []).append(trial_id)
+            self._enqueue(trial_id)
         await self._notify()
 
     async def next_result(self, trial_id: str) -> dict[str, Any]:
@@ -167,7 +168,7 @@ class Broker:
         self._busy[group] = trial_id
         return Assignment(trial_id, trial.attempt, trial.config)
 
-    async def started(self, trial_id: str, attempt: int, step: int, max_steps: int, facts: dict[str, float]) -> None:
+    async def started(self, trial_id: str, attempt: int, step: int, max_steps: int, facts: dict[str, int]) -> None:
         """Training begins after `step` steps that were done before."""
         trial = self._trials[trial_id]
         if attempt == trial.attempt:
@@ -273,6 +274,10 @@ class Broker:
         async with self._changed:
             self._changed.notify_all()
 
+    def _enqueue(self, trial_id: str) -> None:
+        """In the order of Tune's ids, which count up: drivers start at the same time and arrive in any order."""
+        bisect.insort(self._queues.setdefault(self._trials[trial_id].lane, []), trial_id)
+
     def _answer(self, trial: _Trial, decision: str) -> None:
         if trial.verdict is not None and not trial.verdict.done():
             trial.verdict.set_result(decision)
@@ -290,7 +295,7 @@ class Broker:
             self._end_unfinished(trial_id, "failed", error)
             return
         self._record("retry", trial_id, attempt=trial.attempt, error=reason)
-        self._queues.setdefault(trial.lane, []).insert(0, trial_id)
+        self._enqueue(trial_id)
 
     def _end(
         self,

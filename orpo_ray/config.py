@@ -70,6 +70,11 @@ class ModelConfig(_Section):
     lora: LoraConfig | None = None
     """Low-rank adapters instead of full fine-tuning."""
 
+    @field_validator("path")
+    @classmethod
+    def _local_path_is_absolute(cls, path: str) -> str:
+        return _absolute_if_local(path)
+
 
 class DataConfig(_Section):
     """Where the preference pairs come from and how they become tokens."""
@@ -104,6 +109,11 @@ class DataConfig(_Section):
     cache_dir: str = "~/.cache/orpo-ray"
     """Tokenised pairs are kept here and shared by trials, runs and workers of one machine."""
 
+    @field_validator("path", "eval_path")
+    @classmethod
+    def _local_path_is_absolute(cls, path: str | None) -> str | None:
+        return path and _absolute_if_local(path)
+
     @model_validator(mode="after")
     def _room_for_an_answer(self) -> DataConfig:
         if self.max_prompt_tokens >= self.max_tokens:
@@ -126,18 +136,20 @@ class LossConfig(_Section):
     nll_reduction: Literal["token", "pair"] = "token"
     """Mean over all counted tokens of the global batch, or over pairs of each pair's token mean."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sft_sets_lambda(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("name") == "sft":
+            return {"orpo_lambda": 0.0} | tree
+        return tree
+
     @model_validator(mode="after")
     def _sft_has_no_lambda(self) -> LossConfig:
-        if self.name == "sft" and "orpo_lambda" in self.model_fields_set and self.orpo_lambda != 0:
+        if self.name == "sft" and self.orpo_lambda != 0:
             raise ValueError(
                 f"loss.name sft is λ = 0, but orpo_lambda is {self.orpo_lambda}: drop it, or use name: orpo"
             )
         return self
-
-    @property
-    def weight(self) -> float:
-        """λ as it enters the objective."""
-        return 0.0 if self.name == "sft" else self.orpo_lambda
 
 
 class OptimConfig(_Section):
@@ -610,6 +622,12 @@ def _problems_in_combinations(config: ExperimentConfig) -> list[str]:
             for line in str(error).splitlines()[1:]:
                 problems.setdefault(f"sweep.space: {params}: {line.strip()}")
     return list(problems)
+
+
+def _absolute_if_local(path: str) -> str:
+    """Ray starts its processes in other directories, where a relative path names something else."""
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path
 
 
 def _needs_bundle(path: str) -> bool:

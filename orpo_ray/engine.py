@@ -4,20 +4,52 @@ from __future__ import annotations
 
 import gc
 import os
+import time
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from filelock import FileLock
+from torch.utils.cpp_extension import get_default_build_root
 
 from orpo_ray.config import DeepSpeedConfig, ExperimentConfig, OptimConfig
+
+_COMMUNICATION_OP = "ShareMemCommBuilder"
+"""DeepSpeed compiles it on every CPU start; other accelerators have none."""
+_LONGEST_BUILD_S = 180
+"""A build's guard file older than this was left by a process that was killed."""
 
 
 def init_process_group() -> None:
     """Join the process group that the launcher's environment describes, unless that has happened already."""
+    _prebuild(_COMMUNICATION_OP)
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+
+
+@cache
+def _prebuild(op_builder: str) -> None:
+    """Compile one of DeepSpeed's ops, once for all processes of this machine.
+
+    PyTorch guards a build by a plain file, which stays when the builder is killed; every later process then waits for
+    ever (pytorch/pytorch#189245). Here processes take turns under a lock that dies with its owner, and an old guard
+    file is removed.
+    """
+    builder = get_accelerator().create_op_builder(op_builder)
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / "orpo_ray.lock"):
+        for guard in root.rglob("lock"):
+            while guard.exists() and time.time() - guard.stat().st_mtime < _LONGEST_BUILD_S:
+                time.sleep(1)
+            guard.unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def build_engine(model: torch.nn.Module, config: ExperimentConfig) -> deepspeed.DeepSpeedEngine:
@@ -27,6 +59,7 @@ def build_engine(model: torch.nn.Module, config: ExperimentConfig) -> deepspeed.
     changes memory and speed but never the numbers.
     """
     _quiet()
+    _prebuild(_COMMUNICATION_OP)
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = _parameter_groups(trainable, config.optim)
     ds_config = deepspeed_config(config)
@@ -34,6 +67,7 @@ def build_engine(model: torch.nn.Module, config: ExperimentConfig) -> deepspeed.
         # torch's own fused kernel runs on CPU and CUDA alike and needs no compiler, unlike DeepSpeed's FusedAdam.
         arguments: dict[str, Any] = {"optimizer": torch.optim.AdamW(groups, fused=True, **_adam(config.optim))}
     else:
+        _prebuild("CPUAdamBuilder")
         arguments = {"model_parameters": groups}
         ds_config["optimizer"] = {"type": "AdamW", "params": _adam(config.optim)}
     engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False, **arguments)
@@ -81,11 +115,6 @@ def destroy(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.module = None
     gc.collect()
     get_accelerator().empty_cache()
-
-
-def device_type() -> str:
-    """`cuda`, `cpu`, ...: where engines of this process live."""
-    return str(get_accelerator().device_name())
 
 
 def _adam(optim: OptimConfig) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class RankContext:
 
     trial_dir: Path
     """Checkpoints are kept here; if there is one, the trial continues from it."""
-    on_start: Callable[[int, int, dict[str, float]], None] = lambda step, max_steps, facts: None
+    on_start: Callable[[int, int, dict[str, int]], None] = lambda step, max_steps, facts: None
     """(steps already done, steps in all, facts such as the model's parameters) when training begins."""
     on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     """(step, training metrics)."""
@@ -79,18 +79,27 @@ class Progress:
 
 
 class Diverged(ArithmeticError):
-    """The gradient of a step is not finite. Raised on every rank alike, with the pairs that this rank found bad."""
+    """The gradient of a step is not finite. Raised on every rank alike.
 
-    def __init__(self, step: int, pair_ids: list[str]) -> None:
-        super().__init__(step, pair_ids)
-        self.step = step
-        self.pair_ids = pair_ids
+    Attributes:
+        step: the optimizer step.
+        pair_ids: pairs of the global batch whose log-probabilities this rank found not finite.
+        batch_ids: all pairs of the global batch.
+    """
+
+    def __init__(self, step: int, pair_ids: list[str], batch_ids: list[str]) -> None:
+        super().__init__(step, pair_ids, batch_ids)
+        self.step, self.pair_ids, self.batch_ids = step, pair_ids, batch_ids
 
     def __str__(self) -> str:
-        if not self.pair_ids:
-            return f"gradient not finite at step {self.step}, though every pair's log-probabilities were"
-        shown = ", ".join(self.pair_ids[:8]) + (", ..." if len(self.pair_ids) > 8 else "")
-        return f"log-probabilities not finite at step {self.step} for {len(self.pair_ids)} pair(s): {shown}"
+        if self.pair_ids:
+            return f"log-probabilities not finite at step {self.step} for {_listed(self.pair_ids)}"
+        return f"gradient not finite at step {self.step}, a batch of {_listed(self.batch_ids)}"
+
+
+def _listed(pair_ids: list[str]) -> str:
+    shown = ", ".join(pair_ids[:8]) + (", ..." if len(pair_ids) > 8 else "")
+    return f"{len(pair_ids)} pair(s): {shown}"
 
 
 def train(config: ExperimentConfig, ctx: RankContext) -> TrialResult:
@@ -141,9 +150,9 @@ def train(config: ExperimentConfig, ctx: RankContext) -> TrialResult:
                     return _result(Status.STOPPED_EARLY, at, progress, last_checkpoint)
         return _result(Status.FINISHED, done, progress, last_checkpoint)
     except Diverged as error:
-        pair_ids = _gather(error.pair_ids, ctx)
+        everywhere = Diverged(error.step, _gather(error.pair_ids, ctx), error.batch_ids)
         progress.train_seconds = earlier_seconds + time.perf_counter() - started
-        return _result(Status.DIVERGED, error.step, progress, last_checkpoint, str(Diverged(error.step, pair_ids)))
+        return _result(Status.DIVERGED, error.step, progress, last_checkpoint, str(everywhere))
     finally:
         destroy(run.engine)
 
@@ -158,7 +167,7 @@ class _Run:
     train_pairs: PairDataset
     eval_pairs: PairDataset
     pad_token_id: int
-    facts: dict[str, float]
+    facts: dict[str, int]
 
     @classmethod
     def build(cls, config: ExperimentConfig) -> _Run:
@@ -181,7 +190,7 @@ class _Run:
             train_pairs=train_pairs,
             eval_pairs=eval_pairs,
             pad_token_id=int(tokenizer.pad_token_id),
-            facts={"model/parameters": float(parameters), "model/trainable_parameters": float(trainable)},
+            facts={"model/parameters": parameters, "model/trainable_parameters": trainable},
         )
 
     def step(self, indices: np.ndarray, lr: float, sums: PairSums, at: int) -> float:
@@ -211,7 +220,8 @@ class _Run:
                 self.engine.step()  # only counts the micro-batch
         grad_norm = step(self.engine, lr, config.optim.max_grad_norm)
         if not math.isfinite(grad_norm):
-            raise Diverged(at, [pair_id for pair_id, flag in finite if not flag])
+            batch_ids = [pairs[int(i)].pair_id for i in indices]
+            raise Diverged(at, [pair_id for pair_id, flag in finite if not flag], batch_ids)
         return grad_norm
 
     def evaluate(self) -> dict[str, float]:

@@ -96,4 +96,4 @@ def orpo(logps: PairLogps, counts: BatchCounts, *, orpo_lambda: float, nll_reduc
 
 def from_config(config: LossConfig) -> LossFn:
     """The loss that an experiment asks for."""
-    return partial(orpo, orpo_lambda=config.weight, nll_reduction=config.nll_reduction)
+    return partial(orpo, orpo_lambda=config.orpo_lambda, nll_reduction=config.nll_reduction)

@@ -479,7 +479,6 @@ def _is_temporary(error: Exception) -> bool:
 def _resolved(config: ExperimentConfig) -> dict[str, Any]:
     """The config with every default written out; it loads again."""
     tree = config.model_dump(mode="json")
-    tree["loss"]["orpo_lambda"] = config.loss.weight  # sft is λ = 0, whatever the default is
     return tree
 
 

@@ -55,41 +55,39 @@ class Record:
         return [metrics[metric] for _, metrics in sorted(self.logs.items())]
 
 
-def train(config: configs.ExperimentConfig, trial_dir: Path, stop_at: int | None = None) -> Record:
-    """Train with as many processes as the config has workers.
+@dataclass(frozen=True)
+class Job:
+    """One trial."""
 
-    Args:
-        config: one trial.
-        trial_dir: where its checkpoints are.
-        stop_at: the owner says stop at the evaluation of this step.
-    """
+    config: configs.ExperimentConfig
+    trial_dir: Path
+    stop_at: int | None = None
+    """The owner says stop at the evaluation of this step."""
+
+
+def train(config: configs.ExperimentConfig, trial_dir: Path, stop_at: int | None = None) -> Record:
+    """Train with as many fresh processes as the config has workers."""
+    return train_all([Job(config, trial_dir, stop_at)])[0]
+
+
+def train_all(jobs: list[Job]) -> list[Record]:
+    """Train one trial after another in the same processes, as a warm group does; all need as many workers."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     port = _free_port()
-    world = config.scaling.num_workers
-    ranks = [
-        context.Process(target=_rank, args=(rank, world, port, config, trial_dir, stop_at, queue))
-        for rank in range(world)
-    ]
+    (world,) = {job.config.scaling.num_workers for job in jobs}
+    ranks = [context.Process(target=_rank, args=(rank, world, port, jobs, queue)) for rank in range(world)]
     for process in ranks:
         process.start()
-    outcome = queue.get(timeout=300)
+    outcome = queue.get(timeout=500)
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0, f"a rank ended with {process.exitcode}: {outcome}"
-    assert isinstance(outcome, Record), outcome
+    assert isinstance(outcome, list), outcome
     return outcome
 
 
-def _rank(
-    rank: int,
-    world: int,
-    port: int,
-    config: configs.ExperimentConfig,
-    trial_dir: Path,
-    stop_at: int | None,
-    queue: Any,
-) -> None:
+def _rank(rank: int, world: int, port: int, jobs: list[Job], queue: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -101,29 +99,35 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
-    from orpo_ray import loop
     from orpo_ray.engine import init_process_group
 
     init_process_group()
-    record = Record()
-
-    def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None) -> loop.Decision:
-        record.evals[step] = metrics
-        return loop.Decision.STOP if step == stop_at else loop.Decision.CONTINUE
-
-    def on_start(step: int, max_steps: int, facts: dict[str, float]) -> None:
-        record.started_at = step
-
-    ctx = loop.RankContext(trial_dir, on_start=on_start, on_log=record.logs.__setitem__, on_eval=on_eval)
     try:
-        record.result = loop.train(config, ctx)
+        records = [_train(job) for job in jobs]
     except BaseException as error:
         if rank == 0:
             queue.put(f"{type(error).__name__}: {error}")
         raise
     if rank == 0:
-        queue.put(record)
+        queue.put(records)
     torch.distributed.destroy_process_group()
+
+
+def _train(job: Job) -> Record:
+    from orpo_ray import loop
+
+    record = Record()
+
+    def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None) -> loop.Decision:
+        record.evals[step] = metrics
+        return loop.Decision.STOP if step == job.stop_at else loop.Decision.CONTINUE
+
+    def on_start(step: int, max_steps: int, facts: dict[str, int]) -> None:
+        record.started_at = step
+
+    ctx = loop.RankContext(job.trial_dir, on_start=on_start, on_log=record.logs.__setitem__, on_eval=on_eval)
+    record.result = loop.train(job.config, ctx)
+    return record
 
 
 def _free_port() -> int:

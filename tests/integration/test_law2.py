@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import experiment, train
+from tests.ranks import Job, experiment, train_all
 
 pytestmark = pytest.mark.slow
 
@@ -53,19 +53,27 @@ def plain_torch(cache: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("workers", "micro", "stage"),
-    [(1, 8, 0), (1, 4, 0), (1, 1, 0), (1, 4, 1), (1, 4, 2), (1, 4, 3), (2, 4, 0), (2, 1, 1), (2, 2, 2), (2, 4, 3)],
+    ("workers", "cuts"),
+    [(1, [(8, 0), (4, 0), (1, 0), (4, 1), (4, 2), (4, 3)]), (2, [(4, 0), (1, 1), (2, 2), (4, 3)])],
+    ids=["1 worker", "2 workers"],
 )
 def test_loss_curve_is_plain_torch_s_for_every_cut_and_stage(
-    workers: int, micro: int, stage: int, cache: Path, plain_torch: list[float], tmp_path: Path
+    workers: int, cuts: list[tuple[int, int]], cache: Path, plain_torch: list[float], tmp_path: Path
 ) -> None:
-    config = experiment(
-        cache,
-        **{"scaling.num_workers": workers, "train.micro_batch_size": micro, "deepspeed.zero_stage": stage},
-    )
-    record = train(config, tmp_path)
-    assert record.curve("train/loss") == pytest.approx(plain_torch, rel=1e-5)
-    assert set(record.evals) == {10, 20}
+    jobs = [
+        Job(
+            experiment(
+                cache,
+                **{"scaling.num_workers": workers, "train.micro_batch_size": micro, "deepspeed.zero_stage": stage},
+            ),
+            tmp_path / f"{micro}-{stage}",
+        )
+        for micro, stage in cuts
+    ]
+    for (micro, stage), record in zip(cuts, train_all(jobs), strict=True):
+        case = f"micro-batch {micro}, ZeRO {stage}"
+        assert record.curve("train/loss") == pytest.approx(plain_torch, rel=1e-5), case
+        assert set(record.evals) == {10, 20}, case
 
 
 @pytest.mark.parametrize("reduction", ["token", "pair"])
@@ -97,20 +105,16 @@ def test_gradients_are_equal_for_every_cut(reduction: str, cache: Path) -> None:
         assert torch.linalg.vector_norm(gradient(micro) - whole) / torch.linalg.vector_norm(whole) < 1e-6
 
 
-def test_bf16_follows_fp32(cache: Path, tmp_path: Path) -> None:
-    fp32 = train(experiment(cache, **{"train.max_steps": 10}), tmp_path / "fp32")
-    bf16 = train(experiment(cache, **{"train.max_steps": 10, "train.precision": "bf16"}), tmp_path / "bf16")
+def test_bf16_and_offload_follow_fp32(cache: Path, tmp_path: Path) -> None:
+    short = {"train.max_steps": 10}
+    offload = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}
+    fp32, bf16, offloaded = train_all(
+        [
+            Job(experiment(cache, **short), tmp_path / "fp32"),
+            Job(experiment(cache, **short, **{"train.precision": "bf16"}), tmp_path / "bf16"),
+            Job(experiment(cache, **short, deepspeed=offload), tmp_path / "offloaded"),
+        ]
+    )
     assert bf16.curve("train/loss") == pytest.approx(fp32.curve("train/loss"), rel=5e-3)
-
-
-def test_cpu_offload_gives_the_same_curve(cache: Path, tmp_path: Path) -> None:
-    plain = train(experiment(cache, **{"train.max_steps": 5, "train.eval_every": 5}), tmp_path / "plain")
-    settings = {
-        "train.max_steps": 5,
-        "train.eval_every": 5,
-        "deepspeed.zero_stage": 3,
-        "deepspeed.offload_optimizer": "cpu",
-        "deepspeed.offload_param": "cpu",
-    }
-    offloaded = train(experiment(cache, **settings), tmp_path / "offloaded")
-    assert offloaded.curve("train/loss") == pytest.approx(plain.curve("train/loss"), rel=1e-5)
+    assert bf16.curve("train/loss") != fp32.curve("train/loss")
+    assert offloaded.curve("train/loss") == pytest.approx(fp32.curve("train/loss"), rel=1e-5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden.make_golden import CONFIG, METRICS, read
-from tests.ranks import Record, experiment, train
+from tests.ranks import Job, Record, experiment, train, train_all
 
 pytestmark = pytest.mark.slow
 
@@ -26,26 +26,25 @@ def test_golden_losses(cache: Path, tmp_path: Path) -> None:
         assert record.curve(metric) == pytest.approx([golden[s][metric] for s in sorted(golden)], rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 1), (2, 2), (2, 3)])
-def test_resume_reproduces_the_tail(workers: int, stage: int, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "stages"), [(1, [0, 3]), (2, [1, 2, 3])], ids=["1 worker", "2 workers"])
+def test_resume_reproduces_the_tail(workers: int, stages: list[int], cache: Path, tmp_path: Path) -> None:
     # LoRA's dropout makes the random state part of what must be resumed.
-    settings = {
-        "scaling.num_workers": workers,
-        "deepspeed.zero_stage": stage,
-        "model.lora": {"rank": 4, "dropout": 0.1},
-    }
-    whole = train(experiment(cache, **settings), tmp_path / "whole")
-    first = train(experiment(cache, **settings), tmp_path / "cut", stop_at=10)
-    assert first.result.status == "stopped_early"
-    assert first.result.steps == 10
-    second = train(experiment(cache, **settings), tmp_path / "cut")
-    assert second.started_at == 10
-    assert sorted(second.logs) == list(range(11, 21))
-    _same(second, whole, range(11, 21))
-    assert second.result.metrics == pytest.approx(whole.result.metrics, rel=1e-5, abs=1e-6)
+    lora = {"model.lora": {"rank": 4, "dropout": 0.1}}
+    jobs = []
+    for stage in stages:
+        config = experiment(cache, **{"scaling.num_workers": workers, "deepspeed.zero_stage": stage}, **lora)
+        whole, cut = tmp_path / f"whole-{stage}", tmp_path / f"cut-{stage}"
+        jobs += [Job(config, whole), Job(config, cut, stop_at=10), Job(config, cut)]
+    records = train_all(jobs)
+    for whole, first, second in zip(records[::3], records[1::3], records[2::3], strict=True):
+        assert (first.result.status, first.result.steps) == ("stopped_early", 10)
+        assert second.started_at == 10
+        assert sorted(second.logs) == list(range(11, 21))
+        _same(second, whole, range(11, 21))
+        assert second.result.metrics == pytest.approx(whole.result.metrics, rel=1e-5, abs=1e-6)
 
 
-def test_full_fine_tuning_resumes_exactly(cache: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_resumes_exactly_in_another_process(cache: Path, tmp_path: Path) -> None:
     whole = train(experiment(cache), tmp_path / "whole")
     train(experiment(cache), tmp_path / "cut", stop_at=10)
     second = train(experiment(cache), tmp_path / "cut")
@@ -53,11 +52,12 @@ def test_full_fine_tuning_resumes_exactly(cache: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoint_is_passed_over(cache: Path, tmp_path: Path) -> None:
-    train(experiment(cache), tmp_path, stop_at=10)
+    settings = {"train.max_steps": 4, "train.eval_every": 2}
+    train(experiment(cache, **settings), tmp_path, stop_at=2)
     (folder,) = tmp_path.glob("step-*")
     victim = folder / "engine" / "mp_rank_00_model_states.pt"
     victim.write_bytes(victim.read_bytes()[:-7])
-    record = train(experiment(cache), tmp_path)
+    record = train(experiment(cache, **settings), tmp_path)
     assert record.started_at == 0
     assert record.result.status == "finished"
 
@@ -75,7 +75,7 @@ def test_divergence_ends_the_trial_with_step_and_pairs(cache: Path, tmp_path: Pa
     record = train(experiment(cache, **{"optim.lr": 1e30, "optim.warmup_ratio": 0.0}), tmp_path)
     assert record.result.status == "diverged"
     assert record.result.steps == 2
-    assert "step 2 for 8 pair(s): " in record.result.error
+    assert "step 2, a batch of 8 pair(s): builtin://style-pairs" in record.result.error
     assert record.result.metrics == {}
 
 

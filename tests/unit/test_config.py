@@ -297,9 +297,9 @@ def test_number_of_trials(searcher: str, trials: int) -> None:
 
 
 def test_sft_is_lambda_zero() -> None:
-    assert config("loss.name=sft").loss.weight == 0.0
-    assert config("loss={name: sft, orpo_lambda: 0}").loss.weight == 0.0
-    assert config("loss.orpo_lambda=0.3").loss.weight == 0.3
+    assert config("loss.name=sft").loss.orpo_lambda == 0.0
+    assert config("loss={name: sft, orpo_lambda: 0}").loss.orpo_lambda == 0.0
+    assert config("loss.orpo_lambda=0.3").loss.orpo_lambda == 0.3
 
 
 @pytest.mark.parametrize(
