@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,8 +90,9 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> int:
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
     with console.status("starting Ray"):
-        from orpo_ray import cluster, progress, report, sweep, tracking
+        from orpo_ray import cluster, mlflow_uri, progress, report, sweep
     _, settings = config.as_sweep()
     display = progress.SweepProgress(console, settings.metric, settings.num_trials)
     with cluster.connected(num_cpus), display:
@@ -106,7 +108,7 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
             console.print(f"checkpoint {best['checkpoint']}", soft_wrap=True)
     console.print(f"results    {outcome.run_dir / 'results.json'}", soft_wrap=True)
     console.print(f"report     {outcome.run_dir / 'report.md'}, plots in {outcome.run_dir / 'plots'}", soft_wrap=True)
-    console.print(f"MLflow     {tracking.ui_command(outcome.tracking_uri)}", soft_wrap=True, markup=False)
+    console.print(f"MLflow     {mlflow_uri.ui_command(outcome.tracking_uri)}", soft_wrap=True, markup=False)
     if outcome.undelivered:
         console.print(
             f"{outcome.undelivered} events have not reached MLflow; the same command delivers them", style="yellow"
@@ -133,16 +135,16 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
     from orpo_ray import report, results
 
     files = report.write_report(arguments.run_dir)
-    console.print(report.results_table(results.load_results(arguments.run_dir)))
+    console.print(report.results_table(results.current(arguments.run_dir)))
     for file in files:
         console.print(str(file), soft_wrap=True)
     return 0
 
 
 def _doctor(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray import cluster, tracking
+    from orpo_ray import cluster, mlflow_uri
 
-    findings = cluster.doctor(tracking.resolve_uri(arguments.tracking_uri, Path("runs")))
+    findings = cluster.doctor(mlflow_uri.resolve_uri(arguments.tracking_uri, Path("runs")))
     for finding in findings:
         mark = "[green]ok[/]     " if finding.ok else "[red]problem[/]"
         console.print(f"{mark} [bold]{finding.name}[/]: {finding.detail}", soft_wrap=True)

@@ -36,6 +36,11 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
     # Ray Train polls its workers this often: it bounds how fast a crashed or finished group is noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    # Tune's table and files would repeat the sweep's own.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # A driver per submitted trial is more processes than CPUs, and meant; Ray warns from 3 × this many.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     local = "RAY_ADDRESS" not in os.environ
     ray.init(
         include_dashboard=False if local else None,
@@ -53,7 +58,7 @@ def doctor(tracking_uri: str) -> list[Finding]:
     """Versions, accelerator, compiler and ninja, Ray's authentication, MLflow.
 
     Args:
-        tracking_uri: as `tracking.resolve_uri` gives it.
+        tracking_uri: as `mlflow_uri.resolve_uri` gives it.
     """
     findings = [_versions(), _python(), _accelerator(), _compiler(), _ninja(), _extensions_dir(), _ray_auth()]
     return [*findings, _mlflow(tracking_uri), _disk()]
@@ -126,7 +131,7 @@ def _ray_auth() -> Finding:
 
 
 def _mlflow(uri: str) -> Finding:
-    from orpo_ray.tracking import probe
+    from orpo_ray.mlflow_uri import probe
 
     problem = probe(uri)
     return Finding("MLflow", problem is None, uri if problem is None else f"{uri}: {problem}")

@@ -9,8 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from orpo_ray.config import METRIC_MODES
+
 EVENTS_FILE = "events.jsonl"
 RESULTS_FILE = "results.json"
+SWEEP_FILE = "sweep.json"
+"""Id and config of the sweep, written before its first event."""
+
+_NO_END = "did not finish"
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
@@ -137,6 +143,38 @@ def load_results(run_dir: str | Path) -> dict[str, Any]:
     return results
 
 
+def current(run_dir: str | Path) -> dict[str, Any]:
+    """Results of a sweep that has ended; else what its journal tells so far, whether it is under way or was killed.
+
+    Returns:
+        As `summarize`. Without an end of the sweep, a trial without an end has status `unfinished` and no `error`, and
+        MLflow run ids are null.
+
+    Raises:
+        FileNotFoundError: no sweep has run here.
+    """
+    run_dir = Path(run_dir)
+    if not _is_open(run_dir):
+        return load_results(run_dir)
+    # The dump, not an ExperimentConfig: to look at a sweep, its config need not be one that this version would run.
+    config = json.loads((run_dir / SWEEP_FILE).read_text(encoding="utf-8"))["config"]
+    metric = config["sweep"]["metric"]
+    results = summarize(config["name"], metric, METRIC_MODES[metric], read_events(run_dir / EVENTS_FILE))
+    for trial in results["trials"]:
+        if trial["error"] == _NO_END:
+            trial |= {"status": "unfinished", "error": None}
+    return results
+
+
+def _is_open(run_dir: Path) -> bool:
+    """Whether a sweep has begun here, and has gone on since its results were written if they were."""
+    results, journal = run_dir / RESULTS_FILE, run_dir / EVENTS_FILE
+    if not (run_dir / SWEEP_FILE).is_file():
+        return False
+    # An interrupted sweep has results; when it is continued, its journal outlives them.
+    return not results.exists() or (journal.exists() and journal.stat().st_mtime_ns > results.stat().st_mtime_ns)
+
+
 def _submitted(event: dict[str, Any], mlflow_run_id: str | None) -> dict[str, Any]:
     return {
         "trial_id": event["trial_id"],
@@ -149,7 +187,7 @@ def _submitted(event: dict[str, Any], mlflow_run_id: str | None) -> dict[str, An
         "checkpoint": None,
         "mlflow_run_id": mlflow_run_id,
         "train_seconds": None,
-        "error": "did not finish",
+        "error": _NO_END,
     }
 
 

@@ -151,8 +151,8 @@ class _Follower(threading.Thread):
 def _fit(
     config: ExperimentConfig, sweep: SweepConfig, broker_name: str, lanes: dict[str, str], max_drivers: int
 ) -> None:
-    # Tune's own per-trial CSV, JSON and TensorBoard files would repeat the journal.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # Tune would warn that it finds no result files of its own, which would only repeat the journal.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     trainable = tune.with_resources(
         tune.with_parameters(TrialDriver, experiment=config, lanes=lanes, broker_name=broker_name, namespace=NAMESPACE),
         tune.PlacementGroupFactory([_DRIVER_RESOURCES]),
@@ -183,8 +183,6 @@ def _fit(
                 verbose=0,
             ),
         )
-    # Tune would warn that it finds no result files of its own.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     for result in tuner.fit():
         if result.error is not None:
             raise SweepError(f"a trial driver failed, which is a defect of orpo_ray: {result.error}") from result.error

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
-import shlex
-import threading
 import time
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +18,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
 from orpo_ray.config import ExperimentConfig
+from orpo_ray.delivery import Delivery, Unreachable, backoffs
+from orpo_ray.mlflow_uri import TrackingError, bound_requests, resolve_uri, without_password
 from orpo_ray.space import describe
 
 log = logging.getLogger(__name__)
@@ -33,44 +30,7 @@ _TERMINAL = {"finished": "FINISHED", "stopped_early": "KILLED", "diverged": "FAI
 _KIND = {"train": "log", "perf": "log", "eval": "eval"}
 """Prefix of a metric -> the event it comes with."""
 
-_MAX_EVENTS_PER_DELIVERY = 1000
-_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 30.0
 _MAX_TAG = 5000  # MLflow refuses tags over 8000 bytes
-
-
-class TrackingError(RuntimeError):
-    """The tracking URI cannot be used, or its server did not answer when the sweep began."""
-
-
-def resolve_uri(uri: str | None, output_dir: Path) -> str:
-    """The MLflow tracking URI: `uri`, else MLFLOW_TRACKING_URI, else a SQLite file in `output_dir` (absolute).
-
-    Raises:
-        TrackingError: a relative path. Ray starts its processes in other directories, where it names another file.
-    """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        return f"sqlite:///{output_dir / 'mlflow.db'}"
-    scheme, separator, rest = uri.partition("://")
-    if scheme.startswith("sqlite"):
-        # sqlite:///name is relative, sqlite:////name absolute, sqlite:// lives in memory.
-        relative = not rest.startswith("//")
-    elif scheme == "file":
-        relative = not rest.startswith("/")
-    else:
-        relative = not separator and not uri.startswith("databricks") and not Path(uri).is_absolute()
-    if relative:
-        raise TrackingError(
-            f"tracking URI {uri!r} must be absolute: a relative path means another file in every directory that a "
-            f"process happens to start in. Use e.g. sqlite:///{Path('mlflow.db').absolute()}, or the address of a "
-            "server (http://host:5000)"
-        )
-    return uri
-
-
-def ui_command(uri: str) -> str:
-    """The command that shows the runs kept at `uri`; for a server, its address to open in a browser."""
-    return uri if uri.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 @dataclass(slots=True)
@@ -111,13 +71,8 @@ class SweepTracker:
         """trial id -> MLflow run id, of the trials delivered so far; complete after `flush`."""
         self._config, self._sweep_id, self._provenance = config, sweep_id, provenance
         self._children: dict[str, _Child] | None = None
-        self._queue: deque[dict[str, Any]] = deque()
-        self._in_flight = 0
-        self._refused = 0
         self._last_time = 0
-        self._changed = threading.Condition()
-        self._closing = self._abandoned = False
-        self._thread = threading.Thread(target=self._deliver_forever, name="mlflow-tracker", daemon=True)
+        self._delivery = Delivery("MLflow", self._send)
 
     def start(self, timeout_s: float = 30.0) -> str:
         """Find or create the experiment and the sweep's parent run, and begin to deliver.
@@ -131,36 +86,31 @@ class SweepTracker:
         Raises:
             TrackingError: no answer in time, or the server refuses (experiment deleted, no permission).
         """
-        # A request that hangs for minutes would hold up everything behind it; retrying is done here, not in the client.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        bound_requests()
         if self.uri.startswith("sqlite"):
             Path(self.uri.partition(":///")[2]).parent.mkdir(parents=True, exist_ok=True)
-        give_up, backoff = time.monotonic() + timeout_s, _FIRST_BACKOFF_S
-        while True:
+        give_up = time.monotonic() + timeout_s
+        for wait in backoffs():
             try:
                 self._client = MlflowClient(self.uri)
                 self._experiment_id = self._get_or_create_experiment()
                 self._parent_id = self._get_or_create_parent()
                 break
             except (MlflowException, OSError) as error:
-                if not _is_temporary(error) or time.monotonic() + backoff > give_up:
+                if not _is_temporary(error) or time.monotonic() + wait > give_up:
                     raise TrackingError(
-                        f"MLflow at {_without_password(self.uri)} cannot be used: {_without_password(str(error))}\n"
+                        f"MLflow at {without_password(self.uri)} cannot be used: {without_password(str(error))}\n"
                         "Start the server, correct tracking.uri (or MLFLOW_TRACKING_URI), or leave both unset for a "
                         "SQLite file in output_dir"
                     ) from error
-                log.warning("MLflow does not answer yet: %s", _without_password(str(error)))
-                time.sleep(backoff)
-                backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
-        self._thread.start()
+                log.warning("MLflow does not answer yet: %s", without_password(str(error)))
+                time.sleep(wait)
+        self._delivery.start()
         return self._parent_id
 
     def handle(self, events: Iterable[dict[str, Any]]) -> None:
         """Queue events of the journal, in its order; returns at once. Events seen before do no harm."""
-        with self._changed:
-            self._queue.extend(events)
-            self._changed.notify_all()
+        self._delivery.put((event.get("trial_id"), event) for event in events)
 
     def attach(self, paths: Iterable[Path]) -> None:
         """Queue files to be stored with the parent run; they are read when delivered, at the latest in `close`."""
@@ -168,9 +118,7 @@ class SweepTracker:
 
     def flush(self, timeout_s: float = 60.0) -> int:
         """Wait until everything queued is delivered, at most `timeout_s`; returns how many events were not."""
-        with self._changed:
-            self._changed.wait_for(lambda: not (self._queue or self._in_flight), timeout_s)
-            return self._undelivered
+        return self._delivery.flush(timeout_s)
 
     def close(self, results: dict[str, Any], *, interrupted: bool = False, timeout_s: float = 60.0) -> int:
         """End the parent run and deliver what is left, waiting at most `timeout_s`.
@@ -186,23 +134,14 @@ class SweepTracker:
             How many events could not be delivered; 0 normally. They are in the journal: run the sweep again.
         """
         self.handle([{"event": "_close", "results": results, "interrupted": interrupted}])
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        undelivered = self.flush(timeout_s)
-        self._abandoned = True
-        self._thread.join(timeout=1.0)  # a daemon: a request that still hangs does not hold up the process
+        undelivered = self._delivery.close(timeout_s)
         if undelivered:
             log.warning(
                 "%d events did not reach MLflow at %s; they are in the journal: run the same command again to deliver",
                 undelivered,
-                _without_password(self.uri),
+                without_password(self.uri),
             )
         return undelivered
-
-    @property
-    def _undelivered(self) -> int:
-        return self._refused + self._in_flight + len(self._queue)
 
     # Experiment and parent run
 
@@ -233,19 +172,15 @@ class SweepTracker:
         if found:
             self._client.update_run(found[0].info.run_id, status="RUNNING")
             return self._describe_parent(found[0], f"resumed/{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}/")
-        tags = self._origin_tags() | {
-            "orpo_ray.sweep_id": self._sweep_id,
-            "mlflow.note.content": _note(self._config),
-        }
-        return self._describe_parent(
-            self._client.create_run(self._experiment_id, tags=tags, run_name=self._config.name), folder=""
-        )
+        tags = self._origin_tags() | {"orpo_ray.sweep_id": self._sweep_id, "mlflow.note.content": _note(self._config)}
+        run = self._client.create_run(self._experiment_id, tags=tags, run_name=self._config.name)
+        return self._describe_parent(run, folder="")
 
     def _origin_tags(self) -> dict[str, str]:
         git = self._provenance["git"] or {}
         tags = {
             "orpo_ray.version": str(self._provenance["packages"]["orpo-ray"]),
-            "mlflow.source.name": _without_password(self._provenance["command"]),
+            "mlflow.source.name": without_password(self._provenance["command"]),
             "mlflow.source.type": "LOCAL",
         }
         if git.get("commit"):
@@ -259,75 +194,35 @@ class SweepTracker:
         self._client.log_batch(run_id, params=[Param(k, v) for k, v in params.items()], synchronous=True)
         git = dict(self._provenance["git"] or {})
         texts = {
-            "config.yaml": yaml.safe_dump(_resolved(self._config), sort_keys=False, allow_unicode=True),
+            "config.yaml": yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
             "git.diff": git.pop("diff", ""),
             "provenance.json": json.dumps(self._provenance | {"git": git or None}, indent=2),
         }
         for name, text in texts.items():
             if text:
-                self._client.log_text(run_id, _without_password(text), folder + name)
+                self._client.log_text(run_id, without_password(text), folder + name)
         return run_id
 
-    # Delivery, in the thread
+    # Delivery, in its thread
 
-    def _deliver_forever(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing)
-                if not self._queue:
-                    return
-                batch: dict[str | None, list[dict[str, Any]]] = {}
-                for _ in range(min(len(self._queue), _MAX_EVENTS_PER_DELIVERY)):
-                    event = self._queue.popleft()
-                    batch.setdefault(event.get("trial_id"), []).append(event)
-                if None in batch:  # of the parent: after the trials
-                    batch[None] = batch.pop(None)
-                self._in_flight = sum(map(len, batch.values()))
-            self._deliver(batch)
-            with self._changed:
-                self._changed.notify_all()
-            if self._abandoned:
-                return
+    def _send(self, trial_id: str | None, events: list[dict[str, Any]]) -> None:
+        """Events of a trial, or of the parent run (None).
 
-    def _deliver(self, batch: dict[str | None, list[dict[str, Any]]]) -> None:
-        """Send a batch, trial by trial, and again what the server could not take, until all is there."""
-        backoff = 0.0
-        while batch and not self._abandoned:
-            trial_id, events = next(iter(batch.items()))
-            try:
-                if self._children is None:
-                    self._children = self._find_children()
-                if trial_id is None:
-                    self._deliver_parent(events)
-                else:
-                    self._deliver_trial(self._children, trial_id, events)
-            except Exception as error:  # this thread must outlive every answer the server can think of
-                if _is_temporary(error):
-                    if backoff == 0.0:
-                        log.warning(
-                            "MLflow cannot be reached, events wait until it can: %s", _without_password(str(error))
-                        )
-                    backoff = min(max(2 * backoff, _FIRST_BACKOFF_S), _LONGEST_BACKOFF_S)
-                    self._children = None  # the request may have arrived though its answer did not
-                    self._pause(backoff)
-                    continue
-                log.exception(
-                    "MLflow refused %d events of %s; the journal keeps them", len(events), trial_id or "parent"
-                )
-                self._refused += len(events)
+        Raises:
+            Unreachable: the server could not take them now.
+        """
+        try:
+            if self._children is None:
+                self._children = self._find_children()
+            if trial_id is None:
+                self._deliver_parent(events)
             else:
-                if backoff > 0.0:
-                    log.warning("MLflow is back")
-                backoff = 0.0
-            del batch[trial_id]
-            self._in_flight -= len(events)
-
-    def _pause(self, seconds: float) -> None:
-        """Wait; but who stands in `close` gets a try each second."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing, seconds)
-        if self._closing:
-            time.sleep(min(seconds, _FIRST_BACKOFF_S))
+                self._deliver_trial(self._children, trial_id, events)
+        except (MlflowException, OSError) as error:
+            if not _is_temporary(error):
+                raise
+            self._children = None  # the request may have arrived though its answer did not
+            raise Unreachable(without_password(str(error))) from error
 
     def _find_children(self) -> dict[str, _Child]:
         """Every trial of the sweep that MLflow knows, with how far it was delivered."""
@@ -476,12 +371,6 @@ def _is_temporary(error: Exception) -> bool:
     return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 
-def _resolved(config: ExperimentConfig) -> dict[str, Any]:
-    """The config with every default written out; it loads again."""
-    tree = config.model_dump(mode="json")
-    return tree
-
-
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -491,7 +380,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _settings(config: ExperimentConfig) -> dict[str, Any]:
     """Config path -> value, without the sweep and without where things are kept."""
-    return _flat({k: v for k, v in _resolved(config).items() if k not in ("name", "output_dir", "tracking", "sweep")})
+    return _flat(config.model_dump(mode="json", exclude={"name", "output_dir", "tracking", "sweep"}))
 
 
 def _trial_params(config: ExperimentConfig, params: dict[str, Any]) -> dict[str, Any]:
@@ -522,29 +411,3 @@ def _note(config: ExperimentConfig) -> str:
         return f"One training run, by orpo-ray. Results: `{config.run_dir}`."
     axes = ", ".join(f"`{name}`" for name in config.sweep.space)
     return f"Sweep over {axes}, judged by `{config.sweep.metric}`, by orpo-ray. Results: `{config.run_dir}`."
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"(?<=://)[^/\s@]+@", "", text)
-
-
-def probe(uri: str) -> str | None:
-    """Why MLflow cannot be used at `uri`, or None if it can. Creates nothing.
-
-    Args:
-        uri: as `resolve_uri` gives it.
-    """
-    if uri.startswith("sqlite"):
-        file = Path(uri.partition(":///")[2])
-        place = file if file.exists() else next(parent for parent in file.parents if parent.exists())
-        if not os.access(place, os.W_OK):
-            return f"{place} is not writable"
-        if not file.exists():
-            return None
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    try:
-        MlflowClient(uri).search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        return _without_password(str(error))
-    return None

@@ -10,8 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from orpo_ray.config import DataConfig
-from orpo_ray.data import ORPO_CHAT_TEMPLATE, DataError, PairDataset, _hub_splits, batch_indices, load_pairs
+from orpo_ray.data import PairDataset, batch_indices, load_pairs
+from orpo_ray.rows import DataError, _hub_splits
 from orpo_ray.style_pairs import generate
+from orpo_ray.tokens import ORPO_CHAT_TEMPLATE
 
 CHATML = (
     "{% for message in messages %}"

@@ -40,6 +40,7 @@ from orpo_ray.model import (
     load_tokenizer,
 )
 
+NaiveLogps = Callable[..., dict[str, torch.Tensor]]
 PRESET = ModelConfig(path="tiny-llama-1m")
 TEXT = "Which λ?\n  Two of them."
 COMMON = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -161,7 +162,7 @@ def test_architecture_on_disk_equals_the_definition(
     architecture: str,
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerBase,
-    naive_logps: Callable[..., dict[str, torch.Tensor]],
+    naive_logps: NaiveLogps,
 ) -> None:
     config = save(ARCHITECTURES[architecture], tmp_path, tokenizer)
     if architecture == "gemma2":  # transformers has no SDPA for it: its attention scores are soft-capped
@@ -251,6 +252,7 @@ def test_gguf_gives_dense_weights_that_train_and_save(tmp_path: Path, tokenizer:
     batch = collate(PAIRS, 2, "response")
     torch.testing.assert_close(pair_logps(loaded, batch).chosen_logps_P, pair_logps(model, batch).chosen_logps_P)
     assert count_parameters(loaded) == count_parameters(model)
+    assert not loaded.is_quantized
     assert backward(loaded).isfinite()
     loaded.save_pretrained(tmp_path / "saved")
     assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), loaded)

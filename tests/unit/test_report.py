@@ -10,7 +10,9 @@ import yaml
 from rich.console import Console
 
 from orpo_ray import config as configuration
-from orpo_ray.report import load_runs_frame, mean_interval, results_table, write_report
+from orpo_ray.cli import main
+from orpo_ray.frames import load_runs_frame, mean_interval
+from orpo_ray.report import results_table, write_report
 from orpo_ray.results import load_results, summarize, write_results
 
 METRIC = "eval/preference_accuracy"
@@ -282,6 +284,36 @@ def test_intervals_are_student_t():
 def test_a_report_needs_results(tmp_path):
     with pytest.raises(FileNotFoundError, match="no sweep has run here"):
         write_report(tmp_path)
+
+
+def under_way(tmp_path, events):
+    config = sweep_config(SPACE).as_sweep()[0].model_dump(mode="json")
+    (tmp_path / "sweep.json").write_text(json.dumps({"sweep_id": "x", "config": config}))
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_a_report_of_a_sweep_under_way(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    ended = ("t00", "t01", "t02")
+    events = [e for e in synthetic_sweep(sixteen_trials()) if e["event"] != "finished" or e["trial_id"] in ended]
+    under_way(tmp_path, [e for e in events if e["trial_id"] < "t08"])
+    assert main(["report", str(tmp_path)]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if "lr=" in line]
+    assert [words[-1] for words in table] == 2 * ["finished"] + 5 * ["unfinished"] + ["early"]
+    page = (tmp_path / "report.md").read_text()
+    assert "5 of 8 trials submitted so far have not ended" in page
+    assert "**Best so far: 2m λ=0 lr=1.7e-03.**" in page
+    assert "8 trials: 2 finished, 5 unfinished, 1 stopped early." in page
+    assert "**Failed**" not in page
+    assert all((tmp_path / "plots" / f"{name}.png").exists() for name in ("metric_by_lr", "metric_by_lambda", "curves"))
+
+
+def test_a_report_of_a_sweep_that_has_only_begun(tmp_path):
+    under_way(tmp_path, [])
+    assert [file.name for file in write_report(tmp_path)] == ["report.md"]
+    page = (tmp_path / "report.md").read_text()
+    assert "0 of 0 trials submitted so far have not ended" in page
+    assert "- 0 trials.\n" in page
 
 
 def test_plots_leave_pyplot_and_its_settings_alone(tmp_path):

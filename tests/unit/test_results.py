@@ -1,9 +1,10 @@
 import json
 import math
+import os
 
 import pytest
 
-from orpo_ray.results import load_results, read_events, summarize, write_results
+from orpo_ray.results import current, load_results, read_events, summarize, write_results
 
 METRIC = "eval/preference_accuracy"
 
@@ -153,3 +154,48 @@ def test_missing_results_say_whether_the_sweep_has_begun(tmp_path):
     (tmp_path / "events.jsonl").touch()
     with pytest.raises(FileNotFoundError, match="run the same command again"):
         load_results(tmp_path)
+
+
+def begun(run_dir, events, metric="eval/nll"):
+    # No ExperimentConfig: sft with another λ than 0 is refused today.
+    config = {"name": "s", "loss": {"name": "sft", "orpo_lambda": 0.1}, "sweep": {"metric": metric}}
+    (run_dir / "sweep.json").write_text(json.dumps({"sweep_id": "x", "config": config}))
+    (run_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_current_results_of_a_sweep_under_way(tmp_path):
+    events = [submitted(t) for t in ("a", "b", "c", "d")]
+    events += [started("a"), finished("a", "finished", 0.7), started("b"), evaluated("b", 5, 0.9)]
+    events += [finished("c", "failed", None, error="boom")]
+    begun(tmp_path, events, METRIC)
+    results = current(tmp_path)
+    assert (results["name"], results["metric"], results["mode"]) == ("s", METRIC, "max")
+    assert [(t["trial_id"], t["status"], t["error"]) for t in results["trials"]] == [
+        ("a", "finished", None),
+        ("b", "unfinished", None),
+        ("c", "failed", "boom"),
+        ("d", "unfinished", None),
+    ]
+    assert results["trials"][1]["metrics"] == {METRIC: 0.9}
+    assert results["best"]["trial_id"] == "a"  # not b, which is ahead but has not ended
+    begun(tmp_path, [])
+    assert (current(tmp_path)["mode"], current(tmp_path)["trials"]) == ("min", [])
+
+
+def test_current_results_of_a_sweep_that_was_interrupted_ended_and_went_on(tmp_path):
+    events = [submitted("a"), submitted("b"), finished("a", "finished", 0.7)]
+    begun(tmp_path, events, METRIC)
+    results = tmp_path / "results.json"
+    write_results(results, summarize("s", METRIC, "max", events, {"a": "run-a"}))
+    assert current(tmp_path) == load_results(tmp_path)  # with its MLflow ids
+    at = results.stat().st_mtime_ns
+    begun(tmp_path, [*events, started("b"), finished("b", "finished", 0.8)], METRIC)
+    os.utime(tmp_path / "events.jsonl", ns=(at + 1, at + 1))
+    assert current(tmp_path)["best"]["trial_id"] == "b"
+    os.utime(tmp_path / "events.jsonl", ns=(at, at))
+    assert current(tmp_path)["best"]["trial_id"] == "a"
+
+
+def test_current_results_need_a_sweep(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no sweep has run here"):
+        current(tmp_path)

@@ -15,9 +15,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from orpo_ray import config as configuration
-from orpo_ray import tracking
+from orpo_ray import delivery, tracking
+from orpo_ray.mlflow_uri import TrackingError, probe, resolve_uri, ui_command
 from orpo_ray.results import summarize
-from orpo_ray.tracking import SweepTracker, TrackingError, resolve_uri, ui_command
+from orpo_ray.tracking import SweepTracker
 
 METRIC = "eval/preference_accuracy"
 PROVENANCE = {
@@ -292,6 +293,15 @@ def test_uris(monkeypatch, tmp_path):
     assert ui_command("sqlite:////a b/mlflow.db") == "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"
 
 
+def test_a_probe_says_what_is_wrong_and_creates_nothing(output_dir, tmp_path):
+    assert probe(f"sqlite:///{output_dir}/mlflow.db") is None
+    assert probe(f"sqlite:///{tmp_path}/not/there/mlflow.db") is None
+    assert not (tmp_path / "not").exists()
+    problem = probe(f"http://me:secret@127.0.0.1:{free_port()}")
+    assert "127.0.0.1" in problem
+    assert "secret" not in problem
+
+
 def test_a_server_that_never_answers_stops_the_sweep_at_its_start(output_dir):
     tracker = SweepTracker(sweep_config(output_dir, f"http://me:secret@127.0.0.1:{free_port()}"), "s", PROVENANCE)
     with pytest.raises(TrackingError, match="cannot be used") as caught:
@@ -332,7 +342,7 @@ def mlflow_server(port, output_dir):
 
 
 def test_a_server_that_goes_away_and_comes_back_loses_and_doubles_nothing(output_dir, caplog, monkeypatch):
-    monkeypatch.setattr(tracking, "_LONGEST_BACKOFF_S", 1.0)
+    monkeypatch.setattr(delivery, "LONGEST_BACKOFF_S", 1.0)
     port = free_port()
     config = sweep_config(output_dir, f"http://127.0.0.1:{port}")
     events = [*life("t0"), *life("t1")]
@@ -362,7 +372,7 @@ def test_a_server_that_goes_away_and_comes_back_loses_and_doubles_nothing(output
 
 
 def test_what_a_broken_connection_leaves_half_done_is_completed_once(output_dir, monkeypatch):
-    monkeypatch.setattr(tracking, "_FIRST_BACKOFF_S", 0.1)
+    monkeypatch.setattr(delivery, "FIRST_BACKOFF_S", 0.1)
 
     class LosesAnswers(MlflowClient):
         """The first run is created but its answer is lost; the first end does not arrive at all."""

@@ -1,0 +1,185 @@
+"""Prompt and answers -> token ids: the chat template, the end-of-turn token, the cuts to length."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from jinja2.exceptions import TemplateError
+
+from orpo_ray.config import DataConfig
+from orpo_ray.rows import BadRow, DataError, Message, TextPair, drop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ORPO_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""The format of the ORPO authors' code (xfactlab/orpo), for tokenizers without a chat template of their own."""
+
+SCHEMA = pa.schema(
+    {
+        "pair_id": pa.string(),
+        "prompt_text": pa.string(),
+        "prompt_ids": pa.list_(pa.int32()),
+        "chosen_ids": pa.list_(pa.int32()),
+        "rejected_ids": pa.list_(pa.int32()),
+        "chosen_bytes": pa.int32(),
+    }
+)
+"""Of a tokenised pair on disk; `data.Pair` says what the columns hold."""
+
+
+class PairTokenizer:
+    """Renders and tokenises pairs by the batch, cuts them to length, and counts what it did."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes the tokenizer's padding and truncation off, if whoever used it last left any.
+
+        Raises:
+            DataError: the tokenizer is not a fast one, or has no EOS token.
+        """
+        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+            raise DataError(f"{type(tokenizer).__name__}: a fast tokenizer with an EOS token is needed")
+        self.config, self.tokenizer = config, tokenizer
+        self.template = _chat_template(config, tokenizer)
+        self.bos_id = _added_bos(tokenizer)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # Longest first, or one token that begins another would hide it.
+        ends = "|".join(map(re.escape, sorted({*special, tokenizer.eos_token}, key=lambda token: (-len(token), token))))
+        self.end_of_answer = re.compile(rf"(?P<end>{ends})(?:\s*(?:{ends}))*\s*\Z")
+        self.newline_ids = self._ids(["\n"])[0]
+
+    def identity(self) -> dict[str, object]:
+        """What of template and tokenizer decides on the ids, as JSON."""
+        return {
+            "template": self.template,
+            "special": [self.bos_id, self.tokenizer.special_tokens_map],
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+        }
+
+    def batch(self, pairs: Sequence[tuple[str, TextPair]], counts: Counter[str]) -> pa.RecordBatch:
+        """Tokenise pairs, and count what is dropped or cut.
+
+        Args:
+            pairs: (pair_id, texts).
+            counts: goes up; keys as in `data.COUNTS`.
+
+        Returns:
+            Arrow rows (`SCHEMA`) of the pairs that remain, in order.
+
+        Raises:
+            DataError: the chat template refuses a pair, and `on_bad_rows` is "error".
+        """
+        rendered: list[tuple[str, str]] = []
+        chosen: list[tuple[str, int]] = []
+        rejected: list[tuple[str, int]] = []
+        for pair_id, texts in pairs:
+            try:
+                prompt = self._apply(texts.prompt, add_generation_prompt=True)
+                answers = [self._answer(prompt, texts.prompt, side, counts) for side in (texts.chosen, texts.rejected)]
+            except TemplateError as error:
+                bad = BadRow("template_error", f"the chat template refuses it: {error}")
+                drop(bad, pair_id, self.config.on_bad_rows, counts)
+                continue
+            rendered.append((pair_id, prompt))
+            chosen.append(answers[0])
+            rejected.append(answers[1])
+        ids_of = zip(
+            self._ids([prompt for _, prompt in rendered]),
+            self._answer_ids(chosen),
+            self._answer_ids(rejected),
+            strict=True,
+        )
+        rows = []
+        for (pair_id, prompt), (text, _), ids in zip(rendered, chosen, ids_of, strict=True):
+            cut = self._cut(*ids, counts)
+            if cut is None:
+                continue
+            # Of a cut answer, what the kept tokens spell; a character cut in two counts as the three bytes of U+FFFD.
+            kept = text if len(cut[1]) == len(ids[1]) else self._text(cut[1])
+            rows.append(dict(zip(SCHEMA.names, (pair_id, prompt, *cut, len(kept.encode())), strict=True)))
+        return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+
+    def _answer(self, prompt: str, messages: list[Message], content: str, counts: Counter[str]) -> tuple[str, int]:
+        whole = self._apply([*messages, {"role": "assistant", "content": content}], add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            counts["answers_without_template"] += 1
+            return content, self.tokenizer.eos_token_id
+        answer = whole[len(prompt) :]
+        # Of what the template puts behind the answer (`<|im_end|>\n`, `</s>\n`) the first special token ends the turn:
+        # it is the last one a generating model has to say.
+        end = self.end_of_answer.search(answer)
+        if end is None:
+            return answer.rstrip(), self.tokenizer.eos_token_id
+        return answer[: end.start()], self.tokenizer.convert_tokens_to_ids(end["end"])
+
+    def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # The template writes BOS itself where the model wants one.
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False) if texts else None
+        return encoded["input_ids"] if encoded else []
+
+    def _answer_ids(self, answers: Sequence[tuple[str, int]]) -> list[list[int]]:
+        """An answer's ids as they follow a prompt.
+
+        SentencePiece-like tokenizers put a space before a text that stands alone. So each answer is tokenised behind a
+        newline, which is taken off again; where the two merge into one token, it is tokenised alone after all.
+        """
+        size = len(self.newline_ids)
+        behind = self._ids(["\n" + text for text, _ in answers])
+        merged = [index for index, ids in enumerate(behind) if ids[:size] != self.newline_ids]
+        ids_of = dict(zip(merged, self._ids([answers[index][0] for index in merged]), strict=True))
+        return [[*ids_of.get(index, behind[index][size:]), end] for index, (_, end) in enumerate(answers)]
+
+    def _cut(
+        self, prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int], counts: Counter[str]
+    ) -> tuple[list[int], list[int], list[int]] | None:
+        longest = self.config.max_prompt_tokens
+        if self.bos_id is not None and prompt_ids[:1] != [self.bos_id]:
+            prompt_ids = [self.bos_id, *prompt_ids]
+        truncated = len(prompt_ids) > longest
+        if truncated and self.config.long_prompts == "drop":
+            counts["dropped_long_prompt"] += 1
+            return None
+        if truncated:
+            # BOS stays: models that were trained with it are lost without.
+            first = prompt_ids[:1] if self.bos_id is not None else []
+            prompt_ids = [*first, *prompt_ids[len(prompt_ids) - longest + len(first) :]]
+        room = self.config.max_tokens - len(prompt_ids)
+        if chosen_ids[:room] == rejected_ids[:room]:
+            counts["dropped_identical_after_cut"] += 1
+            return None
+        counts["prompts_truncated"] += truncated
+        counts["chosen_truncated"] += len(chosen_ids) > room
+        counts["rejected_truncated"] += len(rejected_ids) > room
+        return prompt_ids, chosen_ids[:room], rejected_ids[:room]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS that the tokenizer puts before every text, if it does."""
+    bos_id = tokenizer.bos_token_id
+    return bos_id if bos_id is not None and tokenizer("x")["input_ids"][:1] == [bos_id] else None
+
+
+def _chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja template of prompts and answers: the config's, else the tokenizer's own, else the ORPO authors'."""
+    if config.chat_template is not None:
+        return config.chat_template
+    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else ORPO_CHAT_TEMPLATE
