@@ -81,6 +81,12 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(_preset_config(config), attn_implementation=config.attention)
     else:
         model = copy.deepcopy(_pretrained(config.model_copy(update={"lora": None, "gradient_checkpointing": False})))
+    tokenizer, rows = load_tokenizer(config), model.get_input_embeddings().num_embeddings
+    if (highest := max(tokenizer.eos_token_id, tokenizer.pad_token_id)) >= rows:
+        raise ModelError(
+            f"model.path {config.path}: its tokenizer's EOS or padding has id {highest}, but its embedding has {rows} "
+            "rows; use the tokenizer that the model was trained with"
+        )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model if config.lora is None else _with_lora(model, config.lora)
@@ -116,8 +122,13 @@ def _pretrained(config: ModelConfig) -> PreTrainedModel:
             dtype=torch.float32,
             **_gguf(config),
         )
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ModelError(_not_found(config, "causal language model", error)) from error
+    except (ImportError, ValueError) as error:
+        raise ModelError(
+            f"model.path {config.path}: transformers cannot load it as a causal language model with model.attention "
+            f"{config.attention}: {error}"
+        ) from error
     if config.gguf_file is not None:
         # Dequantised weights are dense; the marker that remains would make transformers refuse to train or save them.
         model.is_quantized = False
@@ -163,8 +174,6 @@ def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
     from peft import get_peft_model
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    # Without this, gradient checkpointing has no input that requires a gradient once the base is frozen.
-    model.enable_input_require_grads()
     try:
         return get_peft_model(
             model,

@@ -25,7 +25,6 @@ from orpo_ray.tracking import SweepTracker
 from orpo_ray.trainer import GroupManager, Resources, fits, most_groups
 
 NAMESPACE = "orpo_ray"
-_SWEEP_FILE = "sweep.json"
 _TUNE_DIR = "tune"
 _TICK_S = 0.2
 _LOOKAHEAD = 8
@@ -214,7 +213,7 @@ def _lookahead(sweep: SweepConfig) -> int:
 
 def _claim_run_dir(config: ExperimentConfig) -> str:
     """Write the config into a new run directory, or recognise it in the old one; returns the sweep's id."""
-    path = config.run_dir / _SWEEP_FILE
+    path = config.run_dir / results.SWEEP_FILE
     mine = config.model_dump(mode="json")
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -224,6 +223,7 @@ def _claim_run_dir(config: ExperimentConfig) -> str:
                 f"{config.run_dir} holds a sweep with other settings ({'; '.join(changed)}): "
                 "choose another name, or remove that directory to start over"
             )
+        (config.run_dir / results.RESULTS_FILE).unlink(missing_ok=True)  # it would speak of an earlier end
         return str(known["sweep_id"])
     config.run_dir.mkdir(parents=True, exist_ok=True)
     sweep_id = uuid.uuid4().hex[:12]
