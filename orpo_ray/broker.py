@@ -246,8 +246,10 @@ class Broker:
     async def settle(self) -> None:
         """Tune is done. Trials that it had stopped just before a crash, so that nobody ran on, end where they were."""
         for trial_id, trial in self._trials.items():
-            if trial.end is None and trial.config is None:
+            if trial.end is None and trial.config is None and trial.evaluated_step:
                 self._end_unfinished(trial_id, "stopped_early", None)
+            elif trial.end is None and trial.config is None:
+                self._end_unfinished(trial_id, "failed", "proposed just before a crash, and not known to Tune after it")
 
     async def retire(self, group: str) -> None:
         """Let the group end once its present trial is done."""

@@ -36,12 +36,16 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
     # Ray Train polls its workers this often: it bounds how fast a crashed or finished group is noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    # Tune saves its list of trials this often, in seconds; what it forgets in a crash it proposes again.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     # Tune's table and files would repeat the sweep's own.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # A driver per submitted trial is more processes than CPUs, and meant; Ray warns from 3 × this many.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     local = "RAY_ADDRESS" not in os.environ
+    if local:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own default, which it warns of where it is not set
     ray.init(
         include_dashboard=False if local else None,
         num_cpus=num_cpus if local else None,

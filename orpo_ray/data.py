@@ -39,6 +39,7 @@ COUNTS = (
     "dropped_identical",
     "dropped_template_error",
     "dropped_prompt_in_eval",
+    "dropped_empty_prompt",
     "dropped_long_prompt",
     "dropped_identical_after_cut",
     "held_out",
@@ -52,7 +53,7 @@ COUNTS = (
 `left_out` (over `train_pairs` or `eval_pairs`). `answers_without_template`: the template changes what stands before an
 answer, so the answer was tokenised as it is, with EOS behind it."""
 
-_FORMAT_VERSION = 1  # raise it whenever the same rows would become other tokens
+_FORMAT_VERSION = 2  # raise it whenever the same rows would become other tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)

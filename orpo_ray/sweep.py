@@ -77,23 +77,25 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
     tracker.start()
     follower = _Follower(handle, manager, tracker, progress)
     follower.start()
+    complete = False
     try:
         slots = min(most_groups(list(resources.values()), nodes), sweep.max_concurrent or 10**6)
         lanes = {bundle: request.lane for bundle, request in resources.items()}
-        _fit(config, sweep, broker_name, lanes, max_drivers=slots + _lookahead(sweep))
-        ray.get(handle.settle.remote())
+        complete = _fit(config, sweep, broker_name, lanes, max_drivers=slots + _lookahead(sweep))
+        if complete:
+            ray.get(handle.settle.remote())
     finally:
-        follower.stop()
+        # Interrupted trials are left as they are: their checkpoints are what the next run starts from.
+        follower.stop(timeout_s=30 if complete else 0)
     tracker.flush()  # runs of the last trials get their ids
     events = results.read_events(config.run_dir / results.EVENTS_FILE)
     summary = results.summarize(config.name, sweep.metric, sweep.mode, events, tracker.run_ids)
-    interrupted = any(t["error"] == "did not finish" for t in summary["trials"])
     results.write_results(config.run_dir / results.RESULTS_FILE, summary)
     files = report.write_report(config.run_dir, config)
     tracker.attach([config.run_dir / results.RESULTS_FILE, *files])
-    undelivered = tracker.close(summary, interrupted=interrupted)
+    undelivered = tracker.close(summary, interrupted=not complete)
     ray.kill(handle)
-    return Outcome(summary, config.run_dir, files, tracker.uri, undelivered, interrupted)
+    return Outcome(summary, config.run_dir, files, tracker.uri, undelivered, interrupted=not complete)
 
 
 def cluster_has_gpus() -> bool:
@@ -127,15 +129,15 @@ class _Follower(threading.Thread):
         except BaseException as error:
             self._error = error
 
-    def stop(self) -> None:
-        """End the groups, move what is left.
+    def stop(self, timeout_s: float) -> None:
+        """Give the groups so long to end, move what is left.
 
         Raises:
             Exception: the thread had failed.
         """
         self._stopping.set()
         self.join()
-        self._manager.shutdown(timeout_s=30)
+        self._manager.shutdown(timeout_s)
         self._move_events()
         if self._error is not None:
             raise self._error
@@ -149,7 +151,8 @@ class _Follower(threading.Thread):
 
 def _fit(
     config: ExperimentConfig, sweep: SweepConfig, broker_name: str, lanes: dict[str, str], max_drivers: int
-) -> None:
+) -> bool:
+    """Let Tune run, or go on. Returns whether it came to its end (and was not interrupted)."""
     # Tune would warn that it finds no result files of its own, which would only repeat the journal.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     trainable = tune.with_resources(
@@ -182,9 +185,10 @@ def _fit(
                 verbose=0,
             ),
         )
-    for result in tuner.fit():
-        if result.error is not None:
-            raise SweepError(f"a trial driver failed, which is a defect of orpo_ray: {result.error}") from result.error
+    grid = tuner.fit()
+    if grid.num_errors:
+        raise SweepError(f"a trial driver failed, which is a defect of orpo_ray: {grid.errors[0]}") from grid.errors[0]
+    return bool(grid.num_terminated == sweep.num_trials)
 
 
 def _searcher(sweep: SweepConfig, max_drivers: int) -> Any:

@@ -151,6 +151,10 @@ class PairTokenizer:
         longest = self.config.max_prompt_tokens
         if self.bos_id is not None and prompt_ids[:1] != [self.bos_id]:
             prompt_ids = [self.bos_id, *prompt_ids]
+        if not prompt_ids:
+            # The first token of a sequence is never predicted, so without a prompt an answer would lose one.
+            counts["dropped_empty_prompt"] += 1
+            return None
         truncated = len(prompt_ids) > longest
         if truncated and self.config.long_prompts == "drop":
             counts["dropped_long_prompt"] += 1

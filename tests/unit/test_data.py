@@ -717,3 +717,12 @@ def test_hh_rlhf_as_published(config: Callable[..., DataConfig], plain: PreTrain
     assert not prompts_of(train) & prompts_of(evaluation)
     assert_every_row_is_accounted_for(train)
     assert all(pair.chosen_ids[-1] == plain.eos_token_id for pair in (train[i] for i in range(len(train))))
+
+
+def test_pairs_without_a_prompt_are_dropped(
+    config: Callable[..., DataConfig], tmp_path: Path, plain: PreTrainedTokenizerFast
+) -> None:
+    answers_only = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
+    data = config(str(write_jsonl(tmp_path / "rows.jsonl", numbered(4))), chat_template=answers_only)
+    with pytest.raises(DataError, match="dropped_empty_prompt"):
+        load_pairs(data, plain)

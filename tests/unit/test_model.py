@@ -350,7 +350,7 @@ def test_a_model_that_is_not_there_is_refused(
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="cannot load it as a causal language model.*Unrecognized model"):
+    with pytest.raises(ModelError, match=r"cannot load it as a causal language model.*Unrecognized model"):
         build_model(ModelConfig(path=str(tmp_path)), seed=0)
 
 
