@@ -75,7 +75,7 @@ def test_divergence_ends_the_trial_with_step_and_pairs(cache: Path, tmp_path: Pa
     record = train(experiment(cache, **{"optim.lr": 1e30, "optim.warmup_ratio": 0.0}), tmp_path)
     assert record.result.status == "diverged"
     assert record.result.steps == 2
-    assert "step 2, a batch of 8 pair(s): builtin://style-pairs" in record.result.error
+    assert "step 2, a batch of 8 pair(s): style-pairs:" in record.result.error
     assert record.result.metrics == {}
 
 

@@ -44,7 +44,7 @@ def test_every_way_to_end(sweeps: Sweeps) -> None:
     assert (stopped["status"], stopped["steps"]) == ("stopped_early", 4)
     assert (diverged["status"], diverged["steps"]) == ("diverged", 2)
     assert "step 2" in diverged["error"]
-    assert "builtin" in diverged["error"]
+    assert "style-pairs:" in diverged["error"]
     for lr in (3.0e-3, 1.0e-6, 1.0e30):
         missing = by_params["missing", lr]
         assert (missing["status"], missing["steps"]) == ("failed", 0)
