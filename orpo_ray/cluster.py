@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import shutil
 import sys
@@ -44,8 +45,10 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     # A driver per submitted trial is more processes than CPUs, and meant; Ray warns from 3 × this many.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     local = "RAY_ADDRESS" not in os.environ
-    if local:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own default, which it warns of where it is not set
+    if local and "RAY_AUTH_MODE" not in os.environ:
+        # Ray then uses token authentication, makes the token itself, and warns that it does. (Set here, the variable
+        # would come too late: Ray's core reads it when it is imported.)
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     ray.init(
         include_dashboard=False if local else None,
         num_cpus=num_cpus if local else None,
