@@ -1,0 +1,191 @@
+"""The broker's rules, on the class itself; test_sweep.py has it as an actor among real processes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_ray.broker import Assignment, Broker
+from orpo_ray.results import read_events
+
+LANE = "1x1cpu0gpu"
+
+
+async def submit(broker: Broker, *trial_ids: str, bundle: str = "") -> None:
+    for trial_id in trial_ids:
+        await broker.submit(trial_id, {"optim.lr": 1e-3}, bundle, LANE, config=f"config of {trial_id}")
+
+
+async def group(broker: Broker, name: str = "g", lane: str = LANE) -> str:
+    await broker.join(name, lane, ["host:1"])
+    return name
+
+
+async def take(broker: Broker, name: str) -> Assignment:
+    taken = await broker.take(name, timeout_s=1)
+    assert isinstance(taken, Assignment), taken
+    return taken
+
+
+def end(steps: int, **metrics: float) -> tuple[Any, ...]:
+    return "finished", steps, metrics, "checkpoint", 1.5, None
+
+
+def events(folder: Path) -> list[tuple[str, str]]:
+    return [(event["event"], event["trial_id"]) for event in read_events(folder / "events.jsonl")]
+
+
+def test_a_trial_goes_to_a_group_and_its_evaluations_to_the_driver(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = Broker(str(tmp_path), max_failures=2)
+        await submit(broker, "a")
+        worker = await group(broker)
+        assert await take(broker, worker) == Assignment("a", 0, "config of a")
+        evaluated = asyncio.create_task(broker.evaluated("a", 0, 10, {"eval/nll": 2.0}, "c10"))
+        assert await broker.next_result("a") == {
+            "step": 10,
+            "metrics": {"eval/nll": 2.0},
+            "status": None,
+            "error": None,
+        }
+        await asyncio.sleep(0)
+        assert not evaluated.done(), "the worker must wait for the driver's decision"
+        following = asyncio.create_task(broker.next_result("a"))
+        assert await evaluated == "continue"
+        await broker.finished("a", 0, *end(20, nll=1.0))
+        assert (await following)["status"] == "finished"
+        assert (await broker.next_result("a"))["status"] == "finished", "asked again, it says so again"
+        load = await broker.load()
+        assert (load.queued, load.busy, list(load.idle_seconds)) == ({}, {}, ["g"])
+
+    asyncio.run(scenario())
+    assert events(tmp_path) == [("submitted", "a"), ("eval", "a"), ("finished", "a")]
+
+
+def test_a_stop_reaches_a_waiting_a_running_and_a_queued_trial(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = Broker(str(tmp_path), max_failures=2)
+        await submit(broker, "a", "b", "c")
+        first, second = await group(broker, "g1"), await group(broker, "g2")
+        await take(broker, first)
+        await take(broker, second)
+        waiting = asyncio.create_task(broker.evaluated("a", 0, 10, {}, None))
+        await asyncio.sleep(0)
+        for trial_id in ("a", "b", "c"):
+            await broker.stop(trial_id)
+        assert await waiting == "stop"
+        assert await broker.evaluated("b", 0, 10, {}, None) == "stop"
+        queued = await broker.next_result("c")
+        assert (queued["status"], queued["step"]) == ("stopped_early", 0)
+        assert await broker.take(await group(broker, "g3"), 0.01) == "wait"
+
+    asyncio.run(scenario())
+
+
+def test_an_interrupted_trial_is_handed_out_again_until_it_failed_too_often(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = Broker(str(tmp_path), max_failures=1)
+        await submit(broker, "a", "b")
+        worker = await group(broker)
+        await take(broker, worker)
+        await broker.log("a", 0, 5, {"train/loss": 3.0})
+        await broker.join(worker, LANE, ["host:2"])  # the group's processes are new
+        again = await take(broker, worker)
+        assert (again.trial_id, again.attempt) == ("a", 1), "before b, which came later"
+        await broker.log("a", 0, 10, {"train/loss": 2.0})  # a message of the dead process
+        await broker.log("a", 1, 5, {"train/loss": 3.0})  # the step that was reported before
+        await broker.log("a", 1, 10, {"train/loss": 2.5})
+        assert await broker.evaluated("a", 0, 10, {}, None) == "stop", "a zombie of the earlier attempt"
+        await broker.lost(worker, "node gone")
+        failed = await broker.next_result("a")
+        assert failed["status"] == "failed"
+        assert "node gone; given up after 2 attempts (sweep.max_failures 1)" in failed["error"]
+
+    asyncio.run(scenario())
+    logged = [e["metrics"]["train/loss"] for e in read_events(tmp_path / "events.jsonl") if e["event"] == "log"]
+    assert logged == [3.0, 2.5]
+
+
+def test_the_next_broker_goes_on_from_the_journal(tmp_path: Path) -> None:
+    async def before() -> None:
+        broker = Broker(str(tmp_path), max_failures=2)
+        await submit(broker, "a", "b", "c", "d")
+        worker = await group(broker)
+        await take(broker, worker)
+        await broker.finished("a", 0, *end(20))
+        await take(broker, worker)
+        await broker.log("b", 0, 15, {"train/loss": 1.0})
+        asyncio.create_task(broker.evaluated("b", 0, 10, {"eval/nll": 2.0}, "c10"))  # noqa: RUF006
+        await take(broker, await group(broker, "other"))
+        asyncio.create_task(broker.evaluated("c", 0, 10, {"eval/nll": 3.0}, "c10"))  # noqa: RUF006
+        await asyncio.sleep(0)
+
+    async def after() -> None:
+        broker = Broker(str(tmp_path), max_failures=2)
+        await submit(broker, "a", "b")
+        assert (await broker.next_result("a"))["status"] == "finished"
+        worker = await group(broker)
+        assert (await take(broker, worker)).trial_id == "b", "a is not run again"
+        await broker.log("b", 0, 15, {"train/loss": 1.0})
+        assert await broker.evaluated("b", 0, 10, {"eval/nll": 2.0}, "c10") == "continue"
+        await broker.finished("b", 0, *end(20))
+        await broker.settle()  # Tune does not bring c and d back: c was stopped, d was never saved
+        drained = await broker.drain()
+        assert [e["event"] for e in drained if e["trial_id"] == "b"] == ["submitted", "log", "eval", "finished"]
+        assert (await broker.next_result("c"))["status"] == "stopped_early"
+        assert (await broker.next_result("d"))["status"] == "failed"
+
+    asyncio.run(before())
+    with (tmp_path / "events.jsonl").open("a") as journal:
+        journal.write('{"event": "log", "tri')  # the machine died here
+    asyncio.run(after())
+    assert events(tmp_path).count(("log", "b")) == 1
+    assert events(tmp_path).count(("eval", "b")) == 1
+
+
+def test_a_group_prefers_trials_whose_weights_it_holds(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = Broker(str(tmp_path), max_failures=2)
+        worker = await group(broker)
+        await submit(broker, "1", "3", bundle="small")
+        await submit(broker, "2", bundle="large")
+        order = []
+        for _ in range(3):
+            order.append((await take(broker, worker)).trial_id)
+            await broker.finished(order[-1], 0, *end(1))
+        assert order == ["1", "3", "2"]
+
+    asyncio.run(scenario())
+
+
+def test_groups_take_from_their_own_lane_and_end_when_told(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = Broker(str(tmp_path), max_failures=2)
+        await submit(broker, "a")
+        other = await group(broker, "other", lane="2x1cpu0gpu")
+        assert await broker.take(other, 0.01) == "wait"
+        waiting = asyncio.create_task(broker.take(other, 5))
+        await asyncio.sleep(0)
+        await broker.retire(other)
+        assert await waiting == "end"
+        await broker.fail_lane(LANE, "no GPU driver")
+        assert (await broker.next_result("a"))["error"] == "no GPU driver"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("status", ["diverged", "failed"])
+def test_the_first_end_counts(tmp_path: Path, status: str) -> None:
+    async def scenario() -> None:
+        broker = Broker(str(tmp_path), max_failures=2)
+        await submit(broker, "a")
+        await take(broker, await group(broker))
+        await broker.finished("a", 0, status, 3, {}, None, 1.0, "why")
+        await broker.finished("a", 0, *end(9))
+        assert (await broker.next_result("a"))["status"] == status
+
+    asyncio.run(scenario())
+    assert events(tmp_path).count(("finished", "a")) == 1
