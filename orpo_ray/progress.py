@@ -100,14 +100,12 @@ class SweepProgress:
         header.append(f"   {_clock(time.monotonic() - self._began)} so far")
         left = self.seconds_left()
         header.append(f", at most {_clock(left)} left" if left is not None else ", time left unknown yet", style="dim")
+        overall = Table.grid(padding=(0, 2))
+        overall.add_row(ProgressBar(total=self.num_trials, completed=ended, width=40), header)
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for title in ("trial", "", "step", self.metric, "eval/log_odds", "status"):
             table.add_column(title, justify="right" if title in ("step", self.metric, "eval/log_odds") else "left")
-        shown = [t for t in self._trials.values() if t.status not in _ENDED]
-        recent = [t for t in self._trials.values() if t.status in _ENDED][
-            -max(4, self.console.height - len(shown) - 8) :
-        ]
-        for trial in [*recent, *shown]:
+        for trial in self._shown():
             style = "" if trial.status == "training" else "red" if trial.status in ("failed", "diverged") else "dim"
             bar = ProgressBar(total=max(trial.max_steps, 1), completed=trial.step, width=20)
             steps = f"{trial.step}/{trial.max_steps}" if trial.max_steps else ""
@@ -120,10 +118,17 @@ class SweepProgress:
                 trial.status.replace("_", " "),
                 style=style,
             )
-        best = [t.value for t in self._trials.values() if t.value is not None]
-        return Group(
-            header, ProgressBar(total=self.num_trials, completed=ended, width=60), table if best or shown else ""
-        )
+        return Group(overall, table) if self._trials else overall
+
+    def _shown(self) -> list[_Trial]:
+        """As many as the terminal has lines for: the last that ended, those in training, those that wait."""
+        trials = self._trials.values()
+        ended = [t for t in trials if t.status in _ENDED]
+        training = [t for t in trials if t.status not in (*_ENDED, "waiting")]
+        waiting = [t for t in trials if t.status == "waiting"]
+        room = max(6, self.console.height - 4 - len(training))
+        kept = max(room - len(waiting), room // 2)
+        return [*ended[-kept:], *training, *waiting[: room - min(len(ended), kept)]]
 
 
 _ENDED = ("finished", "stopped_early", "diverged", "failed")
