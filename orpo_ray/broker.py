@@ -78,6 +78,7 @@ class Broker:
         self._last_bundle: dict[str, str] = {}  # group -> bundle of its latest trial
         self._busy: dict[str, str] = {}  # group -> trial
         self._idle_since: dict[str, float] = {}
+        self._complaints: dict[str, str] = {}  # group -> why it is about to end
         self._retired: set[str] = set()
         self._undelivered: list[dict[str, Any]] = []
         self._changed = asyncio.Condition()
@@ -104,6 +105,11 @@ class Broker:
         if trial.config is None and trial.end is None:
             trial.config, trial.lane = config, lane
             self._enqueue(trial_id)
+        elif trial.end is None:
+            # Its driver was restarted. What the old one took with it is offered again.
+            trial.results = asyncio.Queue()
+            if trial.verdict is not None:
+                trial.results.put_nowait(_result(trial.evaluated_step, trial.metrics))
         await self._notify()
 
     async def next_result(self, trial_id: str) -> dict[str, Any]:
@@ -140,20 +146,30 @@ class Broker:
         self._lanes[group] = lane
         self._processes[group] = processes
         self._idle_since[group] = time.monotonic()
-        self._interrupted(group, "a worker process died")
+        self._interrupted(group, self._complaints.pop(group, "a worker process died"))
         await self._notify()
+
+    async def complain(self, group: str, reason: str) -> None:
+        """A rank says why it is about to bring its group down."""
+        self._complaints.setdefault(group, reason)
 
     async def take(self, group: str, timeout_s: float) -> Assignment | str:
         """Wait for a trial of the group's lane. Returns `wait` after `timeout_s` without one, `end` to finish."""
-        lane = self._lanes[group]
+        lane, processes = self._lanes[group], self._processes[group]
+
+        def replaced() -> bool:
+            # The process that asked has died and this is its question still waiting; it must not take a trial along.
+            return self._processes.get(group) is not processes
 
         def ready() -> bool:
-            return group in self._retired or bool(self._queues.get(lane))
+            return replaced() or group in self._retired or bool(self._queues.get(lane))
 
         async with self._changed:
             try:
                 await asyncio.wait_for(self._changed.wait_for(ready), timeout_s)
             except TimeoutError:
+                return "wait"
+            if replaced():
                 return "wait"
             if group in self._retired:
                 return "end"
@@ -204,7 +220,7 @@ class Broker:
         if trial.stop_requested:
             return "stop"
         trial.verdict = asyncio.get_running_loop().create_future()
-        trial.results.put_nowait({"step": step, "metrics": metrics, "status": None, "error": None})
+        trial.results.put_nowait(_result(step, metrics))
         return await trial.verdict
 
     async def finished(
@@ -222,6 +238,9 @@ class Broker:
         trial = self._trials[trial_id]
         if attempt != trial.attempt or trial.end is not None:
             return
+        if status == "failed":
+            # The exception took what the worker knew of the trial; the journal has it.
+            steps, metrics, checkpoint = trial.evaluated_step, trial.metrics, trial.checkpoint
         if trial.group is not None:
             self._busy.pop(trial.group, None)
             self._idle_since[trial.group] = time.monotonic()
@@ -232,7 +251,8 @@ class Broker:
 
     async def lost(self, group: str, reason: str) -> None:
         """The group has ended and will not come back; a trial it had is queued again or, too often tried, failed."""
-        self._interrupted(group, reason)
+        self._interrupted(group, self._complaints.pop(group, reason))
+        self._processes.pop(group, None)
         self._lanes.pop(group, None)
         self._idle_since.pop(group, None)
         await self._notify()
@@ -359,6 +379,11 @@ class Broker:
                         "error": entry["error"],
                     }
             self._undelivered.append(entry)
+
+
+def _result(step: int, metrics: dict[str, float]) -> dict[str, Any]:
+    """An evaluation as the driver gets it; an end has a status."""
+    return {"step": step, "metrics": metrics, "status": None, "error": None}
 
 
 def start(name: str, namespace: str, run_dir: Path, max_failures: int) -> ray.actor.ActorHandle:

@@ -38,7 +38,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _is_users_to_mend(error: Exception) -> bool:
     """Whether the message is all a user needs; anything else is a bug and shows its traceback."""
-    names = {"ConfigError", "DataError", "ModelError", "SweepError", "TrackingError", "FileNotFoundError"}
+    names = {
+        "ConfigError",
+        "DataError",
+        "ModelError",
+        "SweepError",
+        "ClusterError",
+        "TrackingError",
+        "FileNotFoundError",
+    }
     return type(error).__name__ in names
 
 
@@ -112,6 +120,12 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
     if outcome.undelivered:
         console.print(
             f"{outcome.undelivered} events have not reached MLflow; the same command delivers them", style="yellow"
+        )
+    failed = sum(trial["status"] == "failed" for trial in outcome.results["trials"])
+    if failed:
+        console.print(
+            f"{failed} trials failed, for the reasons in the table; they are not tried again under this name",
+            style="yellow",
         )
     if outcome.interrupted:
         console.print("interrupted; the same command continues where this one stopped", style="yellow")

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+class ClusterError(RuntimeError):
+    """No cluster can be had as asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One line of `orpo-ray doctor`."""
@@ -44,21 +48,37 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # A driver per submitted trial is more processes than CPUs, and meant; Ray warns from 3 × this many.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+    # A group that must wait for room, or for a node to be added, gives up after this long.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     local = "RAY_ADDRESS" not in os.environ
+    if num_cpus is not None and not local:
+        raise ClusterError(f"--num-cpus is for a local cluster, but RAY_ADDRESS is {os.environ['RAY_ADDRESS']}")
     if local and "RAY_AUTH_MODE" not in os.environ:
         # Ray then uses token authentication, makes the token itself, and warns that it does. (Set here, the variable
         # would come too late: Ray's core reads it when it is imported.)
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    try:
+        _init(local, num_cpus)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}: {error}; unset it to start one here"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init(local: bool, num_cpus: int | None) -> None:
+    import ray
+
     ray.init(
+        address="local" if local else None,
         include_dashboard=False if local else None,
         num_cpus=num_cpus if local else None,
         logging_level="WARNING",
         log_to_driver=False,
     )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def doctor(tracking_uri: str) -> list[Finding]:

@@ -85,7 +85,8 @@ class SweepConfig(Section):
     seed: int = Field(0, ge=0)
     """Seed of the searcher's draws."""
     max_concurrent: int | None = Field(None, ge=1)
-    """Trials running at once; by default as many as the cluster holds."""
+    """Trials running at once; by default as many as the cluster holds. Where a sweep is continued on a larger cluster,
+    Tune still proposes no more trials ahead than its first run did."""
     max_failures: int = Field(2, ge=0)
     """How often a trial whose worker process died is started again from its last checkpoint."""
     scheduler: Annotated[FifoConfig | AshaConfig | MedianConfig, Field(discriminator="type")] = FifoConfig(type="fifo")

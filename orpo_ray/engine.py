@@ -60,6 +60,10 @@ def build_engine(model: torch.nn.Module, config: ExperimentConfig) -> deepspeed.
     """
     _quiet()
     _prebuild(_COMMUNICATION_OP)
+    if config.train.precision == "bf16":
+        # Inside the module: on CUDA, DeepSpeed switches off an autocast that it finds around its engine.
+        model.forward = torch.autocast(get_accelerator().device_name(), torch.bfloat16)(model.forward)
+    get_accelerator().reset_peak_memory_stats()  # a warm worker had other models before
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = _parameter_groups(trainable, config.optim)
     ds_config = deepspeed_config(config)

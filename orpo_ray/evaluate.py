@@ -52,8 +52,7 @@ def evaluate(
         mine = first + rank
         chosen = [pairs[int(i)] for i in micro_batches[min(mine, len(micro_batches) - 1)]]
         batch = collate(chosen, pad_token_id, scope).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            logps = pair_logps(model, batch)
+        logps = pair_logps(model, batch)
         if mine < len(micro_batches):
             sums.add(logps, loss_fn(logps, counts), len(chosen))
             chosen_lengths_P = torch.tensor([len(pair.chosen_ids) for pair in chosen], device=device)

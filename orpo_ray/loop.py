@@ -207,8 +207,7 @@ class _Run:
         for micro_batch in self._my_micro_batches(indices):
             members = [pairs[int(i)] for i in micro_batch]
             batch = collate(members, self.pad_token_id, config.loss.nll_scope).to(self.engine.device)
-            with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                logps = pair_logps(self.engine, batch)
+            logps = pair_logps(self.engine, batch)
             terms = self.loss_fn(logps, counts)
             # Shares add up over micro-batches and ranks; DeepSpeed averages over ranks, so each share is scaled up by
             # their number, and told not to divide by the accumulation steps.

@@ -51,8 +51,13 @@ class SweepProgress:
 
     def handle(self, events: list[dict[str, Any]]) -> None:
         """Take note of events, in order."""
+        resumed = not self._trials and any(event["event"] == "started" for event in events)
         for event in events:
             self._take(event)
+        if resumed:  # the first events are then the journal's: nobody trains yet
+            for trial in self._trials.values():
+                if trial.status not in _ENDED:
+                    trial.status = "waiting"
 
     def _take(self, event: dict[str, Any]) -> None:
         if event["event"] == "submitted":
@@ -73,7 +78,7 @@ class SweepProgress:
                 trial.status = f"again ({event['attempt']})"
             case "finished":
                 trial.status, trial.step, trial.error = event["status"], event["steps"], event["error"]
-                if event["train_seconds"]:
+                if event["status"] == "finished":
                     self._seconds_of_ended.append(event["train_seconds"])
                 if self._live is None:
                     value = "" if trial.value is None else f"  {self.metric} {trial.value:.4f}"

@@ -44,8 +44,11 @@ class PerBundle(FIFOScheduler):
         scheduler = self._of(trial)
         scheduler.on_trial_add(tune_controller, trial)
         self._live.add(trial.trial_id)
+        # The median rule may not be asked again about a trial that it would stop; this method of it only takes note.
+        median = isinstance(scheduler, MedianStoppingRule)
+        take_note = scheduler.on_trial_complete if median else scheduler.on_trial_result
         for result in self._reported_earlier().pop(trial.trial_id, []):
-            scheduler.on_trial_result(tune_controller, trial, result)
+            take_note(tune_controller, trial, result)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Continue or stop."""

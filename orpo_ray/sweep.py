@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from filelock import FileLock, Timeout
 from ray import tune
 
 from orpo_ray import broker, provenance, report, results
@@ -61,6 +63,17 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
         TrackingError: MLflow cannot be used.
     """
     config, sweep = config.as_sweep()
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(config.run_dir / "sweep.lock", timeout=0):
+            return _run(config, sweep, progress)
+    except Timeout:
+        raise SweepError(
+            f"{config.run_dir}: another process runs this sweep now; wait for it, or choose another name"
+        ) from None
+
+
+def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress) -> Outcome:
     sweep_id = _claim_run_dir(config)
     resources = group_resources(config, sweep, cluster_has_gpus())
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -128,6 +141,7 @@ class _Follower(threading.Thread):
                 self._move_events()
         except BaseException as error:
             self._error = error
+            _thread.interrupt_main()  # else Tune would wait for ever for groups that nobody starts; `stop` tells why
 
     def stop(self, timeout_s: float) -> None:
         """Give the groups so long to end, move what is left.
@@ -161,7 +175,7 @@ def _fit(
     )
     path = str(config.run_dir / _TUNE_DIR)
     if tune.Tuner.can_restore(path):
-        tuner = tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True)
+        tuner = tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True, resume_errored=True)
     else:
         tuner = tune.Tuner(
             trainable,
@@ -181,7 +195,7 @@ def _fit(
                 storage_path=str(config.run_dir),
                 callbacks=[StopAtBroker(broker_name, NAMESPACE)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=0),
+                failure_config=tune.FailureConfig(max_failures=3),  # of a driver
                 verbose=0,
             ),
         )
@@ -229,7 +243,6 @@ def _claim_run_dir(config: ExperimentConfig) -> str:
             )
         (config.run_dir / results.RESULTS_FILE).unlink(missing_ok=True)  # it would speak of an earlier end
         return str(known["sweep_id"])
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     sweep_id = uuid.uuid4().hex[:12]
     results.write_results(path, {"sweep_id": sweep_id, "created": int(time.time() * 1000), "config": mine})
     return sweep_id

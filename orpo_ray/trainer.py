@@ -16,8 +16,8 @@ from orpo_ray.broker import Load
 from orpo_ray.config import ScalingConfig
 from orpo_ray.worker import GroupSpec, run_group
 
-_MAX_GROUP_RESTARTS = 1_000
-"""Ray restarts a crashed group this often; the broker counts attempts per trial, so no trial crashes for ever."""
+_MAX_GROUP_RESTARTS = 10
+"""Ray restarts a crashed group this often; then a new group is started, if trials still wait."""
 _COLLECTIVE_TIMEOUT_S = 1800
 """A rank that never arrives fails the group after this."""
 _MAX_FAILED_STARTS = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -79,6 +80,7 @@ def _run_trial(assignment: Assignment, spec: GroupSpec, broker: Any, control: An
     Raises:
         GroupBrokenError: ranks disagree about how the trial ended.
     """
+    import torch
     import torch.distributed as dist
 
     from orpo_ray.loop import Decision, RankContext, Status, TrialResult, train
@@ -102,14 +104,29 @@ def _run_trial(assignment: Assignment, spec: GroupSpec, broker: Any, control: An
         trial_dir.mkdir(parents=True, exist_ok=True)
         (trial_dir / f"error-rank-{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         outcome = TrialResult(Status.FAILED, 0, {}, None, 0.0, f"{type(error).__name__}: {error}")
+    if outcome.status is Status.FAILED:
+        gc.collect()  # the traceback that held the engine's tensors is gone only now
+        torch.cuda.empty_cache()
     outcomes: list[TrialResult | None] = [None] * dist.get_world_size()
     try:
         dist.all_gather_object(outcomes, outcome, group=roll_call)
     except RuntimeError as error:
-        raise GroupBrokenError(f"rank {rank}: {outcome.error or 'the other ranks did not end the trial'}") from error
+        raise _broken(spec, broker, rank, outcome.error or "the other ranks did not end the trial") from error
     failed = [o for o in outcomes if o is not None and o.status is Status.FAILED]
     if failed and len(failed) < len(outcomes):
-        raise GroupBrokenError(f"rank {rank}: only some ranks failed: {failed[0].error}")
+        raise _broken(spec, broker, rank, f"only some ranks failed: {failed[0].error}")
     if rank == 0:
         end = outcome.steps, outcome.metrics, outcome.checkpoint, outcome.train_seconds, outcome.error
         ray.get(broker.finished.remote(trial_id, attempt, str(outcome.status), *end))
+    if failed and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            # After a device-side fault every later trial of these processes would fail too.
+            raise _broken(spec, broker, rank, "the GPU is unusable after a failed trial") from error
+
+
+def _broken(spec: GroupSpec, broker: Any, rank: int, reason: str) -> GroupBrokenError:
+    """Tell the broker why, since Ray only tells it that the processes are new; then the caller raises."""
+    ray.get(broker.complain.remote(spec.group, f"rank {rank}: {reason}"))
+    return GroupBrokenError(f"rank {rank}: {reason}")
