@@ -61,7 +61,7 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
         _init(local, num_cpus)
     except ConnectionError as error:
         raise ClusterError(
-            f"no Ray cluster answers at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}: {error}; unset it to start one here"
+            f"no Ray cluster answers at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}; unset it to start one here"
         ) from error
     try:
         yield

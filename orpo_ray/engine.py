@@ -113,11 +113,19 @@ def step(engine: deepspeed.DeepSpeedEngine, lr: float, max_grad_norm: float | No
 
 def destroy(engine: deepspeed.DeepSpeedEngine) -> None:
     """Free what the engine holds; the process group stays for the next one."""
+    optimizers = (engine.basic_optimizer, engine.optimizer)
+    parameters = list(engine.module.parameters())
     engine.destroy()
-    # DeepSpeed's hooks and optimizer refer to each other in cycles that only the collector can break.
-    engine.optimizer = None
-    engine.module = None
-    gc.collect()
+    # ZeRO-3 leaves hooks in autograd's nodes, where Python's collector cannot see that they and what they refer to
+    # form cycles. So what is heavy is taken away from it: otherwise every engine leaves all of its state behind.
+    for optimizer in optimizers:
+        vars(optimizer).clear()
+    for parameter in parameters:
+        vars(parameter).clear()
+        parameter.data = torch.empty(0)
+        parameter.grad = None
+    engine.optimizer = engine.basic_optimizer = engine.module = None
+    gc.collect()  # what remains refers to each other in cycles
     get_accelerator().empty_cache()
 
 
