@@ -51,7 +51,7 @@ def test_plan_lists_trials_sizes_and_what_does_not_fit() -> None:
     assert [size["trials"] for size in planned["sizes"]] == [8, 8]
     assert len(planned["cells"]) == 8
     assert [cell["model"] for cell in planned["cells"][:4]] == ["1m", "4m", "1m", "4m"]
-    text = orpo_ray("plan", quickstart, "scaling.num_workers=4", "--num-cpus", "2", "--num-gpus", "0", code=1)
+    text = orpo_ray("plan", quickstart, "scaling.cpus_per_worker=4", "--num-cpus", "2", "--num-gpus", "0", code=1)
     assert "it would wait for ever" in text
 
 
