@@ -98,9 +98,9 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> int:
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
     with console.status("starting Ray"):
         from orpo_ray import cluster, mlflow_uri, progress, report, sweep
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
     _, settings = config.as_sweep()
     display = progress.SweepProgress(console, settings.metric, settings.num_trials)
     with cluster.connected(num_cpus), display:
