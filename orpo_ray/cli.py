@@ -84,8 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace, console: Console) -> int:
     from orpo_ray.config import load
 
-    config = load(arguments.file, arguments.overrides)
-    return _run(config.model_copy(update={"sweep": None}), arguments.num_cpus, console)
+    return _run(load(arguments.file, [*arguments.overrides, "sweep=null"]), arguments.num_cpus, console)
 
 
 def _sweep(arguments: argparse.Namespace, console: Console) -> int:
