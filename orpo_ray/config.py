@@ -63,9 +63,14 @@ METRIC_MODES: dict[str, Literal["max", "min"]] = {
 }
 """Held-out metrics a sweep may rank trials by, and which direction is better."""
 
+_WHAT_AN_ANSWER_IS = frozenset({"loss.answer_padding", "loss.preset"})
 _MEANING_MOVED_BY: dict[str, frozenset[str]] = {
-    "eval/loss": frozenset({"loss.orpo_lambda", "loss.name", "loss.nll_scope", "loss.nll_reduction"}),
-    "eval/nll": frozenset({"loss.nll_scope", "loss.nll_reduction"}),
+    "eval/loss": frozenset(f"loss.{setting}" for setting in LossConfig.model_fields),
+    "eval/nll": frozenset({"loss.nll_scope", "loss.nll_reduction", "loss.nll_eos", "loss.preset"}),
+    "eval/preference_accuracy": _WHAT_AN_ANSWER_IS,
+    "eval/log_odds": _WHAT_AN_ANSWER_IS,
+    "eval/odds_ratio_loss": _WHAT_AN_ANSWER_IS,
+    "eval/nll_per_byte": _WHAT_AN_ANSWER_IS,
 }
 """Metric -> settings that change what the metric measures; sweeping one of them by that metric ranks the
 setting, not the model (law 4)."""
@@ -128,12 +133,16 @@ class SweepConfig(Section):
         for axis in self.space.values():
             if isinstance(axis, Bundle):
                 swept.update(path for settings in axis.values.values() for path in settings)
-        moved = sorted(swept & _MEANING_MOVED_BY.get(self.metric, frozenset()))
+        moved = sorted(swept & _MEANING_MOVED_BY[self.metric])
         if moved:
-            allowed = [m for m in METRIC_MODES if not swept & _MEANING_MOVED_BY.get(m, frozenset())]
+            allowed = [m for m in METRIC_MODES if not swept & _MEANING_MOVED_BY[m]]
+            advice = f"use one of {', '.join(allowed)}"
+            if not allowed:
+                of = "a preset's settings one by one" if "loss.preset" in moved else "fewer of these settings"
+                advice = f"and so does every other metric; vary {of}, or run one experiment per value"
             raise ValueError(
                 f"metric {self.metric} changes its meaning with {', '.join(moved)}, which this sweep varies: "
-                f"it would rank the setting, not the model; use one of {', '.join(allowed)}"
+                f"it would rank the setting, not the model; {advice}"
             )
         lone = [path for path, axis in self.space.items() if not isinstance(axis, Bundle) and _needs_bundle(path)]
         if lone:
@@ -165,15 +174,10 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _cross_section_rules(self) -> ExperimentConfig:
-        _require_batch_arithmetic(self.train, self.scaling)
+        _require_pair_per_worker(self.train, self.scaling)
         if self.sweep is not None:
             _require_stoppable(self.sweep, self.train)
         return self
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Forward passes per worker and optimizer step."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * self.scaling.num_workers)
 
     @property
     def run_dir(self) -> Path:
@@ -452,10 +456,9 @@ def _require_stoppable(sweep: SweepConfig, train: TrainConfig) -> None:
         )
 
 
-def _require_batch_arithmetic(train: TrainConfig, scaling: ScalingConfig) -> None:
-    per_pass = train.micro_batch_size * scaling.num_workers
-    if train.global_batch_size % per_pass:
+def _require_pair_per_worker(train: TrainConfig, scaling: ScalingConfig) -> None:
+    if train.global_batch_size < scaling.num_workers:
         raise ValueError(
-            f"micro_batch_size ({train.micro_batch_size}) × num_workers ({scaling.num_workers}) must divide "
-            f"global_batch_size ({train.global_batch_size})"
+            f"global_batch_size ({train.global_batch_size}) must be at least num_workers ({scaling.num_workers}): "
+            "every worker needs a pair in each step; use a larger batch or fewer workers"
         )

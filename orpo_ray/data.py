@@ -100,6 +100,11 @@ class PairDataset:
     def __len__(self) -> int:
         return len(self.prompt_lengths_N)
 
+    @functools.cached_property
+    def lengths_N3(self) -> np.ndarray:
+        """int64 [N, 3]: tokens of prompt, chosen and rejected."""
+        return np.stack([self.prompt_lengths_N, self.chosen_lengths_N, self.rejected_lengths_N], axis=1)
+
     def __getitem__(self, index: int) -> Pair:
         columns = self._columns
         return Pair(

@@ -17,6 +17,7 @@ from filelock import FileLock
 from torch.utils.cpp_extension import get_default_build_root
 
 from orpo_ray.config import DeepSpeedConfig, ExperimentConfig, OptimConfig
+from orpo_ray.forward import PairModel
 
 _COMMUNICATION_OP = "ShareMemCommBuilder"
 """DeepSpeed compiles it on every CPU start; other accelerators have none."""
@@ -52,17 +53,15 @@ def _prebuild(op_builder: str) -> None:
         builder.load(verbose=False)
 
 
-def build_engine(model: torch.nn.Module, config: ExperimentConfig) -> deepspeed.DeepSpeedEngine:
+def build_engine(model: PairModel, config: ExperimentConfig) -> deepspeed.DeepSpeedEngine:
     """Wrap a model for training. The process group must exist; every rank calls this with the same weights.
 
-    Weights and gradients are fp32 at every ZeRO stage and `train.precision` acts through autocast, so that the stage
-    changes memory and speed but never the numbers.
+    Weights and gradients are fp32 at every ZeRO stage and `train.precision` acts through autocast (inside the model:
+    on CUDA, DeepSpeed switches off one that it finds around its engine), so that the stage changes memory and speed
+    but never the numbers.
     """
     _quiet()
     _prebuild(_COMMUNICATION_OP)
-    if config.train.precision == "bf16":
-        # Inside the module: on CUDA, DeepSpeed switches off an autocast that it finds around its engine.
-        model.forward = torch.autocast(get_accelerator().device_name(), torch.bfloat16)(model.forward)
     get_accelerator().reset_peak_memory_stats()  # a warm worker had other models before
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = _parameter_groups(trainable, config.optim)
@@ -75,6 +74,9 @@ def build_engine(model: torch.nn.Module, config: ExperimentConfig) -> deepspeed.
         arguments = {"model_parameters": groups}
         ds_config["optimizer"] = {"type": "AdamW", "params": _adam(config.optim)}
     engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False, **arguments)
+    if config.deepspeed.zero_stage == 3:
+        for parameter in model.outside_parameters:
+            deepspeed.zero.register_external_parameter(model, parameter)
     return engine
 
 
@@ -82,9 +84,10 @@ def deepspeed_config(config: ExperimentConfig) -> dict[str, Any]:
     """The DeepSpeed configuration that an experiment stands for."""
     stage = config.deepspeed.zero_stage
     return {
-        "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation_steps,
+        # Nominal: the loop packs micro-batches by tokens and marks the last one of a step itself. More than one, for
+        # with a single one ZeRO's offload keeps no sum over micro-batches.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
         # Stage 0 has no DeepSpeed optimizer to report the norm it clipped to: `step` clips there.
         "gradient_clipping": (config.optim.max_grad_norm or 0.0) if stage else 0.0,
         "zero_optimization": _zero(config.deepspeed),

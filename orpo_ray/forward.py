@@ -1,101 +1,202 @@
-"""From preference pairs to log-probabilities: one padded pass over [prompt | chosen] and [prompt | rejected].
+"""From a micro-batch to log-probabilities: a causal language model as a module that a DeepSpeed engine can wrap.
 
-Shape suffixes: P pairs, S = 2P sequences (chosen first), T tokens of the longest sequence, N counted positions,
-V vocabulary.
+Shape suffixes: P pairs, R rows, T tokens of a row, N counted targets, D hidden width, V vocabulary, K = 3P sums.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 
+from orpo_ray import attention, cpu_bf16
 from orpo_ray.data import Pair
-from orpo_ray.loss import PairLogps
+from orpo_ray.head import Head
+from orpo_ray.loss import PairLogps, ReferenceLogps
+from orpo_ray.packing import Batch, Counting, collate
 
-NllScope = Literal["prompt_and_response", "response"]
+_LAYERS_UNDERSTOOD = {"full_attention", "sliding_attention"}
+_PROBE_TOLERANCE = 1e-3
+"""Nats. Both forms of the probe differ by rounding only; a wrong mask or position differs by far more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """A micro-batch, right-padded."""
+class Form:
+    """How a model is fed and read; what it cannot do is found by trying (see `form_of`)."""
 
-    input_ids_ST: torch.Tensor
-    attention_mask_ST: torch.Tensor
-    answer_mask_ST: torch.Tensor
-    """True where the token is an answer's."""
-    nll_mask_PT: torch.Tensor
-    """True where the token of [prompt | chosen] counts in the NLL. The first is never predicted, so never counts."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
+    shares_prompt: bool
+    """One row [prompt | chosen | rejected | ...]; otherwise padded rows."""
+    chunks_head: bool
+    """Logits only where they count, in chunks; otherwise the model's own [R, T, V]."""
+    reason: str = ""
+    """Why not, where one of them is False."""
 
 
-def nll_tokens(prompt_lengths_N: np.ndarray, chosen_lengths_N: np.ndarray, scope: NllScope) -> np.ndarray:
-    """How many tokens of each pair the NLL counts, from the lengths alone.
-
-    Every rank can thus count the global batch without asking the others.
-    """
-    return (
-        chosen_lengths_N + np.maximum(prompt_lengths_N - 1, 0) if scope == "prompt_and_response" else chosen_lengths_N
-    )
+def product_type(precision: str) -> torch.dtype | None:
+    """What matrix products run in under `train.precision` on this process's device; None for the weights' own fp32."""
+    if precision == "auto":
+        wants_bf16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_bf16.has_bf16_units()
+        return torch.bfloat16 if wants_bf16 else None
+    return torch.bfloat16 if precision == "bf16" else None
 
 
-def collate(pairs: Sequence[Pair], pad_token_id: int, scope: NllScope) -> Batch:
-    """Pad P pairs into 2P rows.
+class PairModel(torch.nn.Module):
+    """A causal language model that maps a `Batch` to sums of log-probabilities.
+
+    Everything happens inside `forward`, so that an engine around this module gathers partitioned weights (the head's
+    too) and switches precision in one place.
 
     Args:
-        pairs: at least one; each answer has at least one token.
-        pad_token_id: any id; padding is masked.
-        scope: which tokens of [prompt | chosen] the NLL counts.
+        lm: a transformers model, with or without peft adapters; its attention function is changed where
+            `form.shares_prompt`.
+        form: how it is fed and read.
+        autocast: bf16 for matrix products in it (see `product_type`), or None for the weights' own type.
     """
-    answers = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    prompts = [pair.prompt_ids for pair in pairs] * 2
-    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
-    ids_ST = np.full((len(answers), width), pad_token_id, dtype=np.int64)
-    present_ST = np.zeros((len(answers), width), dtype=bool)
-    answer_ST = np.zeros((len(answers), width), dtype=bool)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        ids_ST[row, : len(prompt)] = prompt
-        ids_ST[row, len(prompt) : end] = answer
-        present_ST[row, :end] = True
-        answer_ST[row, len(prompt) : end] = True
-    nll_PT = (present_ST if scope == "prompt_and_response" else answer_ST)[: len(pairs)].copy()
-    nll_PT[:, 0] = False
-    return Batch(*(torch.from_numpy(array) for array in (ids_ST, present_ST.astype(np.int64), answer_ST, nll_PT)))
+
+    def __init__(self, lm: torch.nn.Module, form: Form, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.lm = lm
+        self.form = form
+        self.autocast = autocast
+        if autocast is not None and not torch.cuda.is_available() and not cpu_bf16.has_bf16_units():
+            cpu_bf16.use_fp32_products(lm)
+        if form.shares_prompt:
+            _causal(lm).set_attn_implementation(attention.NAME)
+
+    @property
+    def outside_parameters(self) -> list[torch.nn.Parameter]:
+        """Parameters of inner modules that `forward` reads itself; ZeRO-3 must be told to gather them for it."""
+        if not self.form.chunks_head:
+            return []
+        linear = _head(_causal(self.lm)).linear
+        return list(linear.parameters(recurse=False)) if type(linear) is torch.nn.Linear else []
+
+    def collate(self, pairs: Sequence[Pair], counting: Counting, pad_token_id: int) -> Batch:
+        """A micro-batch in this model's form, on the host."""
+        cuda = next(self.parameters()).is_cuda
+        return collate(
+            pairs,
+            counting,
+            share_prompt=self.form.shares_prompt,
+            pad_token_id=pad_token_id,
+            multiple_of=attention.FLEX_BLOCK if cuda else 1,
+        )
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """fp32 [K]: the sums that `batch.weights_KN` asks for."""
+        device = batch.input_ids_RT.device.type
+        with torch.autocast(device, self.autocast) if self.autocast else contextlib.nullcontext():
+            logps_N = self._logps(batch)
+        return batch.weights_KN @ logps_N
+
+    def _logps(self, batch: Batch) -> torch.Tensor:
+        if batch.layout is not None:
+            inputs = {"position_ids": batch.position_ids_RT, "layout": batch.layout}
+        else:
+            inputs = {"attention_mask": batch.attention_mask_RT}
+        causal = _causal(self.lm)
+        if not self.form.chunks_head:
+            logits_RTV = self.lm(input_ids=batch.input_ids_RT, use_cache=False, **inputs).logits
+            logits_NV = logits_RTV.flatten(0, 1)[batch.source_N].float()
+            return -cross_entropy(logits_NV, batch.target_N, reduction="none")
+        hidden_RTD = causal.base_model(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
+        hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, batch.source_N)
+        return _head(causal).logps(hidden_ND, batch.target_N)
 
 
 def pair_logps(model: torch.nn.Module, batch: Batch) -> PairLogps:
     """Run the model once over a micro-batch.
 
-    Vocabulary logits are turned to fp32 log-probabilities only at the N positions that count.
-
     Args:
-        model: a causal language model (or a DeepSpeed engine around one) returning `.logits` [S, T, V].
+        model: a `PairModel`, or a DeepSpeed engine around one.
         batch: on the model's device.
     """
-    num_pairs = len(batch.nll_mask_PT)
-    logits_STV = model(input_ids=batch.input_ids_ST, attention_mask=batch.attention_mask_ST, use_cache=False).logits
-    counted_ST = batch.answer_mask_ST.clone()
-    counted_ST[:num_pairs] |= batch.nll_mask_PT
-    counted_ST = counted_ST[:, 1:]  # position t predicts token t + 1
-    logps_N = -F.cross_entropy(
-        logits_STV[:, :-1][counted_ST].float(), batch.input_ids_ST[:, 1:][counted_ST], reduction="none"
-    )
-    logps_ST = torch.zeros(counted_ST.shape, dtype=torch.float32, device=logps_N.device)
-    logps_ST = logps_ST.masked_scatter(counted_ST, logps_N)
-    answer_ST = batch.answer_mask_ST[:, 1:]
-    means_S = (logps_ST * answer_ST).sum(1) / answer_ST.sum(1)
-    nll_PT = batch.nll_mask_PT[:, 1:]
+    chosen_P, rejected_P, nll_P = model(batch).chunk(3)
+    chosen_tokens_P, rejected_tokens_P, nll_tokens_P = batch.tokens_K.chunk(3)
     return PairLogps(
-        chosen_logps_P=means_S[:num_pairs],
-        rejected_logps_P=means_S[num_pairs:],
-        nll_sums_P=-(logps_ST[:num_pairs] * nll_PT).sum(1),
-        nll_tokens_P=nll_PT.sum(1),
+        chosen_logps_P=chosen_P,
+        rejected_logps_P=rejected_P,
+        nll_sums_P=-nll_P,
+        nll_tokens_P=nll_tokens_P,
+        chosen_tokens_P=chosen_tokens_P,
+        rejected_tokens_P=rejected_tokens_P,
+        reference=None if batch.reference_P2 is None else ReferenceLogps(*batch.reference_P2.unbind(1)),
     )
+
+
+@torch.no_grad()
+def form_of(lm: torch.nn.Module, wanted_attention: str) -> Form:
+    """The fastest form in which this model gives the log-probabilities of its plain, padded form.
+
+    Two short pairs are run through the padded form with full logits and through the candidates; so an architecture
+    whose code does something unheard of falls back rather than being trained wrongly.
+
+    Args:
+        lm: a transformers causal language model with or without adapters, weights in place (not yet partitioned).
+        wanted_attention: `model.attention`; other than `shared_prompt` asks for padded rows.
+    """
+    rng = np.random.default_rng(0)
+    highest = min(_causal(lm).get_input_embeddings().num_embeddings, 256)
+    pairs = [
+        Pair("probe", ids[:prompt], ids[prompt:-rejected], ids[-rejected:], chosen_bytes=1)
+        for prompt, rejected, ids in (
+            (5, 4, rng.integers(0, highest, 12, dtype=np.int32)),
+            (2, 2, rng.integers(0, highest, 8, dtype=np.int32)),
+        )
+    ]
+    device, was_training, kernel = next(lm.parameters()).device, lm.training, _causal(lm).config._attn_implementation
+    lm.eval()
+    try:
+
+        def sums(form: Form) -> torch.Tensor:
+            batch = collate(pairs, Counting("prompt_and_response"), share_prompt=form.shares_prompt)
+            return PairModel(lm, form)(batch.to(device))
+
+        expected = sums(Form(shares_prompt=False, chunks_head=False))
+        chunked = _try(sums, Form(shares_prompt=False, chunks_head=True), expected)
+        head = not chunked
+        if wanted_attention != "shared_prompt":
+            return Form(False, head, "; ".join(filter(None, (f"model.attention is {wanted_attention}", chunked))))
+        shared = _layers_not_understood(_causal(lm)) or _try(sums, Form(True, head), expected)
+        return Form(not shared, head, "; ".join(filter(None, (shared, chunked))))
+    finally:
+        lm.train(was_training)
+        if _causal(lm).config._attn_implementation != kernel:
+            _causal(lm).set_attn_implementation(kernel)
+
+
+def _try(sums: Any, form: Form, expected: torch.Tensor) -> str:
+    """Empty if the form gives what is expected, else what went wrong."""
+    what = "rows with a shared prompt" if form.shares_prompt else "logits in chunks"
+    try:
+        found = sums(form)
+    except Exception as error:  # whatever foreign code raises: the plain form works, and the reason is shown
+        return f"{what}: {type(error).__name__}: {error}"
+    off = float((found - expected).abs().max())
+    return "" if off <= _PROBE_TOLERANCE else f"{what}: log-probabilities are off by {off:.2g}"
+
+
+def _layers_not_understood(causal: Any) -> str:
+    config = causal.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYERS_UNDERSTOOD
+    if kinds:
+        return f"rows with a shared prompt: layers of kind {', '.join(sorted(kinds))}"
+    if not causal._supports_attention_backend:
+        return f"rows with a shared prompt: {type(causal).__name__} does its attention itself"
+    return ""
+
+
+def _causal(lm: Any) -> Any:
+    """The transformers model inside peft's wrappers."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+def _head(causal: Any) -> Head:
+    config = causal.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(causal.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +16,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from orpo_ray import checkpoint, loss
+from orpo_ray import checkpoint, loss, reference
 from orpo_ray.config import DataConfig, ExperimentConfig, ModelConfig, OptimConfig
-from orpo_ray.data import PairDataset, batch_indices, load_pairs
+from orpo_ray.data import Pair, PairDataset, batch_indices, load_pairs
 from orpo_ray.engine import build_engine, destroy, step
 from orpo_ray.evaluate import evaluate
-from orpo_ray.forward import collate, nll_tokens, pair_logps
+from orpo_ray.forward import PairModel, form_of, pair_logps, product_type
 from orpo_ray.metrics import PairSums, Throughput
 from orpo_ray.model import build_model, count_parameters, load_tokenizer
+from orpo_ray.packing import Batch, Counting, micro_batches
 
 
 class Decision(StrEnum):
@@ -47,7 +49,7 @@ class RankContext:
 
     trial_dir: Path
     """Checkpoints are kept here; if there is one, the trial continues from it."""
-    on_start: Callable[[int, int, dict[str, int]], None] = lambda step, max_steps, facts: None
+    on_start: Callable[[int, int, dict[str, Any]], None] = lambda step, max_steps, facts: None
     """(steps already done, steps in all, facts such as the model's parameters) when training begins."""
     on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     """(step, training metrics)."""
@@ -125,12 +127,11 @@ def train(config: ExperimentConfig, ctx: RankContext) -> TrialResult:
         if dist.get_rank() == 0:
             ctx.on_start(done, max_steps, run.facts)
         sums, clock, logged = PairSums.zeros(run.engine.device), Throughput(), done
-        for at in range(done + 1, max_steps + 1):
-            clock.start()
-            indices = batch_indices(at, len(run.train_pairs), config.train.global_batch_size, config.train.seed)
+        clock.start()
+        for at, batch in run.batches(done + 1, max_steps):
             lr = learning_rate(config.optim, at, max_steps)
-            grad_norm = run.step(indices, lr, sums, at)
-            clock.stop(len(indices), run.num_tokens(indices))
+            grad_norm = run.step(batch, lr, sums, at)
+            clock.stop(len(batch.indices), run.num_tokens(batch.indices))
             done = at
             if _is_due(at, config.train.log_every, max_steps):
                 metrics = sums.averages("train", steps=at - logged)
@@ -148,6 +149,7 @@ def train(config: ExperimentConfig, ctx: RankContext) -> TrialResult:
                 decision = _decide(ctx, at, progress.metrics, last_checkpoint)
                 if decision is Decision.STOP and at < max_steps:
                     return _result(Status.STOPPED_EARLY, at, progress, last_checkpoint)
+            clock.start()
         return _result(Status.FINISHED, done, progress, last_checkpoint)
     except Diverged as error:
         everywhere = Diverged(error.step, _gather(error.pair_ids, ctx), error.batch_ids)
@@ -155,6 +157,17 @@ def train(config: ExperimentConfig, ctx: RankContext) -> TrialResult:
         return _result(Status.DIVERGED, error.step, progress, last_checkpoint, str(everywhere))
     finally:
         destroy(run.engine)
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """One optimizer step's pairs, and this rank's share of them as tensors on the host."""
+
+    indices: np.ndarray
+    """Which training pairs, over all ranks."""
+    counts: loss.BatchCounts
+    passes: list[tuple[list[str], Batch]]
+    """(pair ids, micro-batch) of each forward pass; no ids where the rank only keeps the others company."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +179,11 @@ class _Run:
     loss_fn: loss.LossFn
     train_pairs: PairDataset
     eval_pairs: PairDataset
+    reference_logps: tuple[np.ndarray, np.ndarray] | None
+    """Of the training and of the held-out pairs, fp32 [N, 2], where the loss compares with a reference model."""
+    counting: Counting
     pad_token_id: int
-    facts: dict[str, int]
+    facts: dict[str, Any]
 
     @classmethod
     def build(cls, config: ExperimentConfig) -> _Run:
@@ -177,9 +193,19 @@ class _Run:
                 f"scaling.num_workers ({config.scaling.num_workers}) must equal the size of the process group ({world})"
             )
         tokenizer = load_tokenizer(config.model)
+        counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
         train_pairs, eval_pairs = _pairs(config.data, config.model)
-        model = build_model(config.model, config.train.seed)
-        parameters, trainable = count_parameters(model)
+        reference_logps = None
+        if config.loss.needs_reference:
+            train_reference, eval_reference = (
+                _reference_logps(config, pairs, counting, int(tokenizer.pad_token_id))
+                for pairs in (train_pairs, eval_pairs)
+            )
+            reference_logps = train_reference, eval_reference
+        lm = build_model(config.model, config.train.seed)
+        parameters, trainable = count_parameters(lm)
+        form = form_of(lm, config.model.attention)
+        model = PairModel(lm, form, product_type(config.train.precision))
         torch.manual_seed(config.train.seed + dist.get_rank())  # dropout differs between ranks
         engine = build_engine(model, config)
         engine.train()
@@ -189,61 +215,100 @@ class _Run:
             loss_fn=loss.from_config(config.loss),
             train_pairs=train_pairs,
             eval_pairs=eval_pairs,
+            reference_logps=reference_logps,
+            counting=counting,
             pad_token_id=int(tokenizer.pad_token_id),
-            facts={"model/parameters": parameters, "model/trainable_parameters": trainable},
+            facts={
+                "model/parameters": parameters,
+                "model/trainable_parameters": trainable,
+                "forward/rows": "shared prompt" if form.shares_prompt else "padded",
+                "forward/logits": "in chunks" if form.chunks_head else "all at once",
+                "forward/products": "fp32" if model.autocast is None else "bf16",
+            }
+            | ({"forward/fallback": form.reason} if form.reason else {}),
         )
 
-    def step(self, indices: np.ndarray, lr: float, sums: PairSums, at: int) -> float:
-        """One optimizer step over the global batch `indices`; returns the gradient norm before clipping.
+    def batches(self, first: int, last: int) -> Iterator[tuple[int, GlobalBatch]]:
+        """(step, batch) of the steps first..last. The next one is prepared while the caller trains on this one."""
+        pairs, train = self.train_pairs, self.config.train
+
+        def prepare(at: int) -> GlobalBatch:
+            return self.prepare(batch_indices(at, len(pairs), train.global_batch_size, train.seed))
+
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            coming = thread.submit(prepare, first) if first <= last else None
+            for at in range(first, last + 1):
+                assert coming is not None
+                batch = coming.result()
+                if at < last:
+                    coming = thread.submit(prepare, at + 1)
+                yield at, batch
+
+    def prepare(self, indices: np.ndarray) -> GlobalBatch:
+        """Cut a global batch into micro-batches, and lay this rank's ones out."""
+        pairs, model = self.train_pairs, self.engine.module
+        # Every rank knows the lengths of the whole global batch, so neither its counts nor its cut need communication.
+        counts = loss.BatchCounts(pairs=len(indices), nll_tokens=self.counting.nll_tokens(pairs, indices))
+        passes = []
+        for ranks in micro_batches(
+            pairs.lengths_N3[indices],
+            dist.get_world_size(),
+            max_pairs=self.config.train.micro_batch_size,
+            max_tokens=self.config.train.max_tokens_per_micro_batch,
+            share_prompt=model.form.shares_prompt,
+        ):
+            mine = indices[ranks[dist.get_rank()]]
+            chosen = mine if len(mine) else indices[:1]
+            members = [pairs[int(i)] for i in chosen]
+            batch = model.collate(members, self.counting, self.pad_token_id)
+            if self.reference_logps is not None:
+                batch = replace(batch, reference_P2=torch.from_numpy(self.reference_logps[0][chosen]))
+            if self.engine.device.type == "cuda":
+                batch = batch.pinned()
+            passes.append(([pair.pair_id for pair in members] if len(mine) else [], batch))
+        return GlobalBatch(indices, counts, passes)
+
+    def step(self, batch: GlobalBatch, lr: float, sums: PairSums, at: int) -> float:
+        """One optimizer step; returns the gradient norm before clipping.
+
+        Reading that norm is the only time in a step that the host waits for the device.
 
         Raises:
             Diverged: that norm is not finite. It is the norm of the global gradient, so every rank raises.
         """
-        config, pairs = self.config, self.train_pairs
-        # Every rank knows the lengths of the whole global batch, so its counts need no communication.
-        nll_N = nll_tokens(pairs.prompt_lengths_N[indices], pairs.chosen_lengths_N[indices], config.loss.nll_scope)
-        counts = loss.BatchCounts(pairs=len(indices), nll_tokens=int(nll_N.sum()))
-        finite: list[tuple[str, torch.Tensor]] = []
-        for micro_batch in self._my_micro_batches(indices):
-            members = [pairs[int(i)] for i in micro_batch]
-            batch = collate(members, self.pad_token_id, config.loss.nll_scope).to(self.engine.device)
-            logps = pair_logps(self.engine, batch)
-            terms = self.loss_fn(logps, counts)
+        finite: list[tuple[list[str], torch.Tensor]] = []
+        for number, (pair_ids, host_batch) in enumerate(batch.passes, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(batch.passes))
+            logps = pair_logps(self.engine, host_batch.to(self.engine.device))
+            terms = self.loss_fn(logps, batch.counts)
             # Shares add up over micro-batches and ranks; DeepSpeed averages over ranks, so each share is scaled up by
             # their number, and told not to divide by the accumulation steps.
-            self.engine.backward(terms.loss * dist.get_world_size(), scale_wrt_gas=False)
-            sums.add(logps, terms, len(members))
-            finite_P = (logps.chosen_logps_P + logps.rejected_logps_P + logps.nll_sums_P).isfinite()
-            finite += [(pair.pair_id, flag) for pair, flag in zip(members, finite_P, strict=True)]
-            if not self.engine.is_gradient_accumulation_boundary():
-                self.engine.step()  # only counts the micro-batch
-        grad_norm = step(self.engine, lr, config.optim.max_grad_norm)
+            share = dist.get_world_size() if pair_ids else 0.0
+            self.engine.backward(terms.loss * share, scale_wrt_gas=False)
+            if pair_ids:
+                sums.add(logps, terms)
+                finite.append((pair_ids, (logps.chosen_logps_P + logps.rejected_logps_P + logps.nll_sums_P).isfinite()))
+        grad_norm = step(self.engine, lr, self.config.optim.max_grad_norm)
         if not math.isfinite(grad_norm):
-            batch_ids = [pairs[int(i)].pair_id for i in indices]
-            raise Diverged(at, [pair_id for pair_id, flag in finite if not flag], batch_ids)
+            lost = [i for ids, flags_P in finite for i, flag in zip(ids, flags_P.tolist(), strict=True) if not flag]
+            raise Diverged(at, lost, [self.train_pairs[int(i)].pair_id for i in batch.indices])
         return grad_norm
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics."""
-        return evaluate(self.engine, self.eval_pairs, self.config, self.loss_fn, self.pad_token_id, self.engine.device)
+        return evaluate(
+            self.engine,
+            self.eval_pairs,
+            self.config,
+            self.loss_fn,
+            self.counting,
+            self.pad_token_id,
+            None if self.reference_logps is None else self.reference_logps[1],
+        )
 
     def num_tokens(self, indices: np.ndarray) -> int:
         """Tokens of the two sequences of each pair: prompts counted twice, padding not."""
-        pairs = self.train_pairs
-        answers = pairs.chosen_lengths_N[indices] + pairs.rejected_lengths_N[indices]
-        return int((2 * pairs.prompt_lengths_N[indices] + answers).sum())
-
-    def _my_micro_batches(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """This rank's share of a global batch, cut into micro-batches of pairs of like length: little is padded.
-
-        Micro-batches of the sorted pairs are dealt to the ranks in turn, so ranks get alike work. The order within a
-        global batch does not change its gradient (law 2).
-        """
-        pairs, train = self.train_pairs, self.config.train
-        lengths_B = (pairs.prompt_lengths_N + np.maximum(pairs.chosen_lengths_N, pairs.rejected_lengths_N))[indices]
-        by_length = indices[np.argsort(lengths_B, kind="stable")]
-        cut = by_length.reshape(self.config.accumulation_steps, dist.get_world_size(), train.micro_batch_size)
-        yield from cut[:, dist.get_rank()]
+        return int((self.train_pairs.lengths_N3[indices] * [2, 1, 1]).sum())
 
 
 def num_steps(config: ExperimentConfig, num_pairs: int) -> int:
@@ -278,6 +343,30 @@ def learning_rate(optim: OptimConfig, at: int, max_steps: int) -> float:
 def _pairs(data: DataConfig, model: ModelConfig) -> tuple[PairDataset, PairDataset]:
     """Kept between the trials of a warm worker."""
     return load_pairs(data, load_tokenizer(model))
+
+
+def _reference_logps(config: ExperimentConfig, pairs: PairDataset, counting: Counting, pad_token_id: int) -> np.ndarray:
+    """From the cache, or by the model that training starts from; on one process of a machine, without an engine."""
+
+    @lru_cache(maxsize=1)
+    def model() -> PairModel:
+        lm = build_model(config.model.model_copy(update={"lora": None}), config.train.seed)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        form = form_of(lm, config.model.attention)
+        return PairModel(lm, form, product_type(config.train.precision)).to(device).eval()
+
+    def compute(members: Sequence[Pair]) -> loss.PairLogps:
+        batch = model().collate(members, counting, pad_token_id)
+        return pair_logps(model(), batch.to(next(model().parameters()).device))
+
+    return reference.load_or_compute(
+        pairs,
+        compute,
+        reference.identity_of(config),
+        cache_dir=config.data.cache_dir,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        max_pairs=config.train.micro_batch_size,
+    )
 
 
 def _is_due(at: int, every: int | None, max_steps: int) -> bool:

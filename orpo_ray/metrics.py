@@ -18,30 +18,32 @@ _PER_PAIR = ("odds_ratio_loss", "log_odds", "chosen_logp", "rejected_logp", "pre
 class PairSums:
     """Running sums of what is averaged over pairs, and of loss shares; stays on the device until reported.
 
-    `sums` holds, in order: loss shares, NLL shares, the per-pair quantities, pairs.
+    `sums` holds, in order: loss shares, NLL shares, the per-pair quantities.
     """
 
     sums: torch.Tensor
+    pairs: int = 0
+    """Counted on the host: a number sent to the device for each micro-batch would make both wait."""
 
     @classmethod
     def zeros(cls, device: torch.device) -> PairSums:
         """Nothing counted yet. fp64, so that long evaluations do not round."""
-        return cls(torch.zeros(len(_PER_PAIR) + 3, dtype=torch.float64, device=device))
+        return cls(torch.zeros(len(_PER_PAIR) + 2, dtype=torch.float64, device=device))
 
-    def add(self, logps: PairLogps, terms: LossTerms, pairs: int) -> None:
-        """Count the first `pairs` pairs of a micro-batch (fewer than it holds when the rest is padding)."""
-        chosen_P, rejected_P = logps.chosen_logps_P.detach()[:pairs], logps.rejected_logps_P.detach()[:pairs]
+    def add(self, logps: PairLogps, terms: LossTerms) -> None:
+        """Count the pairs of a micro-batch."""
+        chosen_P, rejected_P = logps.chosen_logps_P.detach(), logps.rejected_logps_P.detach()
         # A tie counts half: a model that gives both answers the same probability prefers neither.
         accuracy_P = (chosen_P > rejected_P).double() + 0.5 * (chosen_P == rejected_P).double()
-        per_pair = (terms.odds_ratio_loss_P[:pairs], terms.log_odds_P[:pairs], chosen_P, rejected_P, accuracy_P)
+        per_pair = (terms.odds_ratio_loss_P, terms.log_odds_P, chosen_P, rejected_P, accuracy_P)
         self.sums += torch.stack(
             [
                 terms.loss.detach().double(),
                 terms.nll.double(),
                 *(quantity_P.double().sum() for quantity_P in per_pair),
-                torch.tensor(float(pairs), dtype=torch.float64, device=self.sums.device),
             ]
         )
+        self.pairs += len(chosen_P)
 
     def averages(self, prefix: str, steps: int = 1) -> dict[str, float]:
         """Averages over all ranks since the start; a collective, called by every rank. Resets the sums.
@@ -50,10 +52,12 @@ class PairSums:
             prefix: `train` or `eval`.
             steps: optimizer steps that the loss shares span; each step's shares add up to one loss.
         """
+        everything = torch.cat([self.sums, self.sums.new_tensor([self.pairs])])
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.sums)
-        loss, nll, *per_pair, pairs = self.sums.tolist()
+            dist.all_reduce(everything)
+        loss, nll, *per_pair, pairs = everything.tolist()
         self.sums.zero_()
+        self.pairs = 0
         named = dict(zip(_PER_PAIR, per_pair, strict=True))
         return {
             f"{prefix}/loss": loss / steps,

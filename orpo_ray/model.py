@@ -78,7 +78,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     """
     torch.manual_seed(seed)
     if config.path in PRESETS:
-        model = AutoModelForCausalLM.from_config(_preset_config(config), attn_implementation=config.attention)
+        model = AutoModelForCausalLM.from_config(_preset_config(config), attn_implementation=_kernel(config))
     else:
         model = copy.deepcopy(_pretrained(config.model_copy(update={"lora": None, "gradient_checkpointing": False})))
     tokenizer, rows = load_tokenizer(config), model.get_input_embeddings().num_embeddings
@@ -118,7 +118,7 @@ def _pretrained(config: ModelConfig) -> PreTrainedModel:
             config.path,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
-            attn_implementation=config.attention,
+            attn_implementation=_kernel(config),
             dtype=torch.float32,
             **_gguf(config),
         )
@@ -187,6 +187,11 @@ def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
         )
     except ValueError as error:
         raise ModelError(f"model.lora.target_modules {lora.target_modules}: {error}") from error
+
+
+def _kernel(config: ModelConfig) -> str | None:
+    """Attention of the padded form, in transformers' names; None lets it choose. See `forward.form_of`."""
+    return None if config.attention == "shared_prompt" else config.attention
 
 
 def _gguf(config: ModelConfig) -> dict[str, str]:

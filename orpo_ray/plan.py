@@ -29,8 +29,9 @@ class Size:
     parameters: int | None
     """None where the model cannot be looked up from here."""
     resources: Resources
-    micro_batch_size: int
-    accumulation_steps: int
+    micro_batch_size: int | None
+    """Pairs per forward pass at most; None where only tokens limit it."""
+    max_tokens_per_micro_batch: int
     zero_stage: int
     precision: str
     trials: int | None
@@ -83,7 +84,7 @@ class Plan:
             "model",
             "parameters",
             "workers",
-            "micro × accumulation",
+            "per pass, at most",
             "ZeRO",
             "checkpoint",
             "room",
@@ -97,7 +98,8 @@ class Plan:
                 size.model,
                 "?" if size.parameters is None else f"{size.parameters / 1e6:.1f}M",
                 f"{r.num_workers} × {device}",
-                f"{size.micro_batch_size} × {size.accumulation_steps} {size.precision}",
+                ("" if size.micro_batch_size is None else f"{size.micro_batch_size} pairs, ")
+                + f"{size.max_tokens_per_micro_batch} tokens {size.precision}",
                 str(size.zero_stage),
                 "?" if size.checkpoint_bytes is None else f"{size.checkpoint_bytes / 2**20:.0f} MiB",
                 Text("yes") if size.fits else Text("no: it would wait for ever", style="red"),
@@ -140,7 +142,7 @@ def plan(config: ExperimentConfig, num_cpus: int | None = None, num_gpus: int | 
                 parameters=parameters,
                 resources=resources,
                 micro_batch_size=trial.train.micro_batch_size,
-                accumulation_steps=trial.accumulation_steps,
+                max_tokens_per_micro_batch=trial.train.max_tokens_per_micro_batch,
                 zero_stage=trial.deepspeed.zero_stage,
                 precision=trial.train.precision,
                 trials=None if model_based and len(labels) > 1 else sweep.num_trials // len(labels),

@@ -38,8 +38,9 @@ class ModelConfig(Section):
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
     """Run Python code shipped with the model. Off unless you trust its author."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel, in transformers' names."""
+    attention: Literal["shared_prompt", "sdpa", "eager", "flash_attention_2"] = "shared_prompt"
+    """`shared_prompt` runs each prompt once for both of its answers, without padding; architectures that cannot do so
+    fall back to `sdpa`, and the run says why. The others pad, with that kernel of transformers."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
@@ -99,31 +100,120 @@ class DataConfig(Section):
         return self
 
 
-class LossConfig(Section):
-    """L = NLL + orpo_lambda * L_OR (paper eq. 6), with everything that gives λ its meaning said out loud."""
+_PRESETS: dict[str, dict[str, Any]] = {
+    "trl": {
+        "nll_scope": "prompt_and_response",
+        "nll_reduction": "token",
+        "nll_eos": True,
+        "answer_padding": False,
+    },
+    "llamafactory": {
+        "nll_scope": "response",
+        "nll_reduction": "pair",
+        "nll_eos": True,
+        "answer_padding": False,
+    },
+    "authors": {
+        "nll_scope": "prompt_and_response",
+        "nll_reduction": "token",
+        "nll_eos": False,
+        "answer_padding": True,
+    },
+}
+"""What TRL 1.16's ORPOTrainer, LLaMA-Factory's `pref_loss: orpo` and the authors' xfactlab/orpo count."""
 
-    name: Literal["orpo", "sft"] = "orpo"
-    """`sft` is the NLL alone: λ = 0 exactly."""
-    orpo_lambda: float = Field(0.1, ge=0)
-    """The paper's λ (TRL: `beta`; the authors' code: `alpha`)."""
+_OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "orpo": {"orpo_lambda": 0.1, "ratio": "odds", "temperature": 1.0},
+    "sft": {"orpo_lambda": 0.0},
+    "dpo": {"beta": 0.1},
+    "cpo": {"beta": 0.1, "nll_weight": 1.0},
+    "simpo": {"beta": 2.0, "simpo_gamma": 0.5},
+    "ipo": {"beta": 0.1},
+}
+"""Loss -> the settings that it reads and not all losses do, with their defaults: TRL 1.16's, for simpo its authors'."""
+
+
+class LossConfig(Section):
+    """The objective, with everything that gives its numbers a meaning said out loud.
+
+    orpo is L = NLL + orpo_lambda * L_OR (paper eq. 6). A setting that the chosen loss does not read is null, and
+    refused if given.
+    """
+
+    name: Literal["orpo", "sft", "dpo", "cpo", "simpo", "ipo"] = "orpo"
+    """`sft` is the NLL alone: λ = 0 exactly. dpo and ipo compare with a reference model, the one training starts from;
+    dpo, ipo and simpo have no NLL in their objective, and report it."""
+    preset: Literal["trl", "llamafactory", "authors"] | None = None
+    """Count as another ORPO code base does: sets `nll_scope`, `nll_reduction`, `nll_eos` and `answer_padding`. TRL and
+    the authors average the token means of micro-batches, here it is the mean over the global batch: their numbers are
+    reproduced where the batch is one micro-batch on one worker, and λ keeps its meaning where it is not."""
+    orpo_lambda: float | None = Field(None, ge=0)
+    """orpo, sft: the paper's λ (TRL: `beta`; the authors' code: `alpha`); 0.1 by default, 0 for sft."""
+    ratio: Literal["odds", "probability"] | None = None
+    """orpo: what is compared, odds P / (1 - P) (the default) or, as the paper's ablation does, P itself."""
+    temperature: float | None = Field(None, gt=0)
+    """orpo: multiplies the log ratio inside the sigmoid (`b` of arXiv 2502.01237); 1 by default, the paper's."""
+    beta: float | None = Field(None, gt=0)
+    """dpo, cpo, simpo: multiplies the log ratio of the answers; ipo: τ, which asks for a log ratio of 1 / (2τ). 0.1 by
+    default, 2 for simpo."""
+    simpo_gamma: float | None = Field(None, ge=0)
+    """simpo: margin that the rewards should keep, TRL's `simpo_gamma`; 0.5 by default."""
+    nll_weight: float | None = Field(None, ge=0)
+    """cpo: weight of the NLL, TRL's `cpo_alpha`; 1 by default. TRL's NLL counts the response only."""
     nll_scope: Literal["prompt_and_response", "response"] = "prompt_and_response"
     """Tokens of [prompt | chosen] that the NLL counts."""
     nll_reduction: Literal["token", "pair"] = "token"
     """Mean over all counted tokens of the global batch, or over pairs of each pair's token mean."""
+    nll_eos: bool = True
+    """Whether EOS tokens count in the NLL, those within the prompt too. They count in the answers' means either way."""
+    answer_padding: bool = False
+    """Whether the first padding token (an EOS) behind an answer counts as one more token of it in the answers' means,
+    as in the authors' code, whose mask is off by one."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _sft_sets_lambda(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and tree.get("name") == "sft":
-            return {"orpo_lambda": 0.0} | tree
-        return tree
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference model's log-probabilities."""
+        return self.name in ("dpo", "ipo")
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The settings that this loss reads and not all losses do."""
+        return {setting: getattr(self, setting) for setting in _OWN_SETTINGS[self.name]}
 
     @model_validator(mode="after")
-    def _sft_has_no_lambda(self) -> LossConfig:
-        if self.name == "sft" and self.orpo_lambda != 0:
+    def _fill_in(self) -> LossConfig:
+        """Refuse what contradicts the loss or the preset, and fill in what they imply.
+
+        What is filled in does not count as given (`model_fields_set`): a sweep over `loss.name` starts from what
+        stands in the file.
+        """
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        if self.name == "sft" and self.orpo_lambda:
             raise ValueError(
                 f"loss.name sft is λ = 0, but orpo_lambda is {self.orpo_lambda}: drop it, or use name: orpo"
             )
+        own = _OWN_SETTINGS[self.name]
+        for setting in sorted(given):
+            readers = [name for name, settings in _OWN_SETTINGS.items() if setting in settings]
+            if readers and setting not in own:
+                raise ValueError(
+                    f"loss.name {self.name} does not read {setting} ({getattr(self, setting)}), only "
+                    f"{', '.join(readers)}: drop it, or use one of these; {self.name} reads {', '.join(own)}"
+                )
+        if self.preset is not None and self.name not in ("orpo", "sft"):
+            raise ValueError(
+                f"preset {self.preset} says what an ORPO code base counts, but loss.name is {self.name}: "
+                f"drop it and set {', '.join(_PRESETS[self.preset])}"
+            )
+        implied = _PRESETS[self.preset] if self.preset is not None else {}
+        for setting in sorted(given & implied.keys()):
+            if (value := getattr(self, setting)) != implied[setting]:
+                raise ValueError(
+                    f"preset {self.preset} sets {setting} to {implied[setting]}, but {setting} is {value}: drop one"
+                )
+        for setting, value in (own | implied).items():
+            if setting not in given:
+                object.__setattr__(self, setting, value)
         return self
 
 
@@ -155,8 +245,11 @@ class TrainConfig(Section):
 
     global_batch_size: int = Field(32, ge=1)
     """Pairs per optimizer step over all workers. Changing how it is cut changes speed, never the gradient."""
-    micro_batch_size: int = Field(4, ge=1)
-    """Pairs per forward pass per worker; accumulation steps follow from it."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Pairs per forward pass per worker at most; by default as many as `max_tokens_per_micro_batch` holds."""
+    max_tokens_per_micro_batch: int = Field(4096, ge=1)
+    """Tokens per forward pass per worker at most, a prompt counted once; a pair longer than this goes alone. Memory
+    grows with it; speed does too, up to some thousand tokens."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps. Give this or `epochs`."""
     epochs: float | None = Field(None, gt=0)
@@ -167,8 +260,10 @@ class TrainConfig(Section):
     """Steps between reports of the training metrics."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between checkpoints; by default at each evaluation. The last step is always saved."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 keeps fp32 master weights and optimizer state; the loss is computed in fp32 either way."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of matrix products. bf16 keeps fp32 master weights and optimizer state, and the loss is computed in fp32
+    either way. `auto` is bf16 where the device has units for it (GPUs, CPUs with AMX), else fp32, which is faster
+    there; the run logs which."""
     seed: int = Field(42, ge=0)
     """Initialisation of new weights, order of the pairs, dropout."""
 

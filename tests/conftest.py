@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from orpo_ray.config import ModelConfig
 from orpo_ray.data import Pair
-from orpo_ray.forward import NllScope
 from orpo_ray.model import load_tokenizer
+from orpo_ray.packing import NllScope
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"

@@ -25,7 +25,6 @@ BASE: dict[str, Any] = {
     "optim": {"lr": 1.0e-3, "weight_decay": 0.1},
     "train": {
         "global_batch_size": 8,
-        "micro_batch_size": 4,
         "max_steps": 20,
         "log_every": 1,
         "eval_every": 10,

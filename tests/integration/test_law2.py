@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.forwards import PLAIN, logps
 from tests.ranks import Job, experiment, train_all
 
 pytestmark = pytest.mark.slow
+PAIRS_1, PAIRS_4 = {"train.micro_batch_size": 1}, {"train.micro_batch_size": 4}
+TOKENS = {"train.max_tokens_per_micro_batch": 300}  # a few pairs: uneven micro-batches, and not one for every rank
+PADDED = {"model.attention": "sdpa"} | TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -19,17 +24,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain_torch(cache: Path) -> list[float]:
-    """20 steps of the same objective written out with plain torch: whole batch at once, AdamW, clipping."""
+    """20 steps of the same objective with plain torch: whole batch at once, padded, full logits, AdamW, clipping."""
     from orpo_ray import loop, loss
     from orpo_ray.data import batch_indices
-    from orpo_ray.forward import collate, nll_tokens, pair_logps
-    from orpo_ray.model import build_model, load_tokenizer
+    from orpo_ray.model import build_model
 
     torch.set_num_threads(1)
     config = experiment(cache)
     pairs, _ = loop._pairs(config.data, config.model)
     model = build_model(config.model, config.train.seed)
-    pad = int(load_tokenizer(config.model).pad_token_id)
     decay = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -39,9 +42,8 @@ def plain_torch(cache: Path) -> list[float]:
     for step in range(1, 21):
         indices = batch_indices(step, len(pairs), config.train.global_batch_size, config.train.seed)
         members = [pairs[int(i)] for i in indices]
-        tokens = nll_tokens(pairs.prompt_lengths_N[indices], pairs.chosen_lengths_N[indices], "prompt_and_response")
-        counts = loss.BatchCounts(len(members), int(tokens.sum()))
-        terms = loss.from_config(config.loss)(pair_logps(model, collate(members, pad, "prompt_and_response")), counts)
+        counts = loss.BatchCounts(len(members), sum(len(p.prompt_ids) - 1 + len(p.chosen_ids) for p in members))
+        terms = loss.from_config(config.loss)(logps(model, members, form=PLAIN), counts)
         optimizer.zero_grad()
         terms.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
@@ -54,24 +56,24 @@ def plain_torch(cache: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("workers", "cuts"),
-    [(1, [(8, 0), (4, 0), (1, 0), (4, 1), (4, 2), (4, 3)]), (2, [(4, 0), (1, 1), (2, 2), (4, 3)])],
+    [
+        (1, [({}, 0), (PAIRS_4, 0), (PADDED, 0), (TOKENS, 0), (PAIRS_1, 1), (TOKENS, 2), (PAIRS_4, 3)]),
+        (2, [({}, 0), (PAIRS_1, 1), (TOKENS, 1), (TOKENS, 2), (PADDED, 2), (PAIRS_1, 3), (TOKENS, 3)]),
+    ],
     ids=["1 worker", "2 workers"],
 )
 def test_loss_curve_is_plain_torch_s_for_every_cut_and_stage(
-    workers: int, cuts: list[tuple[int, int]], cache: Path, plain_torch: list[float], tmp_path: Path
+    workers: int, cuts: list[tuple[dict[str, Any], int]], cache: Path, plain_torch: list[float], tmp_path: Path
 ) -> None:
     jobs = [
         Job(
-            experiment(
-                cache,
-                **{"scaling.num_workers": workers, "train.micro_batch_size": micro, "deepspeed.zero_stage": stage},
-            ),
-            tmp_path / f"{micro}-{stage}",
+            experiment(cache, **{"scaling.num_workers": workers, "deepspeed.zero_stage": stage}, **cut),
+            tmp_path / str(number),
         )
-        for micro, stage in cuts
+        for number, (cut, stage) in enumerate(cuts)
     ]
-    for (micro, stage), record in zip(cuts, train_all(jobs), strict=True):
-        case = f"micro-batch {micro}, ZeRO {stage}"
+    for (cut, stage), record in zip(cuts, train_all(jobs), strict=True):
+        case = f"{cut}, ZeRO {stage}"
         assert record.curve("train/loss") == pytest.approx(plain_torch, rel=1e-5), case
         assert set(record.evals) == {10, 20}, case
 
@@ -81,23 +83,21 @@ def test_gradients_are_equal_for_every_cut(reduction: str, cache: Path) -> None:
     """4×1, 2×2 and 1×4 in one process, to 1e-6; batches of unequal lengths, where micro-batch means would differ."""
     from orpo_ray import loop, loss
     from orpo_ray.data import batch_indices
-    from orpo_ray.forward import collate, nll_tokens, pair_logps
-    from orpo_ray.model import build_model, load_tokenizer
+    from orpo_ray.model import build_model
 
     torch.set_num_threads(1)
     config = experiment(cache, **{"loss.nll_reduction": reduction})
     pairs, _ = loop._pairs(config.data, config.model)
-    pad = int(load_tokenizer(config.model).pad_token_id)
     indices = batch_indices(1, len(pairs), 4, seed=7)
-    tokens_N = nll_tokens(pairs.prompt_lengths_N[indices], pairs.chosen_lengths_N[indices], "prompt_and_response")
-    assert len(set(tokens_N.tolist())) > 1
-    counts = loss.BatchCounts(4, int(tokens_N.sum()))
+    tokens = [len(pairs[int(i)].prompt_ids) - 1 + len(pairs[int(i)].chosen_ids) for i in indices]
+    assert len(set(tokens)) > 1
+    counts = loss.BatchCounts(4, sum(tokens))
 
     def gradient(micro: int) -> torch.Tensor:
         model = build_model(config.model, seed=1)
         for start in range(0, 4, micro):
-            batch = collate([pairs[int(i)] for i in indices[start : start + micro]], pad, "prompt_and_response")
-            loss.from_config(config.loss)(pair_logps(model, batch), counts).loss.backward()
+            members = [pairs[int(i)] for i in indices[start : start + micro]]
+            loss.from_config(config.loss)(logps(model, members), counts).loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     whole = gradient(4)

@@ -35,8 +35,8 @@ def test_help_answers_at_once(arguments: list[str]) -> None:
 
 
 def test_mistakes_are_told_without_a_traceback() -> None:
-    output = orpo_ray("sweep", str(EXPERIMENTS / "quickstart.yaml"), "train.micro_batch_size=3", code=2)
-    assert "micro_batch_size (3) × num_workers (1) must divide global_batch_size (16)" in output
+    output = orpo_ray("sweep", str(EXPERIMENTS / "quickstart.yaml"), "train.global_batch_size=0", code=2)
+    assert "train.global_batch_size: Input should be greater than or equal to 1 (got 0)" in output
     assert "Traceback" not in output
     assert "no such file" in orpo_ray("plan", "nowhere.yaml", code=2)
     assert "no sweep has run here" in orpo_ray("report", "nowhere", code=2)

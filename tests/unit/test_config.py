@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from orpo_ray.config import METRIC_MODES, ConfigError, ExperimentConfig, SweepConfig, load, parse
@@ -39,11 +40,11 @@ BROKEN = {
     "out of range": (["optim.lr=0"], ["optim.lr", "greater than 0", "(got 0)"]),
     "negative lambda": (["loss.orpo_lambda=-0.1"], ["loss.orpo_lambda", "greater than or equal to 0", "-0.1"]),
     "lambda that is no number": (["loss.orpo_lambda=.nan"], ["loss.orpo_lambda", "nan"]),
-    "unknown choice": (["loss.name=dpo"], ["loss.name", "'orpo' or 'sft'", "'dpo'"]),
+    "unknown choice": (["loss.name=kto"], ["loss.name", "'orpo', 'sft', 'dpo', 'cpo', 'simpo' or 'ipo'", "'kto'"]),
     "name that is no folder": (["name=a/b"], ["name", "pattern", "'a/b'"]),
     "batch arithmetic": (
-        ["train.global_batch_size=32", "train.micro_batch_size=6", "scaling.num_workers=2"],
-        ["micro_batch_size (6)", "num_workers (2)", "must divide", "global_batch_size (32)"],
+        ["train.global_batch_size=3", "scaling.num_workers=4"],
+        ["global_batch_size (3)", "must be at least", "num_workers (4)", "larger batch or fewer workers"],
     ),
     "no room for an answer": (
         ["data.max_tokens=512", "data.max_prompt_tokens=512"],
@@ -52,6 +53,38 @@ BROKEN = {
     "sft with a lambda": (
         ["loss={name: sft, orpo_lambda: 0.5}"],
         ["loss", "sft is λ = 0", "orpo_lambda is 0.5", "drop it", "name: orpo"],
+    ),
+    "lambda with dpo": (
+        ["loss={name: dpo, orpo_lambda: 0.5}"],
+        ["loss", "dpo does not read orpo_lambda (0.5)", "only orpo, sft", "drop it", "dpo reads beta"],
+    ),
+    "lambda 0 with dpo": (["loss={name: dpo, orpo_lambda: 0}"], ["dpo does not read orpo_lambda (0.0)"]),
+    "beta with orpo": (
+        ["loss.beta=0.1"],
+        ["orpo does not read beta (0.1)", "only dpo, cpo, simpo, ipo", "orpo reads orpo_lambda, ratio, temperature"],
+    ),
+    "temperature with sft": (
+        ["loss={name: sft, temperature: 2}"],
+        ["sft does not read temperature (2.0)", "only orpo"],
+    ),
+    "ratio with simpo": (["loss={name: simpo, ratio: odds}"], ["simpo does not read ratio (odds)"]),
+    "margin with cpo": (["loss={name: cpo, simpo_gamma: 1}"], ["cpo does not read simpo_gamma (1.0)", "only simpo"]),
+    "NLL weight with ipo": (["loss={name: ipo, nll_weight: 1}"], ["ipo does not read nll_weight (1.0)", "only cpo"]),
+    "temperature 0": (["loss.temperature=0"], ["loss.temperature", "greater than 0", "(got 0)"]),
+    "beta 0": (["loss={name: dpo, beta: 0}"], ["loss.beta", "greater than 0", "(got 0)"]),
+    "unknown ratio": (["loss.ratio=log"], ["loss.ratio", "'odds' or 'probability'", "'log'"]),
+    "unknown preset": (["loss.preset=axolotl"], ["loss.preset", "'trl', 'llamafactory' or 'authors'", "'axolotl'"]),
+    "preset contradicted": (
+        ["loss={preset: llamafactory, nll_scope: prompt_and_response}"],
+        ["preset llamafactory sets nll_scope to response", "nll_scope is prompt_and_response", "drop one"],
+    ),
+    "preset contradicted by the default": (
+        ["loss={preset: authors, nll_eos: true}"],
+        ["preset authors sets nll_eos to False", "nll_eos is True"],
+    ),
+    "preset of another loss": (
+        ["loss={name: cpo, preset: trl}"],
+        ["preset trl", "ORPO code base", "loss.name is cpo", "set nll_scope, nll_reduction, nll_eos, answer_padding"],
     ),
     "both lengths": (["train.epochs=2"], ["train", "either max_steps or epochs", "max_steps=100", "epochs=2.0"]),
     "no length": (["train.max_steps=null"], ["train", "either max_steps or epochs", "max_steps=None", "epochs=None"]),
@@ -128,6 +161,32 @@ BROKEN = {
         ["loss.name=sft", "sweep={space: {loss.orpo_lambda: {type: grid, values: [0, 0.5]}}}"],
         ["sweep.space.loss.orpo_lambda", "candidate 0.5", "sft is λ = 0"],
     ),
+    "lambda swept under dpo": (
+        ["loss.name=dpo", "sweep={space: {loss.orpo_lambda: {type: grid, values: [0, 0.5]}}}"],
+        ["sweep.space.loss.orpo_lambda", "candidate 0:", "candidate 0.5", "dpo does not read orpo_lambda (0.5)"],
+    ),
+    "lambda and loss swept together": (
+        [
+            "sweep={space: {loss.name: {type: grid, values: [orpo, dpo]}, "
+            "loss.orpo_lambda: {type: grid, values: [0.1, 0.5]}}}"
+        ],
+        ["'loss.name': 'dpo', 'loss.orpo_lambda': 0.5", "dpo does not read orpo_lambda (0.5)"],
+    ),
+    "preset swept": (
+        ["sweep={metric: eval/preference_accuracy, space: {loss.preset: {type: grid, values: [trl, authors]}}}"],
+        [
+            "eval/preference_accuracy changes its meaning with loss.preset",
+            "so does every other metric",
+            "vary a preset's settings one by one",
+        ],
+    ),
+    "scope and padding swept together": (
+        [
+            "sweep={metric: eval/nll, space: {loss.nll_scope: {type: grid, values: [response, prompt_and_response]}, "
+            "loss.answer_padding: {type: grid, values: [true, false]}}}"
+        ],
+        ["eval/nll changes its meaning with loss.nll_scope", "so does every other metric", "vary fewer"],
+    ),
     "axis on name": (
         ["sweep={space: {name: {type: grid, values: [a, b]}}}"],
         ["sweep.space.name", "axis 'name'", "data, deepspeed, loss, model, optim, scaling, train"],
@@ -141,8 +200,11 @@ BROKEN = {
         ["sweep.space.where", "axis 'tracking.experiment'", "must be a setting in data"],
     ),
     "batch arithmetic in one bundle": (
-        ["sweep={space: {size: {type: bundle, values: {2m: {scaling.num_workers: 2}, 8m: {scaling.num_workers: 3}}}}}"],
-        ["sweep.space.size", "candidate '8m'", "num_workers (3)", "global_batch_size (32)"],
+        [
+            "sweep={space: {size: {type: bundle, "
+            "values: {2m: {scaling.num_workers: 2}, 8m: {scaling.num_workers: 33}}}}}"
+        ],
+        ["sweep.space.size", "candidate '8m'", "num_workers (33)", "global_batch_size (32)"],
     ),
     # Overrides.
     "override without a value": (["optim.lr"], ["'optim.lr'", "key.path=value", "optim.lr=1e-5"]),
@@ -162,7 +224,7 @@ def test_a_broken_rule_is_refused_in_words(overrides: list[str], words: list[str
 
 def test_several_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        config("optim.lrr=1", "loss.name=dpo", "train.micro_batch_size=x", "data.long_prompts=cut")
+        config("optim.lrr=1", "loss.name=kto", "train.micro_batch_size=x", "data.long_prompts=cut")
     head, *lines = str(caught.value).splitlines()
     assert head == "config: 4 problem(s)"
     assert [line.split(":")[0].strip() for line in lines] == [
@@ -183,13 +245,13 @@ def test_problems_of_several_axes_are_reported_at_once() -> None:
 
 def test_what_only_a_combination_breaks_is_found_before_anything_starts() -> None:
     axes = "size: {type: bundle, values: {2m: {scaling.num_workers: 1}, 8m: {scaling.num_workers: 8}}}"
-    config(f"sweep={{space: {{{axes}}}}}")  # 4 × 8 divides 32
-    axes += ", train.micro_batch_size: {type: grid, values: [4, 8]}"  # 8 × 1 does too, 8 × 8 does not
+    config(f"sweep={{space: {{{axes}}}}}")
+    axes += ", train.global_batch_size: {type: grid, values: [4, 8]}"  # 4 pairs are too few for 8 workers only
     with pytest.raises(ConfigError) as caught:
         config(f"sweep={{space: {{{axes}}}}}")
     message = str(caught.value)
     assert "1 problem(s)" in message
-    for words in ("'size': '8m'", "'train.micro_batch_size': 8", "micro_batch_size (8)", "num_workers (8)", "(32)"):
+    for words in ("'size': '8m'", "'train.global_batch_size': 4", "global_batch_size (4)", "num_workers (8)"):
         assert words in message
 
 
@@ -197,6 +259,11 @@ def test_what_only_a_combination_breaks_is_found_before_anything_starts() -> Non
 
 LAMBDA_AXIS = "loss.orpo_lambda: {type: grid, values: [0, 0.1]}"
 SCOPE_AXIS = "loss.nll_scope: {type: grid, values: [response, prompt_and_response]}"
+EOS_AXIS = "loss.nll_eos: {type: grid, values: [true, false]}"
+PADDING_AXIS = "loss.answer_padding: {type: grid, values: [true, false]}"
+RATIO_AXIS = "loss.ratio: {type: grid, values: [odds, probability]}"
+TEMPERATURE_AXIS = "loss.temperature: {type: loguniform, low: 0.1, high: 2}"
+BETA_BUNDLE = "how: {type: bundle, values: {a: {loss.name: dpo, loss.beta: 0.1}, b: {loss.name: dpo, loss.beta: 1}}}"
 LAMBDA_BUNDLE = "how: {type: bundle, values: {a: {loss.orpo_lambda: 0}, b: {loss.orpo_lambda: 1}}}"
 
 
@@ -206,6 +273,14 @@ LAMBDA_BUNDLE = "how: {type: bundle, values: {a: {loss.orpo_lambda: 0}, b: {loss
         ("eval/loss", LAMBDA_AXIS, "loss.orpo_lambda", set(METRIC_MODES) - {"eval/loss"}),
         ("eval/loss", LAMBDA_BUNDLE, "loss.orpo_lambda", set(METRIC_MODES) - {"eval/loss"}),
         ("eval/nll", SCOPE_AXIS, "loss.nll_scope", set(METRIC_MODES) - {"eval/loss", "eval/nll"}),
+        ("eval/loss", RATIO_AXIS, "loss.ratio", set(METRIC_MODES) - {"eval/loss"}),
+        ("eval/loss", TEMPERATURE_AXIS, "loss.temperature", set(METRIC_MODES) - {"eval/loss"}),
+        ("eval/loss", BETA_BUNDLE, "loss.beta, loss.name", set(METRIC_MODES) - {"eval/loss"}),
+        ("eval/nll", EOS_AXIS, "loss.nll_eos", set(METRIC_MODES) - {"eval/loss", "eval/nll"}),
+        ("eval/log_odds", PADDING_AXIS, "loss.answer_padding", {"eval/nll"}),
+        ("eval/odds_ratio_loss", PADDING_AXIS, "loss.answer_padding", {"eval/nll"}),
+        ("eval/preference_accuracy", PADDING_AXIS, "loss.answer_padding", {"eval/nll"}),
+        ("eval/nll_per_byte", PADDING_AXIS, "loss.answer_padding", {"eval/nll"}),
         ("eval/loss", f"{LAMBDA_AXIS}, {SCOPE_AXIS}", "loss.nll_scope", set(METRIC_MODES) - {"eval/loss", "eval/nll"}),
     ],
 )
@@ -262,7 +337,7 @@ def test_trial_is_the_experiment_without_its_sweep_and_with_its_params() -> None
     trial = parsed.trial(params)
     assert trial.sweep is None
     assert trial.model.path == "tiny-llama-8m"
-    assert (trial.scaling.num_workers, trial.deepspeed.zero_stage, trial.accumulation_steps) == (2, 3, 4)
+    assert (trial.scaling.num_workers, trial.deepspeed.zero_stage) == (2, 3)
     assert (trial.loss.orpo_lambda, trial.optim.schedule) == (0.5, "linear")
     assert trial.train.global_batch_size == parsed.train.global_batch_size
     assert parsed.settings(params) == {
@@ -303,6 +378,56 @@ def test_sft_is_lambda_zero() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        # TRL 1.16: DPOConfig.beta, CPOConfig.beta and .cpo_alpha; simpo: princeton-nlp/SimPO, γ / β = 0.25.
+        ("orpo", {"orpo_lambda": 0.1, "ratio": "odds", "temperature": 1.0}),
+        ("sft", {"orpo_lambda": 0.0}),
+        ("dpo", {"beta": 0.1}),
+        ("cpo", {"beta": 0.1, "nll_weight": 1.0}),
+        ("simpo", {"beta": 2.0, "simpo_gamma": 0.5}),
+        ("ipo", {"beta": 0.1}),
+    ],
+)
+def test_defaults_of_a_loss_and_nothing_that_it_does_not_read(name: str, settings: dict[str, Any]) -> None:
+    parsed = config(f"loss.name={name}")
+    every = ("orpo_lambda", "ratio", "temperature", "beta", "simpo_gamma", "nll_weight")
+    assert {setting: getattr(parsed.loss, setting) for setting in every} == dict.fromkeys(every) | settings
+    assert parsed.loss.own_settings == settings
+    assert parsed.loss.needs_reference == (name in ("dpo", "ipo"))
+    given = {setting: value for setting, value in settings.items() if setting != "orpo_lambda" or name != "sft"}
+    assert config(f"loss={json.dumps({'name': name} | given)}").loss == parsed.loss
+
+
+COUNTS_AS = {
+    "trl": ("prompt_and_response", "token", True, False),
+    "llamafactory": ("response", "pair", True, False),
+    "authors": ("prompt_and_response", "token", False, True),
+}
+
+
+@pytest.mark.parametrize(("preset", "settings"), COUNTS_AS.items())
+@pytest.mark.parametrize("name", ["orpo", "sft"])
+def test_presets_set_what_is_counted(name: str, preset: str, settings: tuple[Any, ...]) -> None:
+    loss = config(f"loss={{name: {name}, preset: {preset}}}").loss
+    assert (loss.nll_scope, loss.nll_reduction, loss.nll_eos, loss.answer_padding) == settings
+    scope, reduction, eos, padding = settings
+    again = {"nll_scope": scope, "nll_reduction": reduction, "nll_eos": eos, "answer_padding": padding}
+    assert config(f"loss={json.dumps({'name': name, 'preset': preset} | again)}").loss == loss  # agreeing is allowed
+
+
+def test_what_a_loss_implies_is_not_handed_on_to_trials() -> None:
+    """Else a trial with another loss would inherit λ = 0 from sft, or be refused for a setting nobody gave."""
+    parsed = config("loss.name=sft", "sweep={space: {loss.name: {type: grid, values: [sft, orpo, dpo]}}}")
+    losses = {name: parsed.trial({"loss.name": name}).loss for name in ("sft", "orpo", "dpo")}
+    assert {name: (loss.orpo_lambda, loss.beta) for name, loss in losses.items()} == {
+        "sft": (0.0, None),
+        "orpo": (0.1, None),
+        "dpo": (None, 0.1),
+    }
+
+
+@pytest.mark.parametrize(
     "deepspeed",
     [
         "{zero_stage: 1, offload_optimizer: cpu}",
@@ -328,6 +453,11 @@ def test_settings_cannot_be_changed_after_the_checks() -> None:
 def test_a_config_survives_json() -> None:
     parsed = config("sweep={space: {optim.lr: {type: grid, values: [1e-6]}}}", "model.lora={target_modules: [q_proj]}")
     assert parse(json.loads(parsed.model_dump_json())) == parsed
+    for loss in ("{preset: authors, temperature: 0.5}", "{name: sft, preset: trl}", "{name: dpo}", "{name: simpo}"):
+        parsed = config(f"loss={loss}")
+        assert parse(json.loads(parsed.model_dump_json())) == parsed
+        assert parse(parsed.model_dump(mode="json", exclude_unset=True)) == parsed
+        assert parsed.model_dump(exclude_unset=True)["loss"] == yaml.safe_load(loss)
 
 
 def test_every_setting_is_documented() -> None:

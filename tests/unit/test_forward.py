@@ -1,132 +1,286 @@
+"""The forms of the forward pass against each other and against the definition, for every kind of architecture."""
+
 import copy
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from orpo_ray.data import Pair
-from orpo_ray.forward import Batch, NllScope, collate, nll_tokens, pair_logps
+from orpo_ray.forward import Form, PairModel, form_of
 from orpo_ray.loss import BatchCounts, orpo
+from orpo_ray.packing import Counting, NllScope
+from tests.forwards import ALL, CHUNKED, FAST, FORMS, PLAIN, gradient, logps
 
 SCOPES: list[NllScope] = ["prompt_and_response", "response"]
 VOCABULARY = 61
-PAD = 0
 # (prompt, chosen, rejected) tokens: one-token prompts and answers, chosen longer and shorter than rejected.
 LENGTHS = [(7, 5, 9), (1, 6, 2), (12, 1, 1), (1, 1, 1), (3, 17, 4), (9, 2, 11)]
-
-
-def make_pair(*parts: Sequence[int]) -> Pair:
-    prompt, chosen, rejected = (np.array(part, dtype=np.int32) for part in parts)
-    return Pair("test:1", prompt, chosen, rejected, chosen_bytes=1)
+WINDOW = {"sliding_window": 6}  # shorter than most sequences
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+RANGE = {"initializer_range": 0.3}  # large, so that every position and every neighbour matters
+GATED = {**SMALL, **RANGE, "intermediate_size": 64, "num_key_value_heads": 2}
+OPT = {**SMALL, "ffn_dim": 64, "init_std": 0.3, "dropout": 0.0}
+SHARING: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GATED),
+    "qwen2": Qwen2Config(**GATED),
+    "qwen3": Qwen3Config(**GATED, head_dim=8),
+    "mistral": MistralConfig(**GATED, **WINDOW),
+    "opt": OPTConfig(**OPT, word_embed_proj_dim=32),
+    "opt-350m": OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "phi": PhiConfig(**SMALL, **RANGE, intermediate_size=64),
+    "gemma2": Gemma2Config(**GATED, **WINDOW, head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=5.0),
+    "gemma3": Gemma3TextConfig(**GATED, **WINDOW, head_dim=8),
+    "gpt2": GPT2Config(**SMALL, **RANGE, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "granite": GraniteConfig(**GATED, logits_scaling=2.0),
+    "cohere": CohereConfig(**GATED, logit_scale=0.25),
+}
+PADDING: dict[str, tuple[PreTrainedConfig, str]] = {
+    "mamba": (MambaConfig(**SMALL, **RANGE, state_size=4), "layers of kind linear_attention"),
+    "falcon": (FalconConfig(**SMALL, **RANGE), "FalconForCausalLM does its attention itself"),
+    "bloom": (BloomConfig(**SMALL, **RANGE), "BloomForCausalLM does its attention itself"),
+}
 
 
 @pytest.fixture(scope="module")
 def pairs() -> list[Pair]:
     rng = np.random.default_rng(0)
-    # PAD is among the real tokens: only the masks may tell them from padding.
-    return [make_pair(*(rng.integers(0, VOCABULARY, n).tolist() for n in lengths)) for lengths in LENGTHS]
+    # Padding (0) is among the real tokens: only the layout may tell them from padding.
+    ids = [[rng.integers(0, VOCABULARY, n).astype(np.int32) for n in lengths] for lengths in LENGTHS]
+    return [Pair(f"test:{i}", *parts, chosen_bytes=1) for i, parts in enumerate(ids)]
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    # A copy, for the attention function is a setting of the config.
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,  # large, so that every position and every neighbour matters
-    )
-    return LlamaForCausalLM(config).eval()
+def llama() -> LlamaForCausalLM:
+    return build(SHARING["llama"])
 
 
-def test_collate_by_hand() -> None:
-    pairs = [make_pair([5, 6], [7, 8], [9]), make_pair([4], [3], [2, 1, 1])]
-    batch = collate(pairs, pad_token_id=0, scope="prompt_and_response")
-    assert batch.input_ids_ST.tolist() == [[5, 6, 7, 8], [4, 3, 0, 0], [5, 6, 9, 0], [4, 2, 1, 1]]
-    assert batch.attention_mask_ST.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch.answer_mask_ST.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1]]
-    assert batch.nll_mask_PT.int().tolist() == [[0, 1, 1, 1], [0, 1, 0, 0]]
-    response = collate(pairs, pad_token_id=0, scope="response")
-    assert response.nll_mask_PT.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+def objective(model: torch.nn.Module, pairs: list[Pair], form: Form, **options: object) -> torch.Tensor:
+    """ORPO's loss of all pairs as one batch; its gradient is left in the model."""
+    found = logps(model, pairs, form=form, **options)
+    counts = BatchCounts(len(pairs), int(found.nll_tokens_P.sum()))
+    loss = orpo(found, counts, orpo_lambda=0.5, nll_reduction="token").loss
+    loss.backward()
+    return loss.detach()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_counts_from_lengths_are_the_counts_of_the_masks(
-    model: LlamaForCausalLM, pairs: list[Pair], scope: NllScope
-) -> None:
-    prompts_N, chosen_N, _ = np.array(LENGTHS).T
-    batch = collate(pairs, PAD, scope)
-    counted = nll_tokens(prompts_N, chosen_N, scope)
-    expected = {"prompt_and_response": [11, 6, 12, 1, 19, 10], "response": [5, 6, 1, 1, 17, 2]}[scope]
-    assert counted.tolist() == expected
-    assert batch.nll_mask_PT.sum(1).tolist() == expected
-    assert pair_logps(model, batch).nll_tokens_P.tolist() == expected
+@pytest.mark.parametrize("architecture", SHARING)
+def test_shared_prompt_equals_two_forwards(architecture: str, pairs: list[Pair]) -> None:
+    """Loss and gradients of the fast form against the padded form with full logits and transformers' own masks."""
+    model = build(SHARING[architecture])
+    assert form_of(model, "shared_prompt") == FAST
+    loss = objective(model, pairs, FAST)
+    found = gradient(model)
+    model.set_attn_implementation("eager")  # the reference: its masks are spelled out, for windows too
+    expected_loss = objective(model, pairs, PLAIN)
+    expected = gradient(model)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("architecture", PADDING)
+def test_what_cannot_share_falls_back_and_says_why(architecture: str, pairs: list[Pair]) -> None:
+    config, reason = PADDING[architecture]
+    model = build(config)
+    form = form_of(model, "shared_prompt")
+    assert (form.shares_prompt, form.chunks_head) == (False, True)
+    assert reason in form.reason
+    loss = objective(model, pairs, form)
+    found = gradient(model)
+    torch.testing.assert_close(loss, objective(model, pairs, PLAIN), rtol=1e-5, atol=0)
+    expected = gradient(model)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_foreign_code_that_ignores_positions_is_found_out(llama: LlamaForCausalLM) -> None:
+    """Custom code may take the interface and still do something of its own: the probe compares results."""
+    model = copy.deepcopy(llama)
+    rotate = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: rotate(x, torch.arange(x.shape[1])[None])
+    form = form_of(model, "shared_prompt")
+    assert (form.shares_prompt, form.chunks_head) == (False, True)
+    assert "log-probabilities are off by" in form.reason
+    assert model.config._attn_implementation == llama.config._attn_implementation
+
+
+def test_foreign_head_is_read_through_the_model_itself(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
+    model = copy.deepcopy(llama)
+    plain = model.forward
+
+    def doubled(**inputs: object) -> object:
+        output = plain(**inputs)
+        output.logits = 2 * output.logits
+        return output
+
+    model.forward = doubled
+    form = form_of(model, "shared_prompt")
+    assert (form.shares_prompt, form.chunks_head) == (True, False)
+    torch.testing.assert_close(objective(model, pairs, form), objective(model, pairs, PLAIN), rtol=1e-5, atol=0)
+
+
+def test_other_kernels_pad_on_request(llama: LlamaForCausalLM) -> None:
+    assert form_of(copy.deepcopy(llama), "sdpa") == Form(False, True, "model.attention is sdpa")
+
+
+def test_probe_leaves_the_mode_and_the_gradients_alone(llama: LlamaForCausalLM) -> None:
+    model = copy.deepcopy(llama).train()
+    form_of(model, "shared_prompt")
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bf16_is_within_its_rounding(pairs: list[Pair]) -> None:
+    """Either form in bf16 is about as far from fp32 as the other."""
+    model = build(LlamaConfig(**{**GATED, "initializer_range": 0.1}))
+    exact = objective(model, pairs, PLAIN)
+    exact_gradient = gradient(model)
+    errors = {}
+    for name, form in FORMS.items():
+        loss = objective(model, pairs, form, autocast=torch.bfloat16)
+        found = gradient(model)
+        errors[name] = (found - exact_gradient).norm() / exact_gradient.norm()
+        torch.testing.assert_close(loss, exact, rtol=5e-3, atol=0)
+    assert 0 < errors["shared"] < 2 * errors["plain"] < 0.1
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_equals_the_definition_sequence_by_sequence(
-    model: LlamaForCausalLM, pairs: list[Pair], naive_logps: Callable[..., dict[str, torch.Tensor]], scope: NllScope
+    llama: LlamaForCausalLM,
+    pairs: list[Pair],
+    naive_logps: Callable[..., dict[str, torch.Tensor]],
+    scope: NllScope,
+    form: str,
 ) -> None:
-    logps = pair_logps(model, collate(pairs, PAD, scope))
-    expected = naive_logps(model, pairs, scope)
+    found = logps(llama, pairs, Counting(scope), FORMS[form])
+    expected = naive_logps(llama, pairs, scope)
     for name, result in (
-        ("chosen", logps.chosen_logps_P),
-        ("rejected", logps.rejected_logps_P),
-        ("nll_sums", logps.nll_sums_P),
-        ("nll_tokens", logps.nll_tokens_P),
+        ("chosen", found.chosen_logps_P),
+        ("rejected", found.rejected_logps_P),
+        ("nll_sums", found.nll_sums_P),
+        ("nll_tokens", found.nll_tokens_P),
     ):
         torch.testing.assert_close(result.double(), expected[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("pad_token_id", [0, VOCABULARY - 1])
-def test_padding_and_company_do_not_move_a_pair(
-    model: LlamaForCausalLM, pairs: list[Pair], scope: NllScope, pad_token_id: int
-) -> None:
-    together = pair_logps(model, collate(pairs, pad_token_id, scope))
-    backwards = pair_logps(model, collate(pairs[::-1], pad_token_id, scope))
+@pytest.mark.parametrize("form", FORMS)
+def test_company_does_not_move_a_pair(llama: LlamaForCausalLM, pairs: list[Pair], form: str) -> None:
+    together = logps(llama, pairs, form=FORMS[form], pad_token_id=VOCABULARY - 1)
+    backwards = logps(llama, pairs[::-1], form=FORMS[form])
     for index, pair in enumerate(pairs):
-        alone = pair_logps(model, collate([pair], PAD, scope))
-        for field in dataclasses.fields(alone):
-            expected = getattr(alone, field.name)[0]
-            torch.testing.assert_close(getattr(together, field.name)[index], expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(getattr(backwards, field.name)[-1 - index], expected, rtol=1e-5, atol=1e-5)
+        alone = logps(llama, [pair], form=FORMS[form])
+        for name in ("chosen_logps_P", "rejected_logps_P", "nll_sums_P", "nll_tokens_P"):
+            expected = getattr(alone, name)[0]
+            torch.testing.assert_close(getattr(together, name)[index], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(getattr(backwards, name)[-1 - index], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+def test_chosen_and_rejected_do_not_see_each_other(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
+    pair = pairs[0]
+    other = copy.copy(pair.chosen_ids)[::-1].copy()
+    changed = Pair("test:1", pair.prompt_ids, other, pair.rejected_ids, chosen_bytes=1)
+    before, after = (logps(llama, [p, pairs[1]]) for p in (pair, changed))
+    assert before.chosen_logps_P[0] != after.chosen_logps_P[0]
+    assert torch.equal(before.rejected_logps_P, after.rejected_logps_P)
+    assert torch.equal(before.chosen_logps_P[1], after.chosen_logps_P[1])
+
+
 @pytest.mark.parametrize("reduction", ["token", "pair"])
 def test_gradient_does_not_depend_on_how_the_batch_is_cut(
-    model: LlamaForCausalLM, pairs: list[Pair], scope: NllScope, reduction: str
+    llama: LlamaForCausalLM, pairs: list[Pair], reduction: str
 ) -> None:
     """Law 2, on a model: also uneven cuts of pairs of very different length."""
-    prompts_N, chosen_N, _ = np.array(LENGTHS).T
-    counts = BatchCounts(len(pairs), int(nll_tokens(prompts_N, chosen_N, scope).sum()))
+    counts = BatchCounts(len(pairs), sum(prompt - 1 + chosen for prompt, chosen, _ in LENGTHS))
 
-    def gradient(*sizes: int) -> torch.Tensor:
-        model.zero_grad()
+    def cut(*sizes: int) -> torch.Tensor:
         rest = iter(pairs)
         for size in sizes:
-            batch = collate([next(rest) for _ in range(size)], PAD, scope)
-            orpo(pair_logps(model, batch), counts, orpo_lambda=0.5, nll_reduction=reduction).loss.backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
+            found = logps(llama, [next(rest) for _ in range(size)])
+            orpo(found, counts, orpo_lambda=0.5, nll_reduction=reduction).loss.backward()
+        return gradient(llama)
 
-    whole = gradient(6)
+    whole = cut(6)
     for sizes in [(1, 1, 1, 1, 1, 1), (2, 2, 2), (1, 5), (4, 2)]:
-        torch.testing.assert_close(gradient(*sizes), whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+        torch.testing.assert_close(cut(*sizes), whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
 
 
-def test_log_probabilities_are_fp32_whatever_the_model(model: LlamaForCausalLM, pairs: list[Pair]) -> None:
-    logps = pair_logps(copy.deepcopy(model).bfloat16(), collate(pairs, PAD, "response"))
-    assert logps.chosen_logps_P.dtype == logps.rejected_logps_P.dtype == logps.nll_sums_P.dtype == torch.float32
+def test_log_probabilities_are_fp32_whatever_the_model(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
+    for form in FORMS.values():
+        found = logps(copy.deepcopy(llama).bfloat16(), pairs, form=form)
+        assert {found.chosen_logps_P.dtype, found.rejected_logps_P.dtype, found.nll_sums_P.dtype} == {torch.float32}
 
 
-def test_batch_moves_as_a_whole(pairs: list[Pair]) -> None:
-    moved = collate(pairs, PAD, "response").to(torch.device("meta"))
-    assert isinstance(moved, Batch)
-    assert {getattr(moved, field.name).device.type for field in dataclasses.fields(moved)} == {"meta"}
+@pytest.mark.parametrize("form", [FAST, CHUNKED, PLAIN])
+def test_gradient_checkpointing_runs_the_same_attention_again(pairs: list[Pair], form: Form) -> None:
+    model = build(SHARING["llama"]).train()
+    objective(model, pairs, form)
+    expected = gradient(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective(model, pairs, form)
+    torch.testing.assert_close(gradient(model), expected)
+
+
+def test_a_model_that_drops_the_layout_is_refused(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
+    model = copy.deepcopy(llama)
+    PairModel(model, FAST)
+    with pytest.raises(ValueError, match="LlamaAttention does not pass keyword arguments on"):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_answer_padding_and_eos(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
+    """The authors' counting, from token log-probabilities written out."""
+    eos = int(pairs[4].chosen_ids[3])
+    counting = Counting("prompt_and_response", nll_eos=False, answer_padding=True, eos_token_id=eos)
+    for form in FORMS.values():
+        found = logps(llama, pairs, counting, form)
+        for index, pair in enumerate(pairs):
+            for answer, mean in (
+                (pair.chosen_ids, found.chosen_logps_P[index]),
+                (pair.rejected_ids, found.rejected_logps_P[index]),
+            ):
+                ids = torch.tensor([*pair.prompt_ids, *answer, eos])
+                logp_T = llama(input_ids=ids[None]).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+                torch.testing.assert_close(mean, logp_T[len(pair.prompt_ids) - 1 :].mean(), rtol=1e-5, atol=1e-5)
+                if answer is pair.chosen_ids:
+                    counted = ids[1:-1] != eos
+                    torch.testing.assert_close(
+                        found.nll_sums_P[index], -logp_T[:-1][counted].sum(), rtol=1e-5, atol=1e-5
+                    )
+                    assert int(found.nll_tokens_P[index]) == int(counted.sum())
+    assert found.nll_tokens_P.sum() < logps(llama, pairs, ALL).nll_tokens_P.sum()

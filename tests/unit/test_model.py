@@ -29,7 +29,7 @@ from transformers import (
 
 from orpo_ray.config import LoraConfig, ModelConfig
 from orpo_ray.data import Pair
-from orpo_ray.forward import collate, pair_logps
+from orpo_ray.forward import form_of
 from orpo_ray.loss import BatchCounts, orpo
 from orpo_ray.model import (
     PRESETS,
@@ -39,6 +39,7 @@ from orpo_ray.model import (
     count_parameters_of,
     load_tokenizer,
 )
+from tests.forwards import FAST, PLAIN, logps
 
 NaiveLogps = Callable[..., dict[str, torch.Tensor]]
 PRESET = ModelConfig(path="tiny-llama-1m")
@@ -78,9 +79,9 @@ def save(config: object, folder: Path, tokenizer: PreTrainedTokenizerBase, seed:
 
 def backward(model: torch.nn.Module) -> torch.Tensor:
     """One batch forth and back."""
-    batch = collate(PAIRS, pad_token_id=2, scope="prompt_and_response")
-    counts = BatchCounts(len(PAIRS), int(batch.nll_mask_PT.sum()))
-    loss = orpo(pair_logps(model, batch), counts, orpo_lambda=0.5, nll_reduction="token").loss
+    batch = logps(model, PAIRS, pad_token_id=2)
+    counts = BatchCounts(len(PAIRS), int(batch.nll_tokens_P.sum()))
+    loss = orpo(batch, counts, orpo_lambda=0.5, nll_reduction="token").loss
     loss.backward()
     return loss.detach()
 
@@ -165,18 +166,18 @@ def test_architecture_on_disk_equals_the_definition(
     naive_logps: NaiveLogps,
 ) -> None:
     config = save(ARCHITECTURES[architecture], tmp_path, tokenizer)
-    if architecture == "gemma2":  # transformers has no SDPA for it: its attention scores are soft-capped
-        config = config.model_copy(update={"attention": "eager"})
     model = build_model(config, seed=0)
     assert load_tokenizer(config)(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert count_parameters(model)[0] == count_parameters_of(config)
 
-    logps = pair_logps(model, collate(PAIRS, load_tokenizer(config).pad_token_id, "prompt_and_response"))
     expected = naive_logps(model, PAIRS, "prompt_and_response")
-    torch.testing.assert_close(logps.chosen_logps_P.double(), expected["chosen"], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logps.rejected_logps_P.double(), expected["rejected"], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logps.nll_sums_P.double(), expected["nll_sums"], rtol=1e-4, atol=1e-4)
+    form = form_of(model, config.attention)
+    assert form == FAST
+    for result in (logps(model, PAIRS, form=form), logps(model, PAIRS, form=PLAIN)):
+        torch.testing.assert_close(result.chosen_logps_P.double(), expected["chosen"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.rejected_logps_P.double(), expected["rejected"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.nll_sums_P.double(), expected["nll_sums"], rtol=1e-4, atol=1e-4)
 
     assert backward(model).isfinite()
     # A weight without a gradient would have no part in the model's output.
@@ -249,8 +250,7 @@ def test_gguf_gives_dense_weights_that_train_and_save(tmp_path: Path, tokenizer:
     write_gguf(tmp_path / "tiny.gguf", tokenizer, model)
     config = ModelConfig(path=str(tmp_path), gguf_file="tiny.gguf")
     loaded = build_model(config, seed=0)
-    batch = collate(PAIRS, 2, "response")
-    torch.testing.assert_close(pair_logps(loaded, batch).chosen_logps_P, pair_logps(model, batch).chosen_logps_P)
+    torch.testing.assert_close(logps(loaded, PAIRS).chosen_logps_P, logps(model, PAIRS).chosen_logps_P)
     assert count_parameters(loaded) == count_parameters(model)
     assert not loaded.is_quantized
     assert backward(loaded).isfinite()
@@ -274,8 +274,7 @@ def test_lora_trains_its_adapters_only() -> None:
     assert count_parameters(model) == (count_parameters(base)[0] + adapters, adapters)
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     # B starts at zero, so the adapted model starts as the base model.
-    batch = collate(PAIRS, 2, "response")
-    assert torch.equal(pair_logps(model.eval(), batch).chosen_logps_P, pair_logps(base.eval(), batch).chosen_logps_P)
+    assert torch.equal(logps(model.eval(), PAIRS).chosen_logps_P, logps(base.eval(), PAIRS).chosen_logps_P)
 
 
 def test_lora_seed_decides_the_adapters_over_the_same_base(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

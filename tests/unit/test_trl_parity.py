@@ -10,13 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from orpo_ray.config import DataConfig
 from orpo_ray.data import Pair, load_pairs
-from orpo_ray.forward import collate, pair_logps
 from orpo_ray.loss import BatchCounts, LossTerms, PairLogps, orpo
 
 pytest.importorskip("trl", reason="needs TRL to compare with: pip install -e '.[oracle]'")
 pytest.importorskip("trl.experimental.orpo", reason="this TRL has no trl.experimental.orpo: pip install -e '.[oracle]'")
 from datasets import Dataset
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from tests import forwards
 
 LAMBDAS = [0.1, 1.0]
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -89,9 +90,8 @@ def trl_batch(pairs: list[Pair], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 
 def ours(model: torch.nn.Module, pairs: list[Pair], pad_token_id: int, lam: float) -> tuple[PairLogps, LossTerms]:
-    batch = collate(pairs, pad_token_id, "prompt_and_response")
-    counts = BatchCounts(len(pairs), int(batch.nll_mask_PT.sum()))
-    logps = pair_logps(model, batch)
+    logps = forwards.logps(model, pairs, form=forwards.FAST, pad_token_id=pad_token_id)
+    counts = BatchCounts(len(pairs), int(logps.nll_tokens_P.sum()))
     return logps, orpo(logps, counts, orpo_lambda=lam, nll_reduction="token")
 
 
@@ -156,7 +156,8 @@ def test_accumulation_moves_trls_gradient_and_not_ours(
     """Law 2: TRL averages the micro-batches' token means, so its objective depends on how a batch is cut."""
     model = trainer.model
     pad, lam = tokenizer.pad_token_id, trainer.beta
-    counts = BatchCounts(8, int(collate(pairs, pad, "prompt_and_response").nll_mask_PT.sum()))
+    tokens = sum(len(pair.prompt_ids) - 1 + len(pair.chosen_ids) for pair in pairs)
+    counts = BatchCounts(8, tokens)
 
     def gradients(micro_batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         pieces = [pairs[start : start + micro_batch_size] for start in range(0, 8, micro_batch_size)]
@@ -166,7 +167,7 @@ def test_accumulation_moves_trls_gradient_and_not_ours(
         trl_gradient = flat_gradient(model).clone()
         model.zero_grad()
         for piece in pieces:
-            logps = pair_logps(model, collate(piece, pad, "prompt_and_response"))
+            logps = forwards.logps(model, piece, pad_token_id=pad)
             orpo(logps, counts, orpo_lambda=lam, nll_reduction="token").loss.backward()
         return trl_gradient, flat_gradient(model).clone()
 

@@ -1,0 +1,52 @@
+"""bf16 on CPUs without units for it: values are kept in bf16, products run through fp32 kernels.
+
+On such CPUs a bf16 matrix product takes about twice as long as an fp32 one (`benchmarks/limit.py`). An fp32 product of
+the same values is at least as exact: bf16 kernels accumulate in fp32 too.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones (AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def use_fp32_products(model: torch.nn.Module) -> None:
+    """Make the plain linear layers of a model compute in fp32 and return bf16, as they do under autocast."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
+
+
+def _linear(module: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = _Linear.apply(inputs, module.weight, module.bias)
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    """x Wᵀ + b with fp32 weights and products. The input is kept as it came, not as one more copy in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        with torch.autocast("cpu", enabled=False):
+            return torch.nn.functional.linear(x.float(), weight, bias).bfloat16()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        grad = grads[0].float()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad.flatten(0, -2).T @ x.float().flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        return grad_x, grad_weight, grad_bias
