@@ -15,6 +15,8 @@ from orpo_ray.cpu_bf16 import has_bf16_units
 
 CHUNK_BYTES = 64 * 2**20
 """fp32 logits that exist at a time; on every device large enough for matrix products to run at full rate."""
+KEPT_BYTES = 256 * 2**20
+"""Probabilities that are kept for the backward pass of one call. A constant: memory must not grow with tokens × V."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,10 @@ def _product_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
 
 
 class _LinearLogps(torch.autograd.Function):
-    """log_softmax(x Wᵀ + b)[target], chunk by chunk; logits are made again for the backward pass.
+    """log_softmax(x Wᵀ + b)[target], chunk by chunk.
 
     With p = softmax(logits) and g the gradient that arrives, the gradient of the logits is g · (onehot(target) - p).
+    The first chunks' p are kept for the backward pass, up to `KEPT_BYTES`; the others' logits are made again there.
     """
 
     @staticmethod
@@ -86,30 +89,39 @@ class _LinearLogps(torch.autograd.Function):
         target_N: torch.Tensor,
         options: _Options,
     ) -> torch.Tensor:
+        logps_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
+        lse_N = torch.empty_like(logps_N)
+        kept: list[torch.Tensor] = []
+        room = KEPT_BYTES if any(ctx.needs_input_grad) and options.softcap is None else 0
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight = weight_VD.to(options.dtype)
-            logps_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
-            lse_N = torch.empty_like(logps_N)
             for here in _chunks(len(target_N), options.rows):
                 logits_CV, _ = _logits(hidden_ND[here], weight, bias_V, options)
                 lse_N[here] = logits_CV.logsumexp(1)
                 logps_N[here] = logits_CV.gather(1, target_N[here, None]).squeeze(1) - lse_N[here]
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, lse_N)
+                room -= 4 * logits_CV.numel()
+                if room >= 0:
+                    kept.append(logits_CV.sub_(lse_N[here, None]).exp_())
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, lse_N, *kept)
         ctx.options = options
         return logps_N
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_N,), options = grads, ctx.options
-        hidden_ND, weight_VD, bias_V, target_N, lse_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, target_N, lse_N, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight = weight_VD.to(options.dtype)
-            for here in _chunks(len(target_N), options.rows):
-                logits_CV, tanh_CV = _logits(hidden_ND[here], weight, bias_V, options)
-                delta_CV = logits_CV.sub_(lse_N[here, None]).exp_().mul_(-grad_N[here, None])
+            for number, here in enumerate(_chunks(len(target_N), options.rows)):
+                tanh_CV = None
+                if number < len(kept):
+                    delta_CV = kept[number] * -grad_N[here, None]
+                else:
+                    logits_CV, tanh_CV = _logits(hidden_ND[here], weight, bias_V, options)
+                    delta_CV = logits_CV.sub_(lse_N[here, None]).exp_().mul_(-grad_N[here, None])
                 delta_CV.scatter_add_(1, target_N[here, None], grad_N[here, None])
                 if tanh_CV is not None:
                     delta_CV *= 1 - tanh_CV.square_()

@@ -85,9 +85,7 @@ def test_twice_through_the_graph_gives_the_same_gradient() -> None:
 @pytest.mark.parametrize("on_head", [True, False])
 def test_lora_on_and_off_the_head(on_head: bool) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = LlamaConfig(vocab_size=V, hidden_size=D, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     targets = ["q_proj", "lm_head"] if on_head else ["q_proj"]
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=3, target_modules=targets))
     adapted = model.get_base_model().get_output_embeddings()
