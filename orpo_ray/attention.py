@@ -115,7 +115,8 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores:
     logits = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scores.scaling is None else scores.scaling)
     logits = scores.softcap * torch.tanh(logits / scores.softcap)
     logits = logits.masked_fill(~_causal_mask(num_queries, num_keys, window, query.device), -torch.inf)
-    return F.dropout(logits.float().softmax(-1).to(value.dtype), scores.dropout) @ value
+    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(value.dtype)
+    return F.dropout(weights, scores.dropout) @ value
 
 
 def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:

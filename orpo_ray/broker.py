@@ -184,7 +184,7 @@ class Broker:
         self._busy[group] = trial_id
         return Assignment(trial_id, trial.attempt, trial.config)
 
-    async def started(self, trial_id: str, attempt: int, step: int, max_steps: int, facts: dict[str, int]) -> None:
+    async def started(self, trial_id: str, attempt: int, step: int, max_steps: int, facts: dict[str, Any]) -> None:
         """Training begins after `step` steps that were done before."""
         trial = self._trials[trial_id]
         if attempt == trial.attempt:

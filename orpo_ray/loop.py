@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from orpo_ray.forward import PairModel, form_of, pair_logps, product_type
 from orpo_ray.metrics import PairSums, Throughput
 from orpo_ray.model import build_model, count_parameters, load_tokenizer
 from orpo_ray.packing import Batch, Counting, micro_batches
+
+_log = logging.getLogger(__name__)
 
 
 class Decision(StrEnum):
@@ -205,6 +208,9 @@ class _Run:
         lm = build_model(config.model, config.train.seed)
         parameters, trainable = count_parameters(lm)
         form = form_of(lm, config.model.attention)
+        fallback = form.reason if config.model.attention == "shared_prompt" else ""
+        if fallback and dist.get_rank() == 0:
+            _log.warning("%s runs in a slower form: %s", config.model.path, fallback)
         model = PairModel(lm, form, product_type(config.train.precision))
         torch.manual_seed(config.train.seed + dist.get_rank())  # dropout differs between ranks
         engine = build_engine(model, config)
@@ -225,7 +231,7 @@ class _Run:
                 "forward/logits": "in chunks" if form.chunks_head else "all at once",
                 "forward/products": "fp32" if model.autocast is None else "bf16",
             }
-            | ({"forward/fallback": form.reason} if form.reason else {}),
+            | ({"forward/fallback": fallback} if fallback else {}),
         )
 
     def batches(self, first: int, last: int) -> Iterator[tuple[int, GlobalBatch]]:

@@ -264,7 +264,10 @@ class SweepTracker:
                     params |= _trial_params(self._config, event["params"])
                 case "started":
                     # What only the worker knows, e.g. model/parameters.
-                    params |= {key.replace("/", "."): value for key, value in event.get("facts", {}).items()}
+                    facts = event.get("facts", {})
+                    params |= {key.replace("/", "."): value for key, value in facts.items()}
+                    if "forward/fallback" in facts:
+                        tags["orpo_ray.fallback"] = facts["forward/fallback"]
                 case "log" | "eval":
                     # At the watermark itself again: its batch may have been cut in two. MLflow drops equal points.
                     if event["step"] >= reached.get(kind, 0):

@@ -48,6 +48,7 @@ class Record:
     evals: dict[int, dict[str, float]] = field(default_factory=dict)
     result: Any = None
     started_at: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def curve(self, metric: str) -> list[float]:
         """A training metric, step by step."""
@@ -121,8 +122,8 @@ def _train(job: Job) -> Record:
         record.evals[step] = metrics
         return loop.Decision.STOP if step == job.stop_at else loop.Decision.CONTINUE
 
-    def on_start(step: int, max_steps: int, facts: dict[str, int]) -> None:
-        record.started_at = step
+    def on_start(step: int, max_steps: int, facts: dict[str, Any]) -> None:
+        record.started_at, record.facts = step, facts
 
     ctx = loop.RankContext(job.trial_dir, on_start=on_start, on_log=record.logs.__setitem__, on_eval=on_eval)
     record.result = loop.train(job.config, ctx)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -28,8 +29,9 @@ from transformers import (
 )
 
 from orpo_ray.data import Pair
-from orpo_ray.forward import Form, PairModel, form_of
+from orpo_ray.forward import Form, PairModel, form_of, pair_logps
 from orpo_ray.loss import BatchCounts, orpo
+from orpo_ray.metrics import PairSums
 from orpo_ray.packing import Counting, NllScope
 from tests.forwards import ALL, CHUNKED, FAST, FORMS, PLAIN, gradient, logps
 
@@ -284,3 +286,25 @@ def test_answer_padding_and_eos(llama: LlamaForCausalLM, pairs: list[Pair]) -> N
                     )
                     assert int(found.nll_tokens_P[index]) == int(counted.sum())
     assert found.nll_tokens_P.sum() < logps(llama, pairs, ALL).nll_tokens_P.sum()
+
+
+class _NoReading(TorchDispatchMode):
+    """Fails where the host would have to wait for the device: a value read, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **kwargs or {})
+
+
+def test_nothing_in_a_pass_waits_for_the_device(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
+    model = PairModel(copy.deepcopy(llama), FAST)
+    batch = model.collate(pairs, ALL, pad_token_id=0)
+    counts = BatchCounts(len(pairs), int(batch.tokens_K[-len(pairs) :].sum()))
+    sums = PairSums.zeros(torch.device("cpu"))
+    with _NoReading():
+        found = pair_logps(model, batch)
+        terms = orpo(found, counts, orpo_lambda=0.5, nll_reduction="token")
+        terms.loss.backward()
+        sums.add(found, terms)
+    with pytest.raises(AssertionError), _NoReading():
+        float(terms.loss)

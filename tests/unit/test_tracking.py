@@ -80,7 +80,7 @@ def event(kind, trial_id, at, **details):
 def life(trial_id, status="finished", error=None, lam=0.1, steps=20):
     """A trial's events: two logs and an evaluation per ten steps."""
     params = {"loss.orpo_lambda": lam, "optim.lr": 8.0e-4, "size": "8m"}
-    facts = {"model/parameters": 8_000_000.0}
+    facts = {"model/parameters": 8_000_000.0, "forward/rows": "padded", "forward/fallback": "it does attention itself"}
     events = [
         event("submitted", trial_id, 0, params=params, bundle="8m"),
         event("started", trial_id, 1, attempt=0, group="8m-0", step=0, max_steps=20, facts=facts),
@@ -149,6 +149,8 @@ def test_a_sweep_becomes_a_parent_run_with_a_child_per_trial(output_dir):
     assert run.info.run_name == "8m λ=0.1 lr=8.0e-04"
     assert run.data.tags["mlflow.parentRunId"] == parent_id
     assert run.data.tags["orpo_ray.trial_id"] == "t0"
+    assert run.data.params["forward.rows"] == "padded"
+    assert run.data.tags["orpo_ray.fallback"] == "it does attention itself"
     expected = {"loss.orpo_lambda": "0.1", "optim.lr": "0.0008", "size": "8m", "model.path": "tiny-llama-8m"}
     expected |= {"deepspeed.zero_stage": "1", "model.parameters": "8000000.0", "train.epochs": "null"}
     assert expected.items() <= run.data.params.items()
