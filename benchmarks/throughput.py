@@ -24,6 +24,10 @@ from benchmarks.case import SIDES, Case, Device, Precision, Side
 from benchmarks.rounds import RESULTS, Limits, described, ratios, require_device, run_rounds, save, summarise
 
 
+CPU_TOKENS = 1024
+"""Ours, tokens per pass on a CPU: about as fast as any more, in less memory (experiments/hh_smollm2.yaml)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Ours, and the peers that do the same work."""
@@ -59,6 +63,7 @@ def comparisons(device: Device, threads: int, steps: int | None) -> list[Compari
             base = Case(
                 data=data, batch=batch, precision=precision, steps=steps or timed, threads=threads, device=device
             )
+            ours = replace(base, max_tokens_per_micro_batch=CPU_TOKENS if device == "cpu" else None)
             peers = [
                 replace(base, side=side, micro_batch=cut, checkpointing=recompute)
                 for side, recomputes, cuts in sides
@@ -66,7 +71,7 @@ def comparisons(device: Device, threads: int, steps: int | None) -> list[Compari
                 for cut in cuts
             ]
             target_memory = memory if precision == "bf16" else None
-            made.append(Comparison(f"{data}-{batch}-{precision}", base, tuple(peers), speed, target_memory))
+            made.append(Comparison(f"{data}-{batch}-{precision}", ours, tuple(peers), speed, target_memory))
     return made
 
 
@@ -91,6 +96,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="comparisons by name; --list shows them")
     parser.add_argument("--list", action="store_true", help="print the comparisons and their processes, run nothing")
     parser.add_argument("--sides", nargs="+", choices=[s for s in SIDES if s != "ours"], help="peers; all by default")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="peers by the label that --list shows, e.g. 'trl 2×4'")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, help="how often each process runs; 5 by default")
     parser.add_argument("--steps", type=int, help="timed optimizer steps per process; 2 or 3 by default")
@@ -110,6 +116,8 @@ def main(words: list[str] | None = None) -> int:
         chosen = [comparison for comparison in chosen if comparison.name in options.only]
     if options.sides:
         chosen = [replace(c, peers=tuple(p for p in c.peers if p.side in options.sides)) for c in chosen]
+    if options.labels:
+        chosen = [replace(c, peers=tuple(p for p in c.peers if p.label in options.labels)) for c in chosen]
     if options.list:
         for comparison in chosen:
             print(comparison.name, "|", ", ".join(case.label for case in (comparison.ours, *comparison.peers)))

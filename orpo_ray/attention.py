@@ -67,14 +67,17 @@ def shared_prompt_attention(
     if unknown or attention_mask is not None:
         raise ValueError(f"{type(module).__name__} wants attention with {', '.join(sorted(unknown)) or 'its own mask'}")
     scores = _Scores(scaling, dropout, sliding_window, softcap)
-    if query_1HTD.is_cuda:
-        attended = _flex(query_1HTD, key_1HTD, value_1HTD, layout, scores)
-    elif query_1HTD.dtype == torch.bfloat16 and not has_bf16_units():
-        with torch.autocast("cpu", enabled=False):
-            query, key, value = query_1HTD.float(), key_1HTD.float(), value_1HTD.float()
-            attended = _pair_by_pair(query, key, value, layout, scores).bfloat16()
+    attend = _flex if query_1HTD.is_cuda else _pair_by_pair
+    device = query_1HTD.device.type
+    if torch.is_autocast_enabled(device):
+        # Rotary embeddings leave fp32 queries beside bf16 values, and FlexAttention is not among what autocast casts.
+        result = torch.get_autocast_dtype(device)
+        inside = torch.float32 if device == "cpu" and not has_bf16_units() else result
+        with torch.autocast(device, enabled=False):
+            inputs = (x.to(inside) for x in (query_1HTD, key_1HTD, value_1HTD))
+            attended = attend(*inputs, layout=layout, scores=scores).to(result)
     else:
-        attended = _pair_by_pair(query_1HTD, key_1HTD, value_1HTD, layout, scores)
+        attended = attend(query_1HTD, key_1HTD, value_1HTD, layout, scores)
     return attended.transpose(1, 2).contiguous(), None
 
 
