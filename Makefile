@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-fast check format golden lock clean help
+.PHONY: quickstart test test-fast check format golden bench lock clean help
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,14 @@ format: $(STAMP) ## Apply the formatter and the safe fixes
 
 golden: $(STAMP) ## Write the golden losses anew; look at the diff before you commit it
 	$(BIN)/python -m tests.golden.make_golden
+
+bench: $(STAMP) ## Speed and memory against TRL, Liger, LLaMA-Factory's loss (hours), into benchmarks/README.md
+	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.limit --precision fp32
+	$(BIN)/python -m benchmarks.limit --precision bf16
+	$(BIN)/python -m benchmarks.report
 
 lock: $(STAMP) ## Write constraints.txt from what is installed
 	{ echo "# The versions everything here was tested with. Made by: make lock"; \

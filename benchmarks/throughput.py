@@ -23,7 +23,6 @@ from rich.table import Table
 from benchmarks.case import SIDES, Case, Device, Precision, Side
 from benchmarks.rounds import RESULTS, Limits, described, ratios, require_device, run_rounds, save, summarise
 
-
 CPU_TOKENS = 1024
 """Ours, tokens per pass on a CPU: about as fast as any more, in less memory (experiments/hh_smollm2.yaml)."""
 
@@ -64,7 +63,7 @@ def comparisons(device: Device, threads: int, steps: int | None) -> list[Compari
                 data=data, batch=batch, precision=precision, steps=steps or timed, threads=threads, device=device
             )
             ours = replace(base, max_tokens_per_micro_batch=CPU_TOKENS if device == "cpu" else None)
-            peers = [
+            peers = [replace(ours, checkpointing=True)] + [
                 replace(base, side=side, micro_batch=cut, checkpointing=recompute)
                 for side, recomputes, cuts in sides
                 for recompute in recomputes
@@ -96,7 +95,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="comparisons by name; --list shows them")
     parser.add_argument("--list", action="store_true", help="print the comparisons and their processes, run nothing")
     parser.add_argument("--sides", nargs="+", choices=[s for s in SIDES if s != "ours"], help="peers; all by default")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="peers by the label that --list shows, e.g. 'trl 2×4'")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="peers as --list shows them, e.g. 'trl 2×4'")
+    parser.add_argument("--suffix", help="behind the comparison's name: keeps the result beside an earlier one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, help="how often each process runs; 5 by default")
     parser.add_argument("--steps", type=int, help="timed optimizer steps per process; 2 or 3 by default")
@@ -115,9 +115,11 @@ def main(words: list[str] | None = None) -> int:
             parser.error(f"--only {', '.join(sorted(unknown))}: no such comparison; there are {names}")
         chosen = [comparison for comparison in chosen if comparison.name in options.only]
     if options.sides:
-        chosen = [replace(c, peers=tuple(p for p in c.peers if p.side in options.sides)) for c in chosen]
+        chosen = [replace(c, peers=tuple(p for p in c.peers if p.side in ("ours", *options.sides))) for c in chosen]
     if options.labels:
         chosen = [replace(c, peers=tuple(p for p in c.peers if p.label in options.labels)) for c in chosen]
+    if options.suffix:
+        chosen = [replace(c, name=f"{c.name} {options.suffix}") for c in chosen]
     if options.list:
         for comparison in chosen:
             print(comparison.name, "|", ", ".join(case.label for case in (comparison.ours, *comparison.peers)))
@@ -166,7 +168,7 @@ def summary(comparison: Comparison, results: list[dict[str, Any]]) -> dict[str, 
     seen = [result["case"] for result in results]
     sides = [summarise(results, case) for case in (comparison.ours, *comparison.peers) if case.as_json() in seen]
     for side in sides:
-        if side["case"]["side"] != "ours":
+        if side["case"] != comparison.ours.as_json():
             side["ours_over_it"] = ratios(results, comparison.ours, Case(**side["case"]))
     return {"sides": sides, "targets": verdicts(comparison, sides)}
 

@@ -74,8 +74,8 @@ def shared_prompt_attention(
         result = torch.get_autocast_dtype(device)
         inside = torch.float32 if device == "cpu" and not has_bf16_units() else result
         with torch.autocast(device, enabled=False):
-            inputs = (x.to(inside) for x in (query_1HTD, key_1HTD, value_1HTD))
-            attended = attend(*inputs, layout=layout, scores=scores).to(result)
+            query, key, value = (x.to(inside) for x in (query_1HTD, key_1HTD, value_1HTD))
+            attended = attend(query, key, value, layout, scores).to(result)
     else:
         attended = attend(query_1HTD, key_1HTD, value_1HTD, layout, scores)
     return attended.transpose(1, 2).contiguous(), None

@@ -74,6 +74,8 @@ def build_engine(model: PairModel, config: ExperimentConfig) -> deepspeed.DeepSp
         arguments = {"model_parameters": groups}
         ds_config["optimizer"] = {"type": "AdamW", "params": _adam(config.optim)}
     engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False, **arguments)
+    if config.deepspeed.zero_stage == 0 and dist.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # with nobody to reduce with, it would copy all gradients twice
     if config.deepspeed.zero_stage == 3:
         for parameter in model.outside_parameters:
             deepspeed.zero.register_external_parameter(model, parameter)

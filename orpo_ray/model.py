@@ -67,7 +67,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     """A fresh fp32 model on the CPU, ready to be handed to DeepSpeed.
 
-    Pretrained weights are read once per process and copied, so the next trial on the same model starts at once.
+    From the second trial on the same model in a process, its weights are kept and copied, so that the third starts at
+    once; a single run need not hold them twice.
 
     Args:
         config: which model.
@@ -80,7 +81,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     if config.path in PRESETS:
         model = AutoModelForCausalLM.from_config(_preset_config(config), attn_implementation=_kernel(config))
     else:
-        model = copy.deepcopy(_pretrained(config.model_copy(update={"lora": None, "gradient_checkpointing": False})))
+        model = _own_copy(config.model_copy(update={"lora": None, "gradient_checkpointing": False}))
     tokenizer, rows = load_tokenizer(config), model.get_input_embeddings().num_embeddings
     if (highest := max(tokenizer.eos_token_id, tokenizer.pad_token_id)) >= rows:
         raise ModelError(
@@ -111,7 +112,22 @@ def count_parameters_of(config: ModelConfig) -> int:
         )[0]
 
 
+_read_before: set[ModelConfig] = set()
+
+
+def _own_copy(config: ModelConfig) -> PreTrainedModel:
+    """Weights that the caller may train."""
+    if config in _read_before:
+        return copy.deepcopy(_kept(config))
+    _read_before.add(config)
+    return _pretrained(config)
+
+
 @lru_cache(maxsize=1)
+def _kept(config: ModelConfig) -> PreTrainedModel:
+    return _pretrained(config)
+
+
 def _pretrained(config: ModelConfig) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(

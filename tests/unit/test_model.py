@@ -27,6 +27,7 @@ from transformers import (
     T5Config,
 )
 
+from orpo_ray import model as model_module
 from orpo_ray.config import LoraConfig, ModelConfig
 from orpo_ray.data import Pair
 from orpo_ray.forward import form_of
@@ -242,6 +243,21 @@ def write_gguf(path: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrained
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_single_run_does_not_hold_its_weights_twice(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = save(ARCHITECTURES["llama"], tmp_path, tokenizer)
+    kept = model_module._kept
+    before = kept.cache_info()
+    first = build_model(config, seed=0)
+    assert kept.cache_info() == before
+    second, third = build_model(config, seed=0), build_model(config, seed=0)
+    assert kept.cache_info().hits == before.hits + 1  # the third trial reads nothing
+    assert same_weights(first, second)
+    assert same_weights(first, third)
+    with torch.no_grad():
+        next(third.parameters()).zero_()
+    assert same_weights(first, build_model(config, seed=0))
 
 
 def test_gguf_gives_dense_weights_that_train_and_save(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
