@@ -23,6 +23,8 @@ from transformers import AttentionInterface
 from orpo_ray.cpu_bf16 import has_bf16_units
 from orpo_ray.packing import SharedPrompt
 
+windows_seen: set[int | None] = set()
+"""Windows that models have asked for in this process: a model whose window is in its masks only would ask for none."""
 NAME = "shared_prompt"
 """Name under which transformers knows this attention function."""
 FLEX_BLOCK = 128
@@ -63,9 +65,15 @@ def shared_prompt_attention(
     """
     if layout is None:
         raise ValueError(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
-    unknown = {name for name, value in others.items() if value is not None} & {"position_bias", "s_aux", "cache"}
+    unknown = {name for name, value in others.items() if value is not None} & {
+        "position_bias",
+        "s_aux",
+        "sinks",
+        "cache",
+    }
     if unknown or attention_mask is not None:
         raise ValueError(f"{type(module).__name__} wants attention with {', '.join(sorted(unknown)) or 'its own mask'}")
+    windows_seen.add(sliding_window)
     scores = _Scores(scaling, dropout, sliding_window, softcap)
     attend = _flex if query_1HTD.is_cuda else _pair_by_pair
     device = query_1HTD.device.type
@@ -147,9 +155,16 @@ def _flex(
     return attended
 
 
+def try_flex(heads: int, key_heads: int, width: int, softcap: float | None, layout: SharedPrompt) -> None:
+    """One forward and backward pass of FlexAttention on the GPU, with a model's shapes; raises what it raises."""
+    shapes = [(1, count, len(layout.pair_T), width) for count in (heads, key_heads, key_heads)]
+    query, key, value = (torch.randn(s, dtype=torch.bfloat16, device="cuda", requires_grad=True) for s in shapes)
+    _flex(query, key, value, layout, _Scores(None, 0.0, None, softcap)).sum().backward()
+
+
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention)
 
 
 @cache

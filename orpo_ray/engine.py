@@ -86,8 +86,7 @@ def deepspeed_config(config: ExperimentConfig) -> dict[str, Any]:
     """The DeepSpeed configuration that an experiment stands for."""
     stage = config.deepspeed.zero_stage
     return {
-        # Nominal: the loop packs micro-batches by tokens and marks the last one of a step itself. More than one, for
-        # with a single one ZeRO's offload keeps no sum over micro-batches.
+        # Nominal: the loop packs micro-batches by tokens and marks the last one of a step itself; 2 stands for several.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,
         # Stage 0 has no DeepSpeed optimizer to report the norm it clipped to: `step` clips there.

@@ -40,7 +40,11 @@ class Form:
 def product_type(precision: str) -> torch.dtype | None:
     """What matrix products run in under `train.precision` on this process's device; None for the weights' own fp32."""
     if precision == "auto":
-        wants_bf16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_bf16.has_bf16_units()
+        wants_bf16 = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if torch.cuda.is_available()
+            else cpu_bf16.has_bf16_units()
+        )
         return torch.bfloat16 if wants_bf16 else None
     return torch.bfloat16 if precision == "bf16" else None
 
@@ -92,7 +96,8 @@ class PairModel(torch.nn.Module):
         device = batch.input_ids_RT.device.type
         with torch.autocast(device, self.autocast) if self.autocast else contextlib.nullcontext():
             logps_N = self._logps(batch)
-        return batch.weights_KN @ logps_N
+        # Not a matrix product: there, 0 · inf would make one pair's divergence everybody's.
+        return torch.where(batch.weights_KN == 0, 0.0, batch.weights_KN * logps_N).sum(1)
 
     def _logps(self, batch: Batch) -> torch.Tensor:
         if batch.layout is not None:
@@ -157,12 +162,16 @@ def form_of(lm: torch.nn.Module, wanted_attention: str) -> Form:
             batch = collate(pairs, Counting("prompt_and_response"), share_prompt=form.shares_prompt)
             return PairModel(lm, form)(batch.to(device))
 
+        if _causal(lm)._supports_attention_backend:  # other kernels may want a GPU, where the model is not yet
+            _causal(lm).set_attn_implementation("eager")
         expected = sums(Form(shares_prompt=False, chunks_head=False))
         chunked = _try(sums, Form(shares_prompt=False, chunks_head=True), expected)
         head = not chunked
         if wanted_attention != "shared_prompt":
             return Form(False, head, "; ".join(filter(None, (f"model.attention is {wanted_attention}", chunked))))
+        attention.windows_seen.clear()
         shared = _layers_not_understood(_causal(lm)) or _try(sums, Form(True, head), expected)
+        shared = shared or _window_not_passed(_causal(lm)) or _flex_does_not_run(_causal(lm), pairs)
         return Form(not shared, head, "; ".join(filter(None, (shared, chunked))))
     finally:
         lm.train(was_training)
@@ -188,6 +197,42 @@ def _layers_not_understood(causal: Any) -> str:
         return f"rows with a shared prompt: layers of kind {', '.join(sorted(kinds))}"
     if not causal._supports_attention_backend:
         return f"rows with a shared prompt: {type(causal).__name__} does its attention itself"
+    return ""
+
+
+def _window_not_passed(causal: Any) -> str:
+    """The probe's pairs are shorter than any window, so that a window they do not reach has to be looked for."""
+    config = causal.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    declared = (
+        getattr(config, "sliding_window", None) is not None
+        and getattr(config, "use_sliding_window", True)
+        and (kinds is None or "sliding_attention" in kinds)
+    )
+    if declared and attention.windows_seen <= {None}:
+        return f"rows with a shared prompt: {type(causal).__name__} has its sliding window in masks only"
+    return ""
+
+
+def _flex_does_not_run(causal: Any, pairs: list[Pair]) -> str:
+    """What a GPU runs is not what the probe ran on the CPU."""
+    if not torch.cuda.is_available():
+        return ""
+    config = causal.config.get_text_config()
+    dropout = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+    if dropout:
+        return f"rows with a shared prompt: FlexAttention has no dropout, the model's attention {dropout}"
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    batch = collate(pairs, Counting("response"), share_prompt=True, multiple_of=attention.FLEX_BLOCK)
+    layout = batch.to(torch.device("cuda")).layout
+    assert layout is not None
+    try:
+        with torch.enable_grad():
+            attention.try_flex(heads, key_heads, width, getattr(config, "attn_logit_softcapping", None), layout)
+    except Exception as error:  # the compiler's, of many kinds
+        return f"rows with a shared prompt: FlexAttention: {type(error).__name__}: {error}"
     return ""
 
 

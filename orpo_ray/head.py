@@ -39,7 +39,9 @@ class Head:
         """
         rows = max(1, CHUNK_BYTES // (4 * self._vocabulary()))
         if type(self.linear) is torch.nn.Linear:
-            options = _Options(rows, self.scale, self.softcap, _product_dtype(hidden_ND))
+            # Under no_grad nothing is kept; inside the function's own forward, gradients always look switched off.
+            keeps = torch.is_grad_enabled() and self.softcap is None
+            options = _Options(rows, self.scale, self.softcap, _product_dtype(hidden_ND), keeps)
             weight_VD, bias_V = self.linear.weight, self.linear.bias
             logps_N: torch.Tensor = _LinearLogps.apply(hidden_ND, weight_VD, bias_V, target_N, options)
             return logps_N
@@ -63,6 +65,7 @@ class _Options:
     scale: float
     softcap: float | None
     dtype: torch.dtype
+    keeps: bool
 
 
 def _product_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
@@ -76,8 +79,9 @@ def _product_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
 class _LinearLogps(torch.autograd.Function):
     """log_softmax(x Wᵀ + b)[target], chunk by chunk.
 
-    With p = softmax(logits) and g the gradient that arrives, the gradient of the logits is g · (onehot(target) - p).
-    The first chunks' p are kept for the backward pass, up to `KEPT_BYTES`; the others' logits are made again there.
+    With e = softmax(logits) - onehot(target) and g the gradient that arrives, the gradient of the logits is -g · e. As
+    g is one number per row, it scales the small operands of the backward pass's products, never a [C, V] tensor. The
+    first chunks' e are kept, up to `KEPT_BYTES`; the others' logits are made again.
     """
 
     @staticmethod
@@ -92,7 +96,7 @@ class _LinearLogps(torch.autograd.Function):
         logps_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
         lse_N = torch.empty_like(logps_N)
         kept: list[torch.Tensor] = []
-        room = KEPT_BYTES if any(ctx.needs_input_grad) and options.softcap is None else 0
+        room = KEPT_BYTES if options.keeps else 0
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight = weight_VD.to(options.dtype)
             for here in _chunks(len(target_N), options.rows):
@@ -101,7 +105,7 @@ class _LinearLogps(torch.autograd.Function):
                 logps_N[here] = logits_CV.gather(1, target_N[here, None]).squeeze(1) - lse_N[here]
                 room -= 4 * logits_CV.numel()
                 if room >= 0:
-                    kept.append(logits_CV.sub_(lse_N[here, None]).exp_())
+                    kept.append(_error(logits_CV, lse_N[here], target_N[here]))
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, lse_N, *kept)
         ctx.options = options
         return logps_N
@@ -116,24 +120,21 @@ class _LinearLogps(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight = weight_VD.to(options.dtype)
             for number, here in enumerate(_chunks(len(target_N), options.rows)):
-                tanh_CV = None
                 if number < len(kept):
-                    delta_CV = kept[number] * -grad_N[here, None]
+                    error_CV = kept[number]
                 else:
                     logits_CV, tanh_CV = _logits(hidden_ND[here], weight, bias_V, options)
-                    delta_CV = logits_CV.sub_(lse_N[here, None]).exp_().mul_(-grad_N[here, None])
-                delta_CV.scatter_add_(1, target_N[here, None], grad_N[here, None])
-                if tanh_CV is not None:
-                    delta_CV *= 1 - tanh_CV.square_()
-                if options.scale != 1.0:
-                    delta_CV *= options.scale
-                if grad_bias is not None:
-                    grad_bias += delta_CV.sum(0)
-                delta = delta_CV.to(options.dtype)
+                    error_CV = _error(logits_CV, lse_N[here], target_N[here])
+                    if tanh_CV is not None:
+                        error_CV *= 1 - tanh_CV.square_()
+                upstream_C1 = -options.scale * grad_N[here, None]
+                error = error_CV.to(options.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[here] = delta @ weight
+                    grad_hidden[here] = (error @ weight) * upstream_C1
                 if grad_weight is not None:
-                    _accumulate_product(grad_weight, delta, hidden_ND[here].to(options.dtype))
+                    _accumulate_product(grad_weight, error, (hidden_ND[here] * upstream_C1).to(options.dtype))
+                if grad_bias is not None:
+                    grad_bias += (error_CV * upstream_C1).sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
@@ -156,9 +157,15 @@ def _logits(
     return options.softcap * tanh_CV, tanh_CV
 
 
-def _accumulate_product(total_VD: torch.Tensor, delta_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
-    """total += deltaᵀ hidden; in one call where the types are one."""
-    if total_VD.dtype == delta_CV.dtype:
-        total_VD.addmm_(delta_CV.T, hidden_CD)
+def _error(logits_CV: torch.Tensor, lse_C: torch.Tensor, target_C: torch.Tensor) -> torch.Tensor:
+    """softmax(logits) - onehot(target), in the logits' memory."""
+    minus_one_C1 = torch.full_like(lse_C, -1.0)[:, None]
+    return logits_CV.sub_(lse_C[:, None]).exp_().scatter_add_(1, target_C[:, None], minus_one_C1)
+
+
+def _accumulate_product(total_VD: torch.Tensor, error_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
+    """total += errorᵀ hidden; in one call where the types are one."""
+    if total_VD.dtype == error_CV.dtype:
+        total_VD.addmm_(error_CV.T, hidden_CD)
     else:
-        total_VD += delta_CV.T @ hidden_CD
+        total_VD += error_CV.T @ hidden_CD

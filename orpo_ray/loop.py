@@ -22,7 +22,7 @@ from orpo_ray.config import DataConfig, ExperimentConfig, ModelConfig, OptimConf
 from orpo_ray.data import Pair, PairDataset, batch_indices, load_pairs
 from orpo_ray.engine import build_engine, destroy, step
 from orpo_ray.evaluate import evaluate
-from orpo_ray.forward import PairModel, form_of, pair_logps, product_type
+from orpo_ray.forward import Form, PairModel, form_of, pair_logps, product_type
 from orpo_ray.metrics import PairSums, Throughput
 from orpo_ray.model import build_model, count_parameters, load_tokenizer
 from orpo_ray.packing import Batch, Counting, micro_batches
@@ -207,11 +207,11 @@ class _Run:
             reference_logps = train_reference, eval_reference
         lm = build_model(config.model, config.train.seed)
         parameters, trainable = count_parameters(lm)
-        form = form_of(lm, config.model.attention)
+        form, products = _agreed(form_of(lm, config.model.attention), product_type(config.train.precision))
         fallback = form.reason if config.model.attention == "shared_prompt" else ""
         if fallback and dist.get_rank() == 0:
             _log.warning("%s runs in a slower form: %s", config.model.path, fallback)
-        model = PairModel(lm, form, product_type(config.train.precision))
+        model = PairModel(lm, form, products)
         torch.manual_seed(config.train.seed + dist.get_rank())  # dropout differs between ranks
         engine = build_engine(model, config)
         engine.train()
@@ -229,7 +229,7 @@ class _Run:
                 "model/trainable_parameters": trainable,
                 "forward/rows": "shared prompt" if form.shares_prompt else "padded",
                 "forward/logits": "in chunks" if form.chunks_head else "all at once",
-                "forward/products": "fp32" if model.autocast is None else "bf16",
+                "forward/products": _name(products),
             }
             | ({"forward/fallback": fallback} if fallback else {}),
         )
@@ -368,11 +368,25 @@ def _reference_logps(config: ExperimentConfig, pairs: PairDataset, counting: Cou
     return reference.load_or_compute(
         pairs,
         compute,
-        reference.identity_of(config),
+        reference.identity_of(config, _name(product_type(config.train.precision))),
         cache_dir=config.data.cache_dir,
         max_tokens=config.train.max_tokens_per_micro_batch,
         max_pairs=config.train.micro_batch_size,
     )
+
+
+def _agreed(form: Form, products: torch.dtype | None) -> tuple[Form, torch.dtype | None]:
+    """What all ranks can do: were one alone to pad, it would cut the batch differently from the others."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (form, products))
+    forms, types = zip(*everyone, strict=True)
+    reason = "; ".join(dict.fromkeys(f.reason for f in forms if f.reason))
+    agreed = Form(all(f.shares_prompt for f in forms), all(f.chunks_head for f in forms), reason)
+    return agreed, None if None in types else products
+
+
+def _name(products: torch.dtype | None) -> str:
+    return "fp32" if products is None else "bf16"
 
 
 def _is_due(at: int, every: int | None, max_steps: int) -> bool:

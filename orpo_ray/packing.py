@@ -5,6 +5,7 @@ Shape suffixes: P pairs of a micro-batch, T tokens of a row, R rows, N counted t
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -87,7 +88,8 @@ class Batch:
     """A micro-batch of P pairs and what is asked of it: log-probabilities of N targets, and K sums over them."""
 
     input_ids_RT: torch.Tensor
-    position_ids_RT: torch.Tensor
+    position_ids_RT: torch.Tensor | None
+    """None for padded rows: a model counts from 0 itself."""
     attention_mask_RT: torch.Tensor | None
     """1 where a token is real; None for rows with a `layout`."""
     layout: SharedPrompt | None
@@ -102,11 +104,6 @@ class Batch:
     """fp32: how many targets each of those rows counts."""
     reference_P2: torch.Tensor | None = None
     """fp32: the reference model's means of chosen and rejected, for the losses that compare with it."""
-
-    @property
-    def num_pairs(self) -> int:
-        """P."""
-        return len(self.tokens_K) // 3
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -230,10 +227,9 @@ def _padded(pairs: Sequence[Pair], width: int, pad_token_id: int) -> dict[str, A
         ids = np.concatenate(parts)
         ids_RT[row, : len(ids)] = ids
         real_RT[row, : len(ids)] = 1
-    position_RT = np.broadcast_to(np.arange(width), ids_RT.shape).copy()
     return {
         "input_ids_RT": torch.from_numpy(ids_RT),
-        "position_ids_RT": torch.from_numpy(position_RT),
+        "position_ids_RT": None,
         "attention_mask_RT": torch.from_numpy(real_RT),
         "layout": None,
     }
@@ -274,13 +270,16 @@ def _balanced(size_B: np.ndarray, world: int, max_pairs: int, max_tokens: int) -
     rounds = min(most, max(-(-int(size_B.sum()) // (max_tokens * world)), -(-len(size_B) // (max_pairs * world))))
     while True:
         bins: list[list[int]] = [[] for _ in range(rounds * world)]
-        load = np.zeros(len(bins))
+        loads = [0] * len(bins)
+        emptiest_first = [(0, i) for i in range(len(bins))]  # a heap
         for pair in np.argsort(-size_B, kind="stable"):
-            emptiest = min((i for i in range(len(bins)) if len(bins[i]) < max_pairs), key=lambda i: load[i])
-            bins[emptiest].append(int(pair))
-            load[emptiest] += size_B[pair]
-        if rounds == most or all(load[i] <= max_tokens or len(bins[i]) == 1 for i in range(len(bins))):
-            return [np.array(bins[i], dtype=np.int64) for i in np.argsort(-load, kind="stable")]
+            load, i = heapq.heappop(emptiest_first)
+            bins[i].append(int(pair))
+            loads[i] = load + int(size_B[pair])
+            if len(bins[i]) < max_pairs:
+                heapq.heappush(emptiest_first, (loads[i], i))
+        if rounds == most or all(load <= max_tokens or len(b) == 1 for load, b in zip(loads, bins, strict=True)):
+            return [np.array(bins[i], dtype=np.int64) for i in sorted(range(len(bins)), key=lambda i: -loads[i])]
         rounds += 1
 
 

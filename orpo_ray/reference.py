@@ -29,15 +29,19 @@ from orpo_ray.packing import micro_batches
 _FORMAT_VERSION = 1  # raise it whenever the same model and pairs would get other numbers
 
 
-class ReferenceError(ArithmeticError):
+class ReferenceLogpsError(ArithmeticError):
     """The reference model's log-probabilities cannot be trained against; the message names the pairs or the file."""
 
 
-def identity_of(config: ExperimentConfig) -> dict[str, Any]:
+def identity_of(config: ExperimentConfig, products: str) -> dict[str, Any]:
     """What of an experiment decides on the reference's log-probabilities, but for the pairs; JSON values.
 
     Weights count by the commit of a hub model, by names, sizes and times of a folder's files, and by seed and versions
     of a preset, which is initialised at random. Adapters, attention kernel and batch sizes do not count.
+
+    Args:
+        config: the trial's.
+        products: what matrix products really run in (`auto` is something else on another device).
 
     Raises:
         OSError: a hub model that cannot be found.
@@ -46,7 +50,7 @@ def identity_of(config: ExperimentConfig) -> dict[str, Any]:
     return {
         "model": model | {"weights": _weights(config.model, config.train.seed)},
         "answer_padding": config.loss.answer_padding,
-        "precision": config.train.precision,
+        "products": products,
     }
 
 
@@ -78,7 +82,8 @@ def load_or_compute(
         float32 [N, 2], in the order of `pairs`: mean token log-probability of the chosen and of the rejected answer.
 
     Raises:
-        ReferenceError: the model gives log-probabilities that are not finite, or the cached file is not of these pairs.
+        ReferenceLogpsError: the model gives log-probabilities that are not finite, or the cached file is not of these
+            pairs.
     """
     parts = {"version": _FORMAT_VERSION, "pairs": pairs.digest, "identity": identity}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -90,7 +95,7 @@ def load_or_compute(
                 _write(file, _compute(pairs, compute, max_tokens, max_pairs))
     means_N2 = np.load(file)
     if means_N2.shape != (len(pairs), 2) or means_N2.dtype != np.float32:
-        raise ReferenceError(
+        raise ReferenceLogpsError(
             f"{file} holds {means_N2.dtype} {means_N2.shape}, but float32 {(len(pairs), 2)} is needed; remove it, and "
             "it will be computed again"
         )
@@ -120,7 +125,7 @@ def _compute(
             means_N2[indices] = means_P2.float().cpu().numpy()
     broken = [pairs[int(i)].pair_id for i in np.flatnonzero(~np.isfinite(means_N2).all(1))]
     if broken:
-        raise ReferenceError(
+        raise ReferenceLogpsError(
             f"the reference model's log-probabilities are not finite for {len(broken)} of {len(pairs)} pair(s): "
             f"{', '.join(broken[:8])}{', ...' if len(broken) > 8 else ''}; check its weights, or train.precision: fp32"
         )

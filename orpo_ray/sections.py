@@ -40,7 +40,7 @@ class ModelConfig(Section):
     """Run Python code shipped with the model. Off unless you trust its author."""
     attention: Literal["shared_prompt", "sdpa", "eager", "flash_attention_2"] = "shared_prompt"
     """`shared_prompt` runs each prompt once for both of its answers, without padding; architectures that cannot do so
-    fall back to `sdpa`, and the run says why. The others pad, with that kernel of transformers."""
+    fall back to padded rows, and the run says why. The others pad, with that kernel of transformers."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
@@ -83,7 +83,8 @@ class DataConfig(Section):
     chat_template: str | None = None
     """Jinja chat template; by default the tokenizer's own, or the ORPO authors' where it has none."""
     cache_dir: str = "~/.cache/orpo-ray"
-    """Tokenised pairs are kept here and shared by trials, runs and workers of one machine."""
+    """Tokenised pairs, and reference models' log-probabilities of them, are kept here and shared by trials, runs and
+    workers of one machine."""
 
     @field_validator("path", "eval_path")
     @classmethod
@@ -248,8 +249,8 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(None, ge=1)
     """Pairs per forward pass per worker at most; by default as many as `max_tokens_per_micro_batch` holds."""
     max_tokens_per_micro_batch: int = Field(4096, ge=1)
-    """Tokens per forward pass per worker at most, a prompt counted once; a pair longer than this goes alone. Memory
-    grows with it; speed does too, up to some thousand tokens."""
+    """Tokens per forward pass per worker at most, a prompt counted once (in padded rows twice, and padding too); a
+    longer pair goes alone. Memory grows with it; speed does too, up to some thousand tokens."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps. Give this or `epochs`."""
     epochs: float | None = Field(None, gt=0)

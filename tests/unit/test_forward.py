@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -154,6 +156,49 @@ def test_foreign_head_is_read_through_the_model_itself(llama: LlamaForCausalLM, 
     form = form_of(model, "shared_prompt")
     assert (form.shares_prompt, form.chunks_head) == (True, False)
     torch.testing.assert_close(objective(model, pairs, form), objective(model, pairs, PLAIN), rtol=1e-5, atol=0)
+
+
+def test_a_window_that_is_only_in_masks_is_found_out(pairs: list[Pair]) -> None:
+    """transformers builds no mask for our attention function, so such a model would see everything."""
+    config = Qwen2MoeConfig(
+        **{**GATED, "intermediate_size": 32},
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["sliding_attention"] * 2,
+    )
+    model = build(config)
+    form = form_of(model, "shared_prompt")
+    assert (form.shares_prompt, form.chunks_head) == (False, True)
+    assert "has its sliding window in masks only" in form.reason
+
+
+def test_kernels_of_a_gpu_are_not_run_where_the_model_is_read(llama: LlamaForCausalLM) -> None:
+    def needs_a_gpu(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("FlashAttention only supports CUDA")
+
+    AttentionInterface.register("needs_a_gpu", needs_a_gpu)
+    model = copy.deepcopy(llama)
+    model.set_attn_implementation("needs_a_gpu")
+    assert form_of(model, "flash_attention_2") == Form(False, True, "model.attention is flash_attention_2")
+    assert model.config._attn_implementation == "needs_a_gpu"
+    model.set_attn_implementation("sdpa")
+
+
+def test_one_diverged_pair_does_not_blame_the_others(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
+    model = copy.deepcopy(llama)
+    only_here = VOCABULARY - 1
+    parts = [[np.minimum(ids, only_here - 1) for ids in (p.prompt_ids, p.chosen_ids, p.rejected_ids)] for p in pairs]
+    parts[0][1][0] = only_here
+    with torch.no_grad():
+        model.model.embed_tokens.weight[only_here] = torch.inf
+    found = logps(model, [Pair("t:1", *ids, chosen_bytes=1) for ids in parts])
+    assert not found.chosen_logps_P[0].isfinite()
+    for means_P in (found.chosen_logps_P, found.rejected_logps_P, found.nll_sums_P):
+        assert means_P[1:].isfinite().all()
 
 
 def test_other_kernels_pad_on_request(llama: LlamaForCausalLM) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from orpo_ray.config import ExperimentConfig, parse
 from orpo_ray.data import Pair, PairDataset, load_pairs
 from orpo_ray.loss import PairLogps
-from orpo_ray.reference import ReferenceError, identity_of, load_or_compute
+from orpo_ray.reference import ReferenceLogpsError, identity_of, load_or_compute
 
 MODEL = {"model": "a"}
 
@@ -138,7 +138,7 @@ def test_computing_does_not_move_the_random_state(pairs: PairDataset, tmp_path: 
 
 def test_log_probabilities_that_are_not_finite_are_refused_and_not_kept(pairs: PairDataset, tmp_path: Path) -> None:
     broken = pairs[4].pair_id
-    with pytest.raises(ReferenceError, match=f"not finite for 1 of 23.*{broken}.*fp32"):
+    with pytest.raises(ReferenceLogpsError, match=f"not finite for 1 of 23.*{broken}.*fp32"):
         reference(pairs, Model(broken), tmp_path)
     assert files(tmp_path) == [".lock"]
     assert np.isfinite(reference(pairs, Model(), tmp_path)).all()
@@ -148,7 +148,7 @@ def test_a_file_of_other_pairs_is_refused(pairs: PairDataset, tmp_path: Path) ->
     reference(pairs, Model(), tmp_path)
     (file,) = (tmp_path / "reference").glob("*.npy")
     np.save(file, np.zeros((3, 2), dtype=np.float32))
-    with pytest.raises(ReferenceError, match=rf"{file} holds float32 \(3, 2\), but float32 \(23, 2\).*remove it"):
+    with pytest.raises(ReferenceLogpsError, match=rf"{file} holds float32 \(3, 2\), but float32 \(23, 2\).*remove it"):
         reference(pairs, Model(), tmp_path)
 
 
@@ -223,10 +223,11 @@ def test_a_process_killed_half_way_leaves_nothing_that_is_taken_for_a_result(
 
 
 def test_identity_of_a_preset_counts_its_seed_and_nothing_that_leaves_the_weights_alone() -> None:
-    base = identity_of(config())
-    for other in ({"train__seed": 7}, {"model__path": "tiny-llama-2m"}, {"train__precision": "fp32"}):
-        assert identity_of(config(**other)) != base, other
-    assert identity_of(config(loss__answer_padding="true")) != base
+    base = identity_of(config(), "fp32")
+    assert identity_of(config(), "bf16") != base
+    for other in ({"train__seed": 7}, {"model__path": "tiny-llama-2m"}):
+        assert identity_of(config(**other), "fp32") != base, other
+    assert identity_of(config(loss__answer_padding="true"), "fp32") != base
     for same in (
         {"model__lora": "{rank: 4}"},
         {"model__gradient_checkpointing": "true"},
@@ -238,7 +239,7 @@ def test_identity_of_a_preset_counts_its_seed_and_nothing_that_leaves_the_weight
         {"train__micro_batch_size": 1},
         {"optim__lr": 1e-3},
     ):
-        assert identity_of(config(**same)) == base, same
+        assert identity_of(config(**same), "fp32") == base, same
 
 
 def test_identity_of_a_folder_counts_its_files_and_not_the_seed(tmp_path: Path) -> None:
@@ -247,14 +248,14 @@ def test_identity_of_a_folder_counts_its_files_and_not_the_seed(tmp_path: Path) 
     (folder / "config.json").write_text("{}")
     weights = folder / "model.safetensors"
     weights.write_bytes(b"1234")
-    base = identity_of(config(model__path=folder))
-    assert identity_of(config(model__path=folder, train__seed=7)) == base
+    base = identity_of(config(model__path=folder), "fp32")
+    assert identity_of(config(model__path=folder, train__seed=7), "fp32") == base
     os.utime(weights, ns=(0, 1))  # another file of the same size
-    touched = identity_of(config(model__path=folder))
+    touched = identity_of(config(model__path=folder), "fp32")
     assert touched != base
     weights.write_bytes(b"12345")
     os.utime(weights, ns=(0, 1))
-    assert identity_of(config(model__path=folder)) != touched
+    assert identity_of(config(model__path=folder), "fp32") != touched
 
 
 def test_identity_of_a_hub_model_is_its_commit(tmp_path: Path) -> None:
@@ -272,7 +273,7 @@ def test_identity_of_a_hub_model_is_its_commit(tmp_path: Path) -> None:
     tree = {"name": "x", "model": {"path": "some/model"}, "data": {"path": "builtin://style-pairs"}}
     for seed, commit in enumerate(sys.argv[2:]):
         pathlib.Path(sys.argv[1]).write_text(commit)
-        print(json.dumps(identity_of(parse(tree | {"train": {"max_steps": 1, "seed": seed}}))))
+        print(json.dumps(identity_of(parse(tree | {"train": {"max_steps": 1, "seed": seed}}), "fp32")))
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(repo / "refs" / "main"), *commits],
