@@ -167,7 +167,7 @@ def test_a_window_that_is_only_in_masks_is_found_out(pairs: list[Pair]) -> None:
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
         use_sliding_window=True,
-        sliding_window=6,
+        sliding_window=32,  # longer than the probe's pairs
         layer_types=["sliding_attention"] * 2,
     )
     model = build(config)
