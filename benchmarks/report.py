@@ -48,7 +48,13 @@ def render(text: str, results: Path, folder: Path) -> str:
     Raises:
         ValueError: a part of another name.
     """
-    makers = {"throughput": throughput_part, "memory": memory_part, "scaling": scaling_part, "limit": limit_part}
+    makers = {
+        "throughput": throughput_part,
+        "memory": memory_part,
+        "scaling": scaling_part,
+        "limit": limit_part,
+        "optimizer": optimizer_part,
+    }
 
     def made(match: re.Match[str]) -> str:
         name = match["name"]
@@ -117,6 +123,14 @@ def limit_part(sections: dict[str, Any], folder: Path, device: str) -> str:
             *("", "Self time of a profiled step:", "", *markdown(["", *groups], shares)),
         ]
     )
+
+
+def optimizer_part(sections: dict[str, Any], folder: Path, device: str) -> str:
+    """A table of the optimizers."""
+    content = sections["adamw"]
+    rows = [(r["optimizer"], f"{r['median_seconds']:.3f}", f"{r['largest_difference']:.0e}") for r in content["rows"]]
+    header = [f"one update of {content['parameters'] / 1e6:.0f}M parameters", "seconds, median", "largest difference"]
+    return "\n".join([f"{about(content)}", "", *markdown(header, rows)])
 
 
 def scaling_part(sections: dict[str, Any], folder: Path, device: str) -> str:

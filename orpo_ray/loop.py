@@ -230,6 +230,7 @@ class _Run:
                 "forward/rows": "shared prompt" if form.shares_prompt else "padded",
                 "forward/logits": "in chunks" if form.chunks_head else "all at once",
                 "forward/products": _name(products),
+                "worker/threads": torch.get_num_threads(),
             }
             | ({"forward/fallback": fallback} if fallback else {}),
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from tests.forwards import PLAIN, logps
 from tests.ranks import Job, experiment, train_all
@@ -123,3 +124,40 @@ def test_bf16_and_offload_follow_fp32(cache: Path, tmp_path: Path) -> None:
     assert bf16.curve("train/loss") != fp32.curve("train/loss")
     for record in offloaded:
         assert record.curve("train/loss") == pytest.approx(fp32.curve("train/loss"), rel=1e-5)
+
+
+def test_untied_head_and_adapters_on_it_under_every_stage(
+    cache: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The head's weight is read outside its own module, where ZeRO-3 must gather it; with adapters, inside."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "untied")
+    tokenizer.save_pretrained(tmp_path / "untied")
+    untied = {"model.path": str(tmp_path / "untied"), "train.max_steps": 6, "train.eval_every": 6} | TOKENS
+    adapted = untied | {"model.lora": {"rank": 4, "target_modules": ["q_proj", "lm_head"]}}
+    recomputed = untied | {"model.gradient_checkpointing": True}
+    kinds = {"full": untied, "adapters": adapted, "checkpointing": recomputed}
+    cases = [(kind, stage) for kind in kinds for stage in (0, 2, 3)]
+    two = {"scaling.num_workers": 2}
+    records = train_all(
+        [
+            Job(
+                experiment(cache, **kinds[kind], **two, **{"deepspeed.zero_stage": stage}), tmp_path / f"{kind}-{stage}"
+            )
+            for kind, stage in cases
+        ]
+    )
+    curves = {case: record.curve("train/loss") for case, record in zip(cases, records, strict=True)}
+    for (kind, stage), curve in curves.items():
+        assert curve == pytest.approx(curves[kind, 0], rel=1e-5), f"{kind}, ZeRO {stage}"
+        assert curve[-1] < curve[0]
+    assert curves["full", 0] == pytest.approx(curves["checkpointing", 0], rel=1e-5)
+    assert curves["full", 0] != curves["adapters", 0]

@@ -65,6 +65,8 @@ def test_every_way_to_end(sweeps: Sweeps) -> None:
     run = children[finished["trial_id"]]
     assert run.data.params["optim.lr"] == "0.003"
     assert run.data.params["model"] == "good"
+    assert run.data.params["forward.rows"] == "shared prompt"
+    assert run.data.params["worker.threads"] == "1"  # the CPUs it was given, not those of the machine
     assert run.data.metrics["final/nll"] == pytest.approx(finished["metrics"]["eval/nll"])
     assert sweeps.metric_steps(run.info.run_id, "train/loss") == [2, 4, 6, 8, 10, 12]
     assert sweeps.metric_steps(run.info.run_id, "eval/nll") == [4, 8, 12]
