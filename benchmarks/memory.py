@@ -13,14 +13,13 @@ import argparse
 import shlex
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.case import Case, Device
-from benchmarks.rounds import RESULTS, Limits, described, require_device, run_case, save
+from benchmarks.rounds import Limits, add_process_arguments, described, require_device, run_case, save
 from benchmarks.throughput import comparisons, quick
 
 BYTES_OF_STATE = 12
@@ -53,12 +52,8 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("sides", "growth"), help="one part; both by default")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="comparisons by name, as in benchmarks.throughput")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory-limit-gib", type=float, default=Limits().memory_gib)
-    parser.add_argument("--timeout-s", type=float, default=Limits().seconds, help="of one process")
     parser.add_argument("--quick", action="store_true", help="tiny models")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    add_process_arguments(parser)
     words = sys.argv[1:] if words is None else words
     options = parser.parse_args(words)
     require_device(options.device)

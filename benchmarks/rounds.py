@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 
@@ -36,6 +37,15 @@ class Limits:
     memory_gib: float = 18.0
     """Resident memory on the CPU: a process that the kernel ends takes others with it."""
     seconds: float = 1800.0
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that every script which runs cases has."""
+    parser.add_argument("--device", choices=get_args(Device), default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory-limit-gib", type=float, default=Limits().memory_gib)
+    parser.add_argument("--timeout-s", type=float, default=Limits().seconds, help="of one process")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
 
 
 def run_case(case: Case, limits: Limits) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import argparse
 import shlex
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.case import Case, Device, Precision, Side
 from benchmarks.flops import pair_flops, shape_of
-from benchmarks.rounds import RESULTS, Limits, described, require_device, run_rounds, save
+from benchmarks.rounds import Limits, add_process_arguments, described, require_device, run_rounds, save
 
 BODY = "576:6"
 """Width and layers of the random models."""
@@ -87,14 +86,10 @@ def main(words: list[str] | None = None) -> int:
     """Measure; 1 if a point of ours did not run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="sweeps by name, such as 'sequence length'")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="by default fp32 on CPU, bf16 on CUDA")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="how often each point runs; 3 by default")
-    parser.add_argument("--memory-limit-gib", type=float, default=Limits().memory_gib)
-    parser.add_argument("--timeout-s", type=float, default=Limits().seconds, help="of one process")
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    add_process_arguments(parser)
     words = sys.argv[1:] if words is None else words
     options = parser.parse_args(words)
     precision: Precision = options.precision or ("fp32" if options.device == "cpu" else "bf16")

@@ -21,7 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.case import SIDES, Case, Device, Precision, Side
-from benchmarks.rounds import RESULTS, Limits, described, ratios, require_device, run_rounds, save, summarise
+from benchmarks.rounds import (
+    Limits,
+    add_process_arguments,
+    described,
+    ratios,
+    require_device,
+    run_rounds,
+    save,
+    summarise,
+)
 
 CPU_TOKENS = 1024
 """Ours, tokens per pass on a CPU: about as fast as any more, in less memory (experiments/hh_smollm2.yaml)."""
@@ -97,14 +106,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--sides", nargs="+", choices=[s for s in SIDES if s != "ours"], help="peers; all by default")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="peers as --list shows them, e.g. 'trl 2×4'")
     parser.add_argument("--suffix", help="behind the comparison's name: keeps the result beside an earlier one")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, help="how often each process runs; 5 by default")
     parser.add_argument("--steps", type=int, help="timed optimizer steps per process; 2 or 3 by default")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory-limit-gib", type=float, default=Limits().memory_gib)
-    parser.add_argument("--timeout-s", type=float, default=Limits().seconds, help="of one process")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    add_process_arguments(parser)
     words = sys.argv[1:] if words is None else words
     options = parser.parse_args(words)
     chosen = quick(options.device) if options.quick else comparisons(options.device, options.threads, options.steps)

@@ -49,6 +49,11 @@ def product_type(precision: str) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" else None
 
 
+def name_of(products: torch.dtype | None) -> str:
+    """`product_type`'s answer in the config's words."""
+    return "fp32" if products is None else "bf16"
+
+
 class PairModel(torch.nn.Module):
     """A causal language model that maps a `Batch` to sums of log-probabilities.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from orpo_ray import checkpoint, loss, reference
 from orpo_ray.config import DataConfig, ExperimentConfig, ModelConfig, OptimConfig
-from orpo_ray.data import Pair, PairDataset, batch_indices, load_pairs
+from orpo_ray.data import PairDataset, batch_indices, load_pairs
 from orpo_ray.engine import build_engine, destroy, step
 from orpo_ray.evaluate import evaluate
-from orpo_ray.forward import Form, PairModel, form_of, pair_logps, product_type
+from orpo_ray.forward import Form, PairModel, form_of, name_of, pair_logps, product_type
 from orpo_ray.metrics import PairSums, Throughput
 from orpo_ray.model import build_model, count_parameters, load_tokenizer
 from orpo_ray.packing import Batch, Counting, micro_batches
@@ -201,7 +201,7 @@ class _Run:
         reference_logps = None
         if config.loss.needs_reference:
             train_reference, eval_reference = (
-                _reference_logps(config, pairs, counting, int(tokenizer.pad_token_id))
+                reference.logps_of(config, pairs, counting, int(tokenizer.pad_token_id))
                 for pairs in (train_pairs, eval_pairs)
             )
             reference_logps = train_reference, eval_reference
@@ -229,7 +229,7 @@ class _Run:
                 "model/trainable_parameters": trainable,
                 "forward/rows": "shared prompt" if form.shares_prompt else "padded",
                 "forward/logits": "in chunks" if form.chunks_head else "all at once",
-                "forward/products": _name(products),
+                "forward/products": name_of(products),
                 "worker/threads": torch.get_num_threads(),
             }
             | ({"forward/fallback": fallback} if fallback else {}),
@@ -352,30 +352,6 @@ def _pairs(data: DataConfig, model: ModelConfig) -> tuple[PairDataset, PairDatas
     return load_pairs(data, load_tokenizer(model))
 
 
-def _reference_logps(config: ExperimentConfig, pairs: PairDataset, counting: Counting, pad_token_id: int) -> np.ndarray:
-    """From the cache, or by the model that training starts from; on one process of a machine, without an engine."""
-
-    @lru_cache(maxsize=1)
-    def model() -> PairModel:
-        lm = build_model(config.model.model_copy(update={"lora": None}), config.train.seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        form = form_of(lm, config.model.attention)
-        return PairModel(lm, form, product_type(config.train.precision)).to(device).eval()
-
-    def compute(members: Sequence[Pair]) -> loss.PairLogps:
-        batch = model().collate(members, counting, pad_token_id)
-        return pair_logps(model(), batch.to(next(model().parameters()).device))
-
-    return reference.load_or_compute(
-        pairs,
-        compute,
-        reference.identity_of(config, _name(product_type(config.train.precision))),
-        cache_dir=config.data.cache_dir,
-        max_tokens=config.train.max_tokens_per_micro_batch,
-        max_pairs=config.train.micro_batch_size,
-    )
-
-
 def _agreed(form: Form, products: torch.dtype | None) -> tuple[Form, torch.dtype | None]:
     """What all ranks can do: were one alone to pad, it would cut the batch differently from the others."""
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -384,10 +360,6 @@ def _agreed(form: Form, products: torch.dtype | None) -> tuple[Form, torch.dtype
     reason = "; ".join(dict.fromkeys(f.reason for f in forms if f.reason))
     agreed = Form(all(f.shares_prompt for f in forms), all(f.chunks_head for f in forms), reason)
     return agreed, None if None in types else products
-
-
-def _name(products: torch.dtype | None) -> str:
-    return "fp32" if products is None else "bf16"
 
 
 def _is_due(at: int, every: int | None, max_steps: int) -> bool:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from orpo_ray.config import ExperimentConfig, ModelConfig
 from orpo_ray.data import Pair, PairDataset
+from orpo_ray.forward import PairModel, form_of, name_of, pair_logps, product_type
 from orpo_ray.loss import PairLogps
-from orpo_ray.model import PRESETS
-from orpo_ray.packing import micro_batches
+from orpo_ray.model import PRESETS, build_model
+from orpo_ray.packing import Counting, micro_batches
 
 _FORMAT_VERSION = 1  # raise it whenever the same model and pairs would get other numbers
 
@@ -52,6 +54,34 @@ def identity_of(config: ExperimentConfig, products: str) -> dict[str, Any]:
         "answer_padding": config.loss.answer_padding,
         "products": products,
     }
+
+
+def logps_of(config: ExperimentConfig, pairs: PairDataset, counting: Counting, pad_token_id: int) -> np.ndarray:
+    """The reference's mean log-probabilities of an experiment's pairs, from the cache or by the model itself.
+
+    Returns:
+        float32 [N, 2]; see `load_or_compute`, which says what is raised too.
+    """
+    products = product_type(config.train.precision)
+
+    @lru_cache(maxsize=1)
+    def model() -> PairModel:
+        lm = build_model(config.model.model_copy(update={"lora": None}), config.train.seed)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return PairModel(lm, form_of(lm, config.model.attention), products).to(device).eval()
+
+    def compute(members: Sequence[Pair]) -> PairLogps:
+        batch = model().collate(members, counting, pad_token_id)
+        return pair_logps(model(), batch.to(next(model().parameters()).device))
+
+    return load_or_compute(
+        pairs,
+        compute,
+        identity_of(config, name_of(products)),
+        cache_dir=config.data.cache_dir,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        max_pairs=config.train.micro_batch_size,
+    )
 
 
 def load_or_compute(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from orpo_ray.config import ModelConfig
-from orpo_ray.data import Pair
+from orpo_ray.config import DataConfig, ModelConfig
+from orpo_ray.data import Pair, load_pairs
 from orpo_ray.model import load_tokenizer
 from orpo_ray.packing import NllScope
 
@@ -37,6 +37,22 @@ def shared_dir() -> Path:
 def tokenizer() -> PreTrainedTokenizerBase:
     """The presets' tokenizer: byte-level, 1,024 tokens, BOS, EOS and padding."""
     return load_tokenizer(ModelConfig(path="tiny-llama-1m"))
+
+
+@pytest.fixture(scope="module", params=["hh-rlhf", "style-pairs"])
+def real_pairs(
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> list[Pair]:
+    """Eight pairs of unlike lengths: of HH-RLHF where it is there, and of the built-in generator."""
+    path = "builtin://style-pairs"
+    if request.param == "hh-rlhf":
+        shared: Path = request.getfixturevalue("shared_dir")
+        path = str(shared / "data" / "hh-rlhf-harmless-base-test.jsonl.gz")
+    cache = str(tmp_path_factory.mktemp("pairs"))
+    # More than are taken: pairs with long prompts are dropped.
+    lengths = {"max_tokens": 256, "max_prompt_tokens": 192}
+    train, _ = load_pairs(DataConfig(path=path, train_pairs=64, eval_pairs=8, cache_dir=cache, **lengths), tokenizer)
+    return [train[index] for index in range(8)]
 
 
 @pytest.fixture(scope="session")

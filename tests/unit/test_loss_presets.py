@@ -11,26 +11,17 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from orpo_ray.config import DataConfig, LossConfig
-from orpo_ray.data import Pair, load_pairs
+from orpo_ray.config import LossConfig
+from orpo_ray.data import Pair
 from orpo_ray.loss import BatchCounts, LossTerms, PairLogps, ReferenceLogps, from_config
 
 LAMBDAS = [0.1, 1.0]
 IGNORED = -100
 
 
-@pytest.fixture(scope="module", params=["hh-rlhf", "style-pairs"])
-def pairs(
-    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
-) -> list[Pair]:
-    path = "builtin://style-pairs"
-    if request.param == "hh-rlhf":
-        shared: Path = request.getfixturevalue("shared_dir")
-        path = str(shared / "data" / "hh-rlhf-harmless-base-test.jsonl.gz")
-    cache = str(tmp_path_factory.mktemp("pairs"))
-    lengths = {"max_tokens": 256, "max_prompt_tokens": 192}
-    train, _ = load_pairs(DataConfig(path=path, train_pairs=64, eval_pairs=8, cache_dir=cache, **lengths), tokenizer)
-    return [train[index] for index in range(6)]
+@pytest.fixture(scope="module")
+def pairs(real_pairs: list[Pair]) -> list[Pair]:
+    return real_pairs[:6]
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:

@@ -2,14 +2,12 @@
 
 import copy
 import functools
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from orpo_ray.config import DataConfig
-from orpo_ray.data import Pair, load_pairs
+from orpo_ray.data import Pair
 from orpo_ray.loss import BatchCounts, LossTerms, PairLogps, orpo
 
 pytest.importorskip("trl", reason="needs TRL to compare with: pip install -e '.[oracle]'")
@@ -23,19 +21,9 @@ LAMBDAS = [0.1, 1.0]
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(scope="module", params=["hh-rlhf", "style-pairs"])
-def pairs(
-    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
-) -> list[Pair]:
-    path = "builtin://style-pairs"
-    if request.param == "hh-rlhf":
-        shared: Path = request.getfixturevalue("shared_dir")
-        path = str(shared / "data" / "hh-rlhf-harmless-base-test.jsonl.gz")
-    cache = str(tmp_path_factory.mktemp("pairs"))
-    # More than are taken: pairs with long prompts are dropped.
-    lengths = {"max_tokens": 256, "max_prompt_tokens": 192}
-    train, _ = load_pairs(DataConfig(path=path, train_pairs=64, eval_pairs=8, cache_dir=cache, **lengths), tokenizer)
-    return [train[index] for index in range(8)]
+@pytest.fixture(scope="module")
+def pairs(real_pairs: list[Pair]) -> list[Pair]:
+    return real_pairs
 
 
 @pytest.fixture(scope="module")
