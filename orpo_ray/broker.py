@@ -11,6 +11,7 @@ import asyncio
 import bisect
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,8 @@ class Load:
     """lane -> trials waiting."""
     busy: dict[str, str]
     """group -> trial."""
+    assigned: dict[str, int]
+    """group -> trials it has been given so far."""
     idle_seconds: dict[str, float]
     """group -> seconds since it had work."""
 
@@ -52,12 +55,20 @@ class _Trial:
     config: Any = None
     attempt: int = 0
     group: str | None = None
+    max_steps: int | None = None
     logged_step: int = 0
     evaluated_step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Of training, until the last evaluation."""
     checkpoint: str | None = None
     stop_requested: bool = False
+    pause_requested: bool = False
+    is_paused: bool = False
+    """No group has it and none is to take it before it is submitted again."""
     end: dict[str, Any] | None = None
+    driver: str | None = None
+    """Who asked last for its results."""
     results: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
     """Evaluations on their way to the driver."""
     verdict: asyncio.Future[str] | None = None
@@ -76,6 +87,7 @@ class Broker:
         self._lanes: dict[str, str] = {}  # group -> lane
         self._processes: dict[str, list[str]] = {}  # group -> host:pid of each rank
         self._last_bundle: dict[str, str] = {}  # group -> bundle of its latest trial
+        self._assigned: dict[str, int] = {}  # group -> number of trials
         self._busy: dict[str, str] = {}  # group -> trial
         self._idle_since: dict[str, float] = {}
         self._complaints: dict[str, str] = {}  # group -> why it is about to end
@@ -88,38 +100,111 @@ class Broker:
 
     # ---- Tune's drivers -------------------------------------------------------------------------------------------
 
-    async def submit(self, trial_id: str, params: dict[str, Any], bundle: str, lane: str, config: Any) -> None:
-        """Queue a trial. One that is known already (its driver, or everything, was restarted) is not queued twice.
+    async def submit(
+        self, trial_id: str, params: dict[str, Any], bundle: str, lane: str, config: Any, purpose: str
+    ) -> None:
+        """Queue a trial, new or paused. One that waits or trains already (its driver was restarted) is left alone.
 
         Args:
-            trial_id: Tune's.
+            trial_id: the proposer's.
             params: axis name -> value.
             bundle: label of its bundle, or "".
             lane: which groups can run it: those that occupy what it needs.
             config: its ExperimentConfig, only passed on.
+            purpose: `search` or `confirm`.
         """
         trial = self._trials.get(trial_id)
         if trial is None:
             trial = self._trials[trial_id] = _Trial(bundle)
-            self._record("submitted", trial_id, params=params, bundle=bundle)
-        if trial.config is None and trial.end is None:
-            trial.config, trial.lane = config, lane
+            self._record("submitted", trial_id, params=params, bundle=bundle, purpose=purpose)
+        if trial.end is not None:
+            return
+        known, trial.config, trial.lane = trial.config is not None, config, lane
+        if not known or trial.is_paused:
+            trial.is_paused = False
             self._enqueue(trial_id)
-        elif trial.end is None:
-            # Its driver was restarted. What the old one took with it is offered again.
-            trial.results = asyncio.Queue()
-            if trial.verdict is not None:
-                trial.results.put_nowait(_result(trial.evaluated_step, trial.metrics))
+        # Its worker may not have let go of it yet; then `finished` sees that it is wanted again.
+        trial.pause_requested = False
         await self._notify()
 
-    async def next_result(self, trial_id: str) -> dict[str, Any]:
-        """Wait for the trial's next evaluation or its end. Asking for the next one says: go on."""
+    async def adopt(
+        self, trial_id: str, params: dict[str, Any], bundle: str, step: int, metrics: dict[str, float], run_id: str
+    ) -> None:
+        """Record a trial whose result an earlier MLflow run already holds: nothing is trained."""
+        if trial_id in self._trials:
+            return
+        trial = self._trials[trial_id] = _Trial(bundle)
+        self._record("submitted", trial_id, params=params, bundle=bundle, purpose="search")
+        trial.evaluated_step, trial.metrics = step, metrics
+        self._record("eval", trial_id, step=step, metrics=metrics, checkpoint=None, seconds=0.0)
+        self._end(trial_id, "finished", step, metrics, None, 0.0, None, reused_from=run_id)
+
+    async def pause(self, trial_id: str) -> None:
+        """The trial is to give its group back at the evaluation it waits at, keeping its checkpoint."""
         trial = self._trials[trial_id]
-        if trial.verdict is not None and trial.results.empty():
-            self._answer(trial, "continue")
+        if trial.end is not None or trial.is_paused:
+            return
+        trial.pause_requested = True
+        self._answer(trial, "pause")
+        if trial_id in (queue := self._queues.get(trial.lane, [])):
+            queue.remove(trial_id)
+            trial.is_paused, trial.pause_requested = True, False
+
+    async def fork(self, trial_id: str, donor_id: str, params: dict[str, Any], timeout_s: float = 120.0) -> int:
+        """Replace a trial's state by a copy of another's, for an exploit of population-based training.
+
+        Both are paused first. Files are linked, not copied: checkpoints are never changed, only replaced.
+
+        Args:
+            trial_id: the trial that is to go on from the donor's checkpoint.
+            donor_id: the trial copied from.
+            params: the settings it goes on with.
+            timeout_s: how long the workers may take to let go of the two.
+
+        Returns:
+            The optimizer step that the checkpoint is of.
+
+        Raises:
+            TimeoutError: they did not.
+            FileNotFoundError: the donor has no checkpoint.
+        """
+        trial, donor = self._trials[trial_id], self._trials[donor_id]
+        await self.pause(trial_id)
+        await self.pause(donor_id)
+        async with self._changed:
+            paused = self._changed.wait_for(lambda: all(t.is_paused or t.end for t in (trial, donor)))
+            await asyncio.wait_for(paused, timeout_s)
+        if donor.checkpoint is None:
+            raise FileNotFoundError(f"trial {donor_id} has no checkpoint that trial {trial_id} could go on from")
+        # Written down first: a restart finishes what a crash leaves half done.
+        self._record("forked", trial_id, donor=donor_id, step=donor.evaluated_step, params=params)
+        trial.metrics, trial.evaluated_step, trial.logged_step = donor.metrics, donor.evaluated_step, donor.logged_step
+        trial.checkpoint = str(
+            await asyncio.to_thread(_copy_checkpoint, Path(donor.checkpoint), self._folder(trial_id))
+        )
+        return donor.evaluated_step
+
+    async def next_result(self, trial_id: str, driver: str) -> dict[str, Any] | None:
+        """Wait for the trial's next evaluation or its end. Asking for the next one says: go on.
+
+        Args:
+            trial_id: the trial.
+            driver: name of the asking driver. A new one is given again what its predecessor took with it; one that has
+                been replaced while it waited gets None, which nobody hears.
+        """
+        trial = self._trials[trial_id]
+        is_new, trial.driver = trial.driver != driver, driver
         if trial.end is not None and trial.results.empty():
             return trial.end
-        return await trial.results.get()
+        if trial.verdict is not None and trial.results.empty():
+            if is_new:
+                return self._result(trial)
+            self._answer(trial, "continue")
+        result = await trial.results.get()
+        if trial.driver != driver:
+            trial.results.put_nowait(result)
+            return None
+        return result
 
     async def stop(self, trial_id: str) -> None:
         """The trial is to end at its next evaluation; harmless if it has ended."""
@@ -130,6 +215,8 @@ class Broker:
         self._answer(trial, "stop")
         if trial_id in (queue := self._queues.get(trial.lane, [])):
             queue.remove(trial_id)
+            trial.is_paused = True
+        if trial.is_paused:
             self._end_unfinished(trial_id, "stopped_early", None)
         await self._notify()
 
@@ -180,6 +267,7 @@ class Broker:
             queue.remove(trial_id)
         trial = self._trials[trial_id]
         trial.group = group
+        self._assigned[group] = self._assigned.get(group, 0) + 1
         self._last_bundle[group] = trial.bundle
         self._busy[group] = trial_id
         return Assignment(trial_id, trial.attempt, trial.config)
@@ -188,12 +276,14 @@ class Broker:
         """Training begins after `step` steps that were done before."""
         trial = self._trials[trial_id]
         if attempt == trial.attempt:
+            trial.max_steps = max_steps
             self._record(
                 "started",
                 trial_id,
                 attempt=attempt,
                 group=trial.group,
-                processes=self._processes.get(trial.group or "", []),
+                processes=(processes := self._processes.get(trial.group or "", [])),
+                devices=len(processes),
                 step=step,
                 max_steps=max_steps,
                 facts=facts,
@@ -207,20 +297,36 @@ class Broker:
             self._record("log", trial_id, step=step, metrics=metrics)
 
     async def evaluated(
-        self, trial_id: str, attempt: int, step: int, metrics: dict[str, float], checkpoint: str | None
+        self,
+        trial_id: str,
+        attempt: int,
+        step: int,
+        metrics: dict[str, float],
+        checkpoint: str | None,
+        seconds: float,
     ) -> str:
-        """Held-out metrics of a step. Waits for the driver's decision: `continue` or `stop`."""
+        """Held-out metrics of a step. Waits for the driver's decision: `continue`, `pause` or `stop`.
+
+        Args:
+            trial_id: the trial.
+            attempt: the assignment's.
+            step: optimizer step.
+            metrics: held-out metrics.
+            checkpoint: the newest one.
+            seconds: of training until here.
+        """
         trial = self._trials[trial_id]
         if attempt != trial.attempt:
             return "stop"
         if step <= trial.evaluated_step:
-            return "stop" if trial.stop_requested else "continue"
+            return self._standing_decision(trial)
         trial.evaluated_step, trial.metrics, trial.checkpoint = step, metrics, checkpoint
-        self._record("eval", trial_id, step=step, metrics=metrics, checkpoint=checkpoint)
+        trial.seconds = seconds
+        self._record("eval", trial_id, step=step, metrics=metrics, checkpoint=checkpoint, seconds=seconds)
         if trial.stop_requested:
             return "stop"
         trial.verdict = asyncio.get_running_loop().create_future()
-        trial.results.put_nowait(_result(step, metrics))
+        trial.results.put_nowait(self._result(trial))
         return await trial.verdict
 
     async def finished(
@@ -234,17 +340,27 @@ class Broker:
         train_seconds: float,
         error: str | None,
     ) -> None:
-        """The trial has ended and its group is free."""
+        """The trial has ended, or is `paused`, and its group is free."""
         trial = self._trials[trial_id]
         if attempt != trial.attempt or trial.end is not None:
             return
-        if status == "failed":
-            # The exception took what the worker knew of the trial; the journal has it.
-            steps, metrics, checkpoint = trial.evaluated_step, trial.metrics, trial.checkpoint
         if trial.group is not None:
             self._busy.pop(trial.group, None)
             self._idle_since[trial.group] = time.monotonic()
-        self._end(trial_id, status, steps, metrics, checkpoint, train_seconds, error)
+        if status == "paused":
+            trial.checkpoint, trial.group = checkpoint, None
+            self._record("paused", trial_id, step=steps, checkpoint=checkpoint)
+            if trial.stop_requested:
+                self._end_unfinished(trial_id, "stopped_early", None)
+            elif trial.pause_requested:
+                trial.is_paused, trial.pause_requested = True, False
+            else:
+                self._enqueue(trial_id)  # it was submitted again meanwhile
+        else:
+            if status == "failed":
+                # The exception took what the worker knew of the trial; the journal has it.
+                steps, metrics, checkpoint = trial.evaluated_step, trial.metrics, trial.checkpoint
+            self._end(trial_id, status, steps, metrics, checkpoint, train_seconds, error)
         await self._notify()
 
     # ---- the sweep process ----------------------------------------------------------------------------------------
@@ -263,14 +379,6 @@ class Broker:
             self._end_unfinished(trial_id, "failed", reason)
         await self._notify()
 
-    async def settle(self) -> None:
-        """Tune is done. Trials that it had stopped just before a crash, so that nobody ran on, end where they were."""
-        for trial_id, trial in self._trials.items():
-            if trial.end is None and trial.config is None and trial.evaluated_step:
-                self._end_unfinished(trial_id, "stopped_early", None)
-            elif trial.end is None and trial.config is None:
-                self._end_unfinished(trial_id, "failed", "proposed just before a crash, and not known to Tune after it")
-
     async def retire(self, group: str) -> None:
         """Let the group end once its present trial is done."""
         self._retired.add(group)
@@ -287,6 +395,7 @@ class Broker:
         return Load(
             queued={lane: len(queue) for lane, queue in self._queues.items() if queue},
             busy=dict(self._busy),
+            assigned=dict(self._assigned),
             idle_seconds={g: now - since for g, since in self._idle_since.items() if g not in self._busy},
         )
 
@@ -304,6 +413,22 @@ class Broker:
         if trial.verdict is not None and not trial.verdict.done():
             trial.verdict.set_result(decision)
         trial.verdict = None
+
+    def _standing_decision(self, trial: _Trial) -> str:
+        """For an evaluation that was reported before a restart, and decided then."""
+        return "stop" if trial.stop_requested else "pause" if trial.pause_requested else "continue"
+
+    def _result(self, trial: _Trial) -> dict[str, Any]:
+        """The last evaluation as the driver gets it; an end has a status."""
+        return {
+            "step": trial.evaluated_step,
+            "metrics": trial.metrics,
+            "seconds": trial.seconds,
+            "max_steps": trial.max_steps,
+            "devices": len(self._processes.get(trial.group or "", [""])),
+            "status": None,
+            "error": None,
+        }
 
     def _interrupted(self, group: str, reason: str) -> None:
         trial_id = self._busy.pop(group, None)
@@ -328,6 +453,7 @@ class Broker:
         checkpoint: str | None,
         train_seconds: float,
         error: str | None,
+        **details: str,
     ) -> None:
         trial = self._trials[trial_id]
         self._record(
@@ -339,14 +465,17 @@ class Broker:
             checkpoint=checkpoint,
             train_seconds=train_seconds,
             error=error,
+            **details,
         )
-        trial.end = {"step": steps, "metrics": metrics, "status": status, "error": error}
+        trial.is_paused, trial.seconds = False, max(train_seconds, trial.seconds)
+        trial.end = self._result(trial) | {"step": steps, "metrics": metrics, "status": status, "error": error}
         trial.results.put_nowait(trial.end)
 
     def _end_unfinished(self, trial_id: str, status: str, error: str | None) -> None:
         """End a trial that no worker is at, with what its last evaluation said."""
         trial = self._trials[trial_id]
-        self._end(trial_id, status, trial.evaluated_step, trial.metrics, trial.checkpoint, 0.0, error)
+        step, seconds = trial.evaluated_step, trial.seconds
+        self._end(trial_id, status, step, trial.metrics, trial.checkpoint, seconds, error)
 
     def _record(self, event: str, trial_id: str, **details: Any) -> None:
         entry = {"event": event, "trial_id": trial_id, **details, "time": int(time.time() * 1000)}
@@ -358,32 +487,45 @@ class Broker:
         if not self._path.exists():
             return
         _drop_torn_tail(self._path)
+        forks: dict[str, str | None] = {}  # trial -> checkpoint that it has not gone on from yet
         for entry in read_events(self._path):
             trial_id = entry["trial_id"]
             match entry["event"]:
                 case "submitted":
                     self._trials[trial_id] = _Trial(entry["bundle"])
+                case "started":
+                    self._trials[trial_id].max_steps = entry["max_steps"]
+                    forks.pop(trial_id, None)
                 case "log":
                     self._trials[trial_id].logged_step = entry["step"]
                 case "eval":
                     self._trials[trial_id].evaluated_step = entry["step"]
                     self._trials[trial_id].metrics = entry["metrics"]
                     self._trials[trial_id].checkpoint = entry["checkpoint"]
+                    self._trials[trial_id].seconds = entry.get("seconds", 0.0)
+                case "forked":
+                    trial, donor = self._trials[trial_id], self._trials[entry["donor"]]
+                    trial.logged_step = trial.evaluated_step = entry["step"]
+                    trial.metrics, trial.checkpoint = donor.metrics, None
+                    forks[trial_id] = donor.checkpoint
                 case "retry":
                     self._trials[trial_id].attempt = entry["attempt"]
                 case "finished":
-                    self._trials[trial_id].end = {
+                    trial = self._trials[trial_id]
+                    trial.end = self._result(trial) | {
                         "step": entry["steps"],
                         "metrics": entry["metrics"],
                         "status": entry["status"],
                         "error": entry["error"],
                     }
             self._undelivered.append(entry)
+        for trial_id, checkpoint in forks.items():
+            # Where the donor has gone on, and its checkpoint with it, the copy had been made.
+            if checkpoint is not None and Path(checkpoint).is_dir():
+                _copy_checkpoint(Path(checkpoint), self._folder(trial_id))
 
-
-def _result(step: int, metrics: dict[str, float]) -> dict[str, Any]:
-    """An evaluation as the driver gets it; an end has a status."""
-    return {"step": step, "metrics": metrics, "status": None, "error": None}
+    def _folder(self, trial_id: str) -> Path:
+        return self._path.parent / "trials" / trial_id
 
 
 def start(name: str, namespace: str, run_dir: Path, max_failures: int) -> ray.actor.ActorHandle:
@@ -393,6 +535,17 @@ def start(name: str, namespace: str, run_dir: Path, max_failures: int) -> ray.ac
     )
     actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(Broker)
     return actor.options(name=name, namespace=namespace).remote(str(run_dir), max_failures)
+
+
+def _copy_checkpoint(source: Path, folder: Path) -> Path:
+    """Make a copy of `source` the only checkpoint in a trial's folder; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    incoming, target = folder / f".fork-{source.name}", folder / source.name
+    shutil.rmtree(incoming, ignore_errors=True)
+    shutil.copytree(source, incoming, copy_function=os.link)
+    for old in folder.glob("step-*"):
+        shutil.rmtree(old)
+    return incoming.rename(target)
 
 
 def _drop_torn_tail(path: Path) -> None:

@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="machine-readable")
     plan.add_argument("--num-cpus", type=int, help="CPUs to plan for (default: this machine's)")
     plan.add_argument("--num-gpus", type=int, help="GPUs to plan for (default: this machine's)")
+    plan.add_argument("--memory-gib", type=float, help="memory to plan for (default: this machine's)")
+    plan.add_argument("--gpu-memory-gib", type=float, help="memory of each GPU (default: this machine's)")
+    plan.add_argument(
+        "--flops-per-second", type=float, help="of a worker's matrix products (default: this machine's CPUs, measured)"
+    )
     report = command("report", _report, "Tables and plots of a finished sweep, or of one under way.", overrides=False)
     report.add_argument("run_dir", type=Path, help="run directory, e.g. runs/quickstart")
     doctor = command("doctor", _doctor, "Check versions, accelerator, compiler, Ray and MLflow.", overrides=False)
@@ -101,7 +106,8 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
         from orpo_ray import cluster, mlflow_uri, progress, report, sweep
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
     _, settings = config.as_sweep()
-    display = progress.SweepProgress(console, settings.metric, settings.num_trials)
+    num_trials = settings.num_trials + settings.num_confirmations
+    display = progress.SweepProgress(console, settings.metric, num_trials)
     with cluster.connected(num_cpus), display:
         outcome = sweep.run(config, display)
     console.print(report.results_table(outcome.results))
@@ -133,10 +139,16 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
 
 
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
+    from dataclasses import replace
+
     from orpo_ray import plan
     from orpo_ray.config import load
 
-    planned = plan.plan(load(arguments.file, arguments.overrides), arguments.num_cpus, arguments.num_gpus)
+    given = {"cpus": arguments.num_cpus, "gpus": arguments.num_gpus}
+    for name, gib in (("memory_bytes", arguments.memory_gib), ("gpu_memory_bytes", arguments.gpu_memory_gib)):
+        given[name] = None if gib is None else int(gib * 2**30)
+    node = replace(plan.this_machine(), **{name: value for name, value in given.items() if value is not None})
+    planned = plan.plan(load(arguments.file, arguments.overrides), node, arguments.flops_per_second)
     if arguments.json:
         print(planned.to_json())
     else:

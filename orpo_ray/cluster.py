@@ -41,8 +41,10 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
     # Ray Train polls its workers this often: it bounds how fast a crashed or finished group is noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    # Tune saves its list of trials this often, in seconds; what it forgets in a crash it proposes again.
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    # Tune would save its list of all trials again and again; the journal has what matters.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
+    # Population-based schedulers link checkpoints and fit models between two results; Tune warns from half a second.
+    os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "30")
     # Tune's table and files would repeat the sweep's own.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")

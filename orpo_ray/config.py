@@ -6,22 +6,30 @@ import difflib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from orpo_ray.sections import (
     AshaConfig,
+    BohbConfig,
+    BudgetConfig,
+    ConfirmConfig,
     DataConfig,
     DeepSpeedConfig,
     FifoConfig,
+    HyperBandConfig,
+    HyperOptConfig,
+    LadderConfig,
     LoraConfig,
     LossConfig,
     MedianConfig,
     ModelConfig,
     OptimConfig,
     OptunaConfig,
+    Pb2Config,
+    PbtConfig,
     RandomConfig,
     ScalingConfig,
     Section,
@@ -33,17 +41,25 @@ from orpo_ray.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform, grid
 __all__ = [
     "METRIC_MODES",
     "AshaConfig",
+    "BohbConfig",
+    "BudgetConfig",
     "ConfigError",
+    "ConfirmConfig",
     "DataConfig",
     "DeepSpeedConfig",
     "ExperimentConfig",
     "FifoConfig",
+    "HyperBandConfig",
+    "HyperOptConfig",
+    "LadderConfig",
     "LoraConfig",
     "LossConfig",
     "MedianConfig",
     "ModelConfig",
     "OptimConfig",
     "OptunaConfig",
+    "Pb2Config",
+    "PbtConfig",
     "RandomConfig",
     "ScalingConfig",
     "SweepConfig",
@@ -76,6 +92,10 @@ _MEANING_MOVED_BY: dict[str, frozenset[str]] = {
 setting, not the model (law 4)."""
 
 
+Scheduler = FifoConfig | AshaConfig | HyperBandConfig | MedianConfig | PbtConfig | Pb2Config
+Searcher = RandomConfig | OptunaConfig | HyperOptConfig | BohbConfig | LadderConfig
+
+
 class ConfigError(ValueError):
     """The experiment file, an override or a sweep axis breaks a rule; the message lists every one found."""
 
@@ -86,7 +106,7 @@ class SweepConfig(Section):
     metric: str = "eval/preference_accuracy"
     """Held-out metric that ranks trials and drives early stopping."""
     num_samples: int = Field(1, ge=1)
-    """random: repeats of the whole grid, with fresh draws; optuna: trials in all."""
+    """random: repeats of the whole grid, with fresh draws; optuna, hyperopt, bohb: trials in all; ladder: at most."""
     seed: int = Field(0, ge=0)
     """Seed of the searcher's draws."""
     max_concurrent: int | None = Field(None, ge=1)
@@ -94,10 +114,19 @@ class SweepConfig(Section):
     Tune still proposes no more trials ahead than its first run did."""
     max_failures: int = Field(2, ge=0)
     """How often a trial whose worker process died is started again from its last checkpoint."""
-    scheduler: Annotated[FifoConfig | AshaConfig | MedianConfig, Field(discriminator="type")] = FifoConfig(type="fifo")
-    """Early stopping."""
-    searcher: Annotated[RandomConfig | OptunaConfig, Field(discriminator="type")] = RandomConfig(type="random")
+    max_group_trials: int = Field(200, ge=1)
+    """Trials that one worker group runs before its processes are replaced, against slow leaks in what it runs."""
+    scheduler: Annotated[Scheduler, Field(discriminator="type")] = FifoConfig(type="fifo")
+    """Early stopping, or populations."""
+    searcher: Annotated[Searcher, Field(discriminator="type")] = RandomConfig(type="random")
     """Where proposals come from."""
+    budget: BudgetConfig | None = None
+    """What the sweep may cost; confirmation is part of it."""
+    warm_start: str | None = None
+    """An MLflow experiment whose finished trials are taken into account: one that differs in nothing but the axes
+    informs the searcher, and the same setting is not trained again."""
+    confirm: ConfirmConfig | None = None
+    """Train the best settings with further seeds before a winner is named."""
     space: dict[str, Axis] = Field(default_factory=dict)
     """config path -> axis; a bundle's key is a name of your choice. Empty: one trial."""
 
@@ -107,9 +136,19 @@ class SweepConfig(Section):
         return METRIC_MODES[self.metric]
 
     @property
+    def is_model_based(self) -> bool:
+        """Whether proposals depend on results."""
+        return not isinstance(self.searcher, RandomConfig)
+
+    @property
     def num_trials(self) -> int:
-        """How many trials the sweep proposes."""
-        return self.num_samples * (1 if isinstance(self.searcher, OptunaConfig) else grid_size(self.space))
+        """How many trials the search proposes, at most where there is a budget; confirmation not counted."""
+        return self.num_samples * (1 if self.is_model_based else grid_size(self.space))
+
+    @property
+    def num_confirmations(self) -> int:
+        """How many trials confirmation adds, at most."""
+        return 0 if self.confirm is None else self.confirm.top * (self.confirm.seeds - 1)
 
     @property
     def bundle_axis(self) -> str | None:
@@ -152,6 +191,73 @@ class SweepConfig(Section):
             )
         if sum(isinstance(axis, Bundle) for axis in self.space.values()) > 1:
             raise ValueError("a sweep has at most one bundle axis; merge them into one, with a label per combination")
+        return self
+
+    @model_validator(mode="after")
+    def _no_trial_twice(self) -> SweepConfig:
+        grids = all(isinstance(axis, Grid | Bundle) for axis in self.space.values())
+        if self.space and grids and not self.is_model_based and self.num_samples > 1:
+            raise ValueError(
+                f"num_samples ({self.num_samples}) would run each of the grid's {grid_size(self.space)} cells that "
+                "often with the same seed; drop it, or add an axis train.seed: {type: grid, values: [1, 2, 3]}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scheduler_and_searcher_go_together(self) -> SweepConfig:
+        scheduler, searcher = self.scheduler, self.searcher
+        plain = {name: axis for name, axis in self.space.items() if not isinstance(axis, Bundle)}
+        if isinstance(scheduler, PbtConfig | Pb2Config):
+            if self.is_model_based:
+                raise ValueError(
+                    f"scheduler {scheduler.type} changes settings while trials train, and searcher {searcher.type} "
+                    "proposes from settings that do not change: use searcher random"
+                )
+            if not any(isinstance(axis, Uniform | LogUniform | Choice) for axis in plain.values()):
+                raise ValueError(f"scheduler {scheduler.type} needs an axis to move: uniform, loguniform or choice")
+            if self.confirm is not None:
+                raise ValueError(
+                    f"confirm trains a setting anew with other seeds, but under scheduler {scheduler.type} a trial's "
+                    "settings changed on its way; confirm the best in a sweep of its own"
+                )
+        if isinstance(scheduler, Pb2Config):
+            other = [name for name, axis in plain.items() if not isinstance(axis, Uniform | LogUniform)]
+            if other:
+                raise ValueError(f"scheduler pb2 models continuous axes only, but {other[0]} is {plain[other[0]].type}")
+        if isinstance(searcher, BohbConfig) != isinstance(scheduler, HyperBandConfig) and isinstance(
+            searcher, BohbConfig
+        ):
+            raise ValueError(f"searcher bohb models by rung: it needs scheduler hyperband, not {scheduler.type}")
+        if isinstance(searcher, OptunaConfig) and searcher.objectives:
+            unknown = [metric for metric in searcher.objectives if metric not in METRIC_MODES]
+            if unknown or self.metric not in searcher.objectives or len(set(searcher.objectives)) < 2:
+                raise ValueError(
+                    f"searcher.objectives {list(searcher.objectives)} must be two or more of "
+                    f"{', '.join(METRIC_MODES)}, with sweep.metric ({self.metric}) among them"
+                )
+            if searcher.sampler in ("gp", "cmaes"):
+                raise ValueError(f"sampler {searcher.sampler} takes one objective; use tpe, nsga2 or random")
+            if not isinstance(scheduler, FifoConfig):
+                raise ValueError(f"scheduler {scheduler.type} ends trials by one metric; several objectives need fifo")
+        if isinstance(searcher, LadderConfig):
+            if self.budget is None or self.bundle_axis is None:
+                raise ValueError(
+                    "searcher ladder climbs model sizes within a budget: give sweep.budget: {device_hours: ...} and a "
+                    "bundle axis whose labels are the sizes"
+                )
+            if not isinstance(scheduler, FifoConfig | AshaConfig):
+                raise ValueError(f"searcher ladder goes with scheduler asha or fifo, not {scheduler.type}")
+            grids = [name for name, axis in plain.items() if not isinstance(axis, Uniform | LogUniform)]
+            if grids or not plain:
+                raise ValueError(
+                    "searcher ladder models continuous axes (uniform, loguniform)"
+                    + (f", but {grids[0]} is {plain[grids[0]].type}" if grids else ", and there is none")
+                )
+        if self.confirm is not None and any(
+            path == "train.seed" or (isinstance(axis, Bundle) and any("train.seed" in s for s in axis.values.values()))
+            for path, axis in self.space.items()
+        ):
+            raise ValueError("confirm adds seeds itself: drop the axis train.seed, or confirm")
         return self
 
 
@@ -246,6 +352,8 @@ def parse(tree: dict[str, Any], overrides: list[str] | None = None, source: str 
     Raises:
         ConfigError: with every broken rule, its path and value.
     """
+    if tree.get("scaling") == "auto":
+        tree = tree | {"scaling": {"auto": True}}  # so that an override can set one of its keys
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -286,10 +394,11 @@ def _describe(item: Any) -> str:
 def _fields_at(location: list[str]) -> list[str]:
     section: type[BaseModel] = ExperimentConfig
     variants = {
-        cls.model_fields["type"].annotation.__args__[0]: cls  # type: ignore[union-attr]
+        cls.model_fields["type"].annotation.__args__[0]: cls
         for cls in (
             *(Grid, Choice, Uniform, LogUniform, Bundle),
-            *(FifoConfig, AshaConfig, MedianConfig, RandomConfig, OptunaConfig),
+            *get_args(Scheduler),
+            *get_args(Searcher),
         )
     }
     for part in location:
@@ -449,6 +558,17 @@ def _require_stoppable(sweep: SweepConfig, train: TrainConfig) -> None:
         return
     if train.eval_every is None:
         raise ValueError(f"scheduler {scheduler.type} decides at evaluations: set train.eval_every")
+    if isinstance(scheduler, PbtConfig | Pb2Config):
+        if scheduler.interval_steps % train.eval_every:
+            raise ValueError(
+                f"scheduler.interval_steps ({scheduler.interval_steps}) must be a multiple of train.eval_every "
+                f"({train.eval_every}): the population is compared at evaluations"
+            )
+        return
+    if isinstance(scheduler, HyperBandConfig):
+        if train.max_steps is None:
+            raise ValueError("scheduler hyperband plans its brackets by the trials' length: give train.max_steps")
+        return
     if train.max_steps is not None and scheduler.grace_steps >= train.max_steps:
         raise ValueError(
             f"scheduler.grace_steps ({scheduler.grace_steps}) must be below train.max_steps ({train.max_steps}), "

@@ -49,13 +49,27 @@ def varied_axes(results: dict[str, Any]) -> list[str]:
     return [name for name in names if values[name] != bundles and len({repr(v) for v in values[name]}) > 1]
 
 
+def setting_of(params: dict[str, Any]) -> dict[str, Any]:
+    """A trial's params without its seed: what trials of one setting share."""
+    return {name: value for name, value in params.items() if name != SEED}
+
+
+def setting_key(params: dict[str, Any]) -> str:
+    """The setting by value, not by name, which is rounded; in any order: whoever proposes a trial orders its axes."""
+    return repr(sorted(setting_of(params).items()))
+
+
 def by_setting(results: dict[str, Any], frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Rows that differ in nothing but the seed, best mean first, under the setting's short name."""
-    params = {t["trial_id"]: {k: v for k, v in t["params"].items() if k != SEED} for t in results["trials"]}
-    # By value, not by name: names are rounded.
-    groups = [g for _, g in frame.groupby(frame["trial_id"].map(lambda t: repr(params[t])), sort=False)]
+    params = {t["trial_id"]: setting_of(t["params"]) for t in results["trials"]}
+    groups = [g for _, g in frame.groupby(frame["trial_id"].map(lambda t: setting_key(params[t])), sort=False)]
     named = [(describe(params[group["trial_id"].iloc[0]]), group) for group in groups]
     return sorted(named, key=lambda item: item[1][results["metric"]].mean(), reverse=results["mode"] == "max")
+
+
+def finished_rows(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Trials that finished with a value of the metric."""
+    return frame[(frame["status"] == "finished") & frame[metric].notna()] if metric in frame else frame[:0]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:

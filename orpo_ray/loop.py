@@ -26,6 +26,7 @@ from orpo_ray.forward import Form, PairModel, form_of, name_of, pair_logps, prod
 from orpo_ray.metrics import PairSums, Throughput
 from orpo_ray.model import build_model, count_parameters, load_tokenizer
 from orpo_ray.packing import Batch, Counting, micro_batches
+from orpo_ray.pair_scores import PAIRS_FILE
 
 _log = logging.getLogger(__name__)
 
@@ -34,14 +35,18 @@ class Decision(StrEnum):
     """What the trial's owner says after an evaluation."""
 
     CONTINUE = "continue"
+    PAUSE = "pause"
+    """Give the process back and go on later from a checkpoint of this step."""
     STOP = "stop"
 
 
 class Status(StrEnum):
-    """How a trial ended, in the words of results.json."""
+    """How an assignment ended, in the words of results.json."""
 
     FINISHED = "finished"
     STOPPED_EARLY = "stopped_early"
+    PAUSED = "paused"
+    """Not an end: there is a checkpoint to go on from."""
     DIVERGED = "diverged"
     FAILED = "failed"
 
@@ -56,8 +61,10 @@ class RankContext:
     """(steps already done, steps in all, facts such as the model's parameters) when training begins."""
     on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     """(step, training metrics)."""
-    on_eval: Callable[[int, dict[str, float], str | None], Decision] = lambda step, metrics, path: Decision.CONTINUE
-    """(step, held-out metrics, last checkpoint) -> whether to go on."""
+    on_eval: Callable[[int, dict[str, float], str | None, float], Decision] = lambda step, metrics, path, seconds: (
+        Decision.CONTINUE
+    )
+    """(step, held-out metrics, last checkpoint, seconds of training so far) -> whether to go on."""
     control: Any = None
     """Process group for small host-side messages; the default group if None."""
 
@@ -144,14 +151,18 @@ def train(config: ExperimentConfig, ctx: RankContext) -> TrialResult:
                     ctx.on_log(at, metrics)
             evaluates = _is_due(at, config.train.eval_every, max_steps)
             if evaluates:
-                progress.metrics = run.evaluate()
+                progress.metrics = run.evaluate(at, ctx.trial_dir)
             progress.train_seconds = earlier_seconds + time.perf_counter() - started
             if _is_due(at, config.train.checkpoint_every or config.train.eval_every, max_steps):
                 last_checkpoint = checkpoint.save(run.engine, ctx.trial_dir, at, asdict(progress))
             if evaluates:
-                decision = _decide(ctx, at, progress.metrics, last_checkpoint)
+                decision = _decide(ctx, at, progress, last_checkpoint)
                 if decision is Decision.STOP and at < max_steps:
                     return _result(Status.STOPPED_EARLY, at, progress, last_checkpoint)
+                if decision is Decision.PAUSE and at < max_steps:
+                    if last_checkpoint is None or checkpoint.read_manifest(last_checkpoint)["step"] != at:
+                        last_checkpoint = checkpoint.save(run.engine, ctx.trial_dir, at, asdict(progress))
+                    return _result(Status.PAUSED, at, progress, last_checkpoint)
             clock.start()
         return _result(Status.FINISHED, done, progress, last_checkpoint)
     except Diverged as error:
@@ -301,9 +312,9 @@ class _Run:
             raise Diverged(at, lost, [self.train_pairs[int(i)].pair_id for i in batch.indices])
         return grad_norm
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out metrics."""
-        return evaluate(
+    def evaluate(self, at: int, trial_dir: Path) -> dict[str, float]:
+        """Held-out metrics after step `at`; rank 0 leaves the pairs they are averages of in the trial's directory."""
+        found = evaluate(
             self.engine,
             self.eval_pairs,
             self.config,
@@ -312,6 +323,9 @@ class _Run:
             self.pad_token_id,
             None if self.reference_logps is None else self.reference_logps[1],
         )
+        if dist.get_rank() == 0:
+            found.pair_scores(at, self.eval_pairs, self.config.loss).save(trial_dir / PAIRS_FILE)
+        return found.metrics
 
     def num_tokens(self, indices: np.ndarray) -> int:
         """Tokens of the two sequences of each pair: prompts counted twice, padding not."""
@@ -366,9 +380,11 @@ def _is_due(at: int, every: int | None, max_steps: int) -> bool:
     return at == max_steps or (every is not None and at % every == 0)
 
 
-def _decide(ctx: RankContext, at: int, metrics: dict[str, float], path: Path | None) -> Decision:
+def _decide(ctx: RankContext, at: int, progress: Progress, path: Path | None) -> Decision:
     """Rank 0 asks the trial's owner; all ranks hear the answer."""
-    box = [ctx.on_eval(at, metrics, str(path) if path else None) if dist.get_rank() == 0 else None]
+    box: list[Decision | None] = [None]
+    if dist.get_rank() == 0:
+        box = [ctx.on_eval(at, progress.metrics, str(path) if path else None, progress.train_seconds)]
     dist.broadcast_object_list(box, src=0, group=ctx.control)
     assert box[0] is not None
     return box[0]

@@ -1,10 +1,10 @@
-"""Pictures of a sweep: the metric by learning rate and by λ, log-probabilities over training."""
+"""Pictures of a sweep: the metric by learning rate and by λ, what is best for whom, where training diverges."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,8 @@ from orpo_ray.frames import LAMBDA, LR, SEED, mean_interval, varied_axes
 
 _NO_HUE = math.nan  # one object: NaN is found in a dict by identity
 _MAX_LEGEND = 8
+_MAX_FRONT = 15
+"""Settings on the front that the legend names."""
 _MIN_FOR_INTERVAL = 3
 """Over two values the 95 % t-interval is nine times as wide as they are apart: it says nothing and hides the rest."""
 _CURVES = {
@@ -44,7 +46,7 @@ def write_plots(
 
     Args:
         folder: of the PNG files; made where it is missing.
-        results: as `results.summarize` gives them.
+        results: as `results.summarize` gives them, with `winners`.
         frame: of `frames.load_runs_frame`.
         curves: of `frames.load_evaluations_frame`.
 
@@ -58,6 +60,11 @@ def write_plots(
         drawn.append(("metric_by_lr.png", *_metric_by_lr(frame, metric, varied)))
     if LAMBDA in varied and has_metric:
         drawn.append(("metric_by_lambda.png", *_metric_by_lambda(frame, metric, varied)))
+    winners = results["winners"]
+    if len(winners["pareto"]["settings"]) > 1:
+        drawn.append(("pareto.png", *_pareto(winners["pareto"])))
+    if {LR, LAMBDA} <= {*varied} and any(b["diverged"] and b["held"] for b in winners["divergence"].values()):
+        drawn.append(("divergence.png", *_divergence(frame, winners["divergence"])))
     if any(column in curves for column in _CURVES):
         drawn.append(("curves.png", *_curves_figure(frame, curves, varied)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,12 +82,16 @@ def _panels(rows: int, frame: pd.DataFrame, height: float) -> tuple[Figure, np.n
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(bundles), sharex=True, sharey="row", squeeze=False)
     for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(True, color="0.9", linewidth=0.8)
-        axis.set_axisbelow(True)
+        _bare(axis)
     for axis, bundle in zip(axes[0], bundles, strict=True):
         axis.set_title(bundle, fontsize=10)
     return figure, axes, bundles
+
+
+def _bare(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(True, color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
 
 
 def _colours(frame: pd.DataFrame, hue: str | None) -> dict[float, Any]:
@@ -150,6 +161,106 @@ def _metric_by_lambda(frame: pd.DataFrame, metric: str, varied: list[str]) -> tu
     )
 
 
+def _pareto(pareto: dict[str, Any]) -> tuple[Figure, str]:
+    """Every setting as a point, those on the front numbered and named beside the panel."""
+    settings = pareto["settings"]
+    front = [row for row in settings if row["on_front"]]
+    cost, gain = (np.array([row[key] for row in settings]) for key in ("cost", "accuracy"))
+    longest = max(len(row["name"]) for row in front)
+    figure = Figure(figsize=(6.2 + 0.075 * longest, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    _bare(axis)
+    # A setting that went wrong would squeeze those that matter into a corner.
+    low, high = _whiskers(cost, always=[row["cost"] for row in front])
+    bottom, top = _whiskers(gain, always=[row["accuracy"] for row in front])
+    shown = (cost >= low) & (cost <= high) & (gain >= bottom) & (gain <= top)
+    axis.plot(cost[shown], gain[shown], "o", color="0.75", markersize=5)
+    colour = colormaps["viridis"](0.3)
+    axis.step(
+        [row["cost"] for row in front], [row["accuracy"] for row in front], where="post", color=colour, linewidth=1.2
+    )
+    handles = []
+    for place, row in enumerate(front, start=1):
+        face = "white" if row["uncertain"] else colour
+        at = (row["cost"], row["accuracy"])
+        axis.plot(*at, "o", color=colour, markerfacecolor=face, markersize=7, zorder=3)
+        # Above and to the left of the front there is nothing.
+        axis.annotate(str(place), at, (-5, 4), textcoords="offset points", ha="right", fontsize=9)
+        often = "" if row["frequency"] is None else f" ({row['frequency']:.0%})"
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=colour,
+                marker="o",
+                markerfacecolor=face,
+                linestyle="",
+                label=f"{place}  {row['name']}{often}",
+            )
+        )
+    axis.margins(0.08)
+    axis.set_xlabel(f"{pareto['cost']} (lower is better)")
+    axis.set_ylabel(f"{pareto['gain']} (higher is better)")
+    figure.legend(handles=handles[:_MAX_FRONT], loc="outside right upper", frameon=False, fontsize=9)
+    caption = f"{pareto['gain']} against {pareto['cost']}: grey settings are beaten in both by a numbered one."
+    if any(row["frequency"] is not None for row in front):
+        caption += " In brackets: share of the bootstrap's resamples in which it is on the front; hollow: under 95 %."
+    if left := int((~shown).sum()):
+        caption += f" {left} far worse {'setting is' if left == 1 else 'settings are'} outside the picture."
+    return figure, caption
+
+
+def _whiskers(values: np.ndarray, always: list[float]) -> tuple[float, float]:
+    """Limits three interquartile ranges off the middle half, and never inside `always`."""
+    quarter, three_quarters = np.quantile(values, [0.25, 0.75])
+    reach = 3 * (three_quarters - quarter) or math.inf
+    return min(quarter - reach, *always), max(three_quarters + reach, *always)
+
+
+def _divergence(frame: pd.DataFrame, divergence: dict[str, Any]) -> tuple[Figure, str]:
+    """How trials ended over λ and learning rate, and the fitted boundary."""
+    figure, axes, bundles = _panels(1, frame, height=3.2)
+    ended = frame[frame["status"].isin(("finished", "stopped_early", "diverged"))]
+    colours = {"finished": "0.45", "stopped_early": "0.45", "diverged": "tab:red"}
+    is_fitted = False
+    for axis, bundle in zip(axes[0], bundles, strict=True):
+        of_bundle = ended[ended["bundle"] == bundle]
+        for status, colour in colours.items():
+            marker, is_filled = _MARKERS[status]
+            some = of_bundle[of_bundle["status"] == status]
+            face = colour if is_filled else "none"
+            axis.plot(some[LAMBDA], some[LR], marker, color=colour, markerfacecolor=face, markersize=6)
+        rows = divergence.get(bundle, {"rows": []})["rows"]
+        fitted = [((r["lambda_low"] + r["lambda_high"]) / 2, r["lr_50"]) for r in rows if r["lr_50"] is not None]
+        if fitted:
+            is_fitted = True
+            axis.plot(*zip(*fitted, strict=True), color="tab:red", linewidth=1.2, marker="_", markersize=12)
+        axis.set_xlabel("λ (loss.orpo_lambda)")
+    _log_ticks(axes[0, 0], ended[LR], ".0e", which="y")
+    axes[0, 0].set_ylabel("learning rate")
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=colour,
+            marker=_MARKERS[status][0],
+            markerfacecolor=colour if _MARKERS[status][1] else "none",
+            linestyle="",
+            label=status.replace("_", " "),
+        )
+        for status, colour in colours.items()
+        if (ended["status"] == status).any()
+    ]
+    if is_fitted:
+        handles.append(Line2D([], [], color="tab:red", linewidth=1.2, label="half diverge (fit)"))
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    caption = "How trials ended, over λ and learning rate."
+    if is_fitted:
+        caption += " The line is where a logistic curve gives divergence a chance of 50 %."
+    return figure, caption
+
+
 def _curves_figure(frame: pd.DataFrame, curves: pd.DataFrame, varied: list[str]) -> tuple[Figure, str]:
     shown = [column for column in _CURVES if column in curves]
     figure, axes, bundles = _panels(len(shown), frame, height=2.2)
@@ -209,13 +320,14 @@ def _scatter(axis: Axes, group: pd.DataFrame, x: str, metric: str, colour: Any) 
             axis.plot(bare[x], foot, marker, color=colour, markersize=6, transform=axis.get_xaxis_transform())
 
 
-def _log_ticks(axis: Axes, values: pd.Series, spec: str) -> None:
+def _log_ticks(axis: Axes, values: pd.Series, spec: str, which: Literal["x", "y"] = "x") -> None:
     """A log axis with a readable number of labels, however narrow the range."""
     decades = math.log10(values.max() / values.min())
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if decades < 1 else (1, 3) if decades < 2.5 else (1,)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{spec}}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(**{f"{which}scale": "log"})
+    ticks = axis.xaxis if which == "x" else axis.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if decades < 1 else (1, 3) if decades < 2.5 else (1,)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{spec}}"))
+    ticks.set_minor_formatter(NullFormatter())
 
 
 def _limits_by_points(axis: Axes, values: pd.Series) -> None:

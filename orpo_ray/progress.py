@@ -74,6 +74,10 @@ class SweepProgress:
                 trial.step = event["step"]
                 trial.value = event["metrics"].get(self.metric)
                 trial.log_odds = event["metrics"].get("eval/log_odds")
+            case "paused":
+                trial.status = "paused"
+            case "forked":
+                trial.params, trial.step = event["params"], event["step"]
             case "retry":
                 trial.status = f"again ({event['attempt']})"
             case "finished":

@@ -13,12 +13,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from orpo_ray.config import ExperimentConfig
-from orpo_ray.frames import SEED, by_setting, load_evaluations_frame, load_runs_frame, mean_interval, varied_axes
+from orpo_ray.frames import (
+    SEED,
+    by_setting,
+    finished_rows,
+    load_evaluations_frame,
+    load_runs_frame,
+    mean_interval,
+    varied_axes,
+)
+from orpo_ray.markdown import markdown_table, number
 from orpo_ray.results import EVENTS_FILE, current, read_events
 from orpo_ray.space import describe
+from orpo_ray.verdict import bias_section, certainty_section, divergence_section, pareto_section
+from orpo_ray.winners import summarize_winners
 
 _STATUS_ORDER = ("finished", "unfinished", "stopped_early", "diverged", "failed")
-_SUMMARISED = ("eval/nll", "eval/log_odds", "eval/chosen_logp", "eval/rejected_logp")
+_SUMMARISED = ("eval/preference_accuracy", "eval/nll", "eval/log_odds", "eval/chosen_logp", "eval/rejected_logp")
 
 
 def results_table(results: dict[str, Any]) -> Table:
@@ -27,7 +38,7 @@ def results_table(results: dict[str, Any]) -> Table:
     Args:
         results: from `results.current` or `results.summarize`.
     """
-    metric, best = results["metric"], results["best"]
+    metric, best = results["metric"], _best_trial(results)
     trials = _ranked(results)
     has_reasons = any(trial["error"] for trial in trials)
     table = Table(title=f"{results['name']}: {len(trials)} trials", title_justify="left", box=None, pad_edge=False)
@@ -43,10 +54,10 @@ def results_table(results: dict[str, Any]) -> Table:
         cells = [
             "★" if is_best else "",
             escape(describe(trial["params"])),
-            _number(trial["metrics"].get(metric)),
-            _number(trial["metrics"].get("eval/log_odds"), "+.3f"),
+            number(trial["metrics"].get(metric)),
+            number(trial["metrics"].get("eval/log_odds"), "+.3f"),
             str(trial["steps"]),
-            _number(trial["train_seconds"], ".1f"),
+            number(trial["train_seconds"], ".1f"),
             trial["status"].replace("_", " "),
         ]
         style = (
@@ -75,24 +86,30 @@ def write_report(run_dir: str | Path, config: ExperimentConfig | None = None) ->
 
     run_dir = Path(run_dir)
     results = current(run_dir)
+    if "winners" not in results:  # of a sweep under way, or of before there were any
+        results["winners"] = summarize_winners(results, run_dir)
     events = read_events(run_dir / EVENTS_FILE)
     frame, curves = load_runs_frame(results), load_evaluations_frame(events)
     pictures = plots.write_plots(run_dir / "plots", results, frame, curves)
     best_file = run_dir / "best.yaml"
     files = [run_dir / "report.md", *(path for path, _ in pictures)]
-    if config is not None and results["best"] is not None:
-        best_file.write_text(_best_yaml(config, results["best"]["params"]), encoding="utf-8")
+    best = _best_trial(results)
+    if config is not None and best is not None:
+        best_file.write_text(_best_yaml(config, best["params"]), encoding="utf-8")
         files.append(best_file)
     sections = [
         f"# {results['name']}",
         _unfinished_section(results),
         _best_section(results, best_file),
-        _certainty_section(results, frame),
+        certainty_section(results, frame),
+        bias_section(results["winners"]),
+        _cost_section(results, events, config),
+        pareto_section(results["winners"]["pareto"]),
+        divergence_section(results["winners"]["divergence"]),
         _trials_section(results),
         _seeds_section(results, frame, curves),
         _ends_section(results),
         _plots_section(pictures, run_dir),
-        _cost_section(results, events, config),
     ]
     files[0].write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
     return files
@@ -112,20 +129,25 @@ def _unfinished_section(results: dict[str, Any]) -> str:
 
 
 def _best_section(results: dict[str, Any], best_file: Path) -> str:
-    best, metric = results["best"], results["metric"]
+    best, setting, metric = _best_trial(results), results["winners"]["best"], results["metric"]
     if best is None:
         return f"No trial has a value of `{metric}` to be judged by."
     best_of = "Best so far" if _num_unfinished(results) else "Best"
-    name = f"{best_of}: {describe(best['params'])}" if best["params"] else "Result"
     better = "higher" if results["mode"] == "max" else "lower"
-    lines = [
-        f"**{name}.** `{metric}` = {_number(best['metrics'][metric])} ({better} is better) after "
-        f"{best['steps']} steps, trial {best['trial_id']}."
-    ]
+    if setting is None:
+        name, value, of = describe(best["params"]), number(best["metrics"][metric]), f"trial {best['trial_id']}"
+    else:
+        name, value = setting["name"], number(setting["mean"])
+        if setting["low"] is not None:
+            value += f" [{number(setting['low'])}, {number(setting['high'])}]"
+        of = f"mean of {setting['seeds']} seeds" if setting["seeds"] > 1 else f"trial {setting['trial_ids'][0]}"
+    name = f"{best_of}: {name}" if best["params"] else "Result"
+    lines = [f"**{name}.** `{metric}` = {value} ({better} is better) after {best['steps']} steps, {of}."]
     if best["status"] != "finished":
         lines.append("It was stopped early; no trial ran to its end.")
     if best["checkpoint"]:
-        lines.append(f"Checkpoint: `{best['checkpoint']}`.")
+        which = " of its best run" if setting is not None and setting["seeds"] > 1 else ""
+        lines.append(f"Checkpoint{which}: `{best['checkpoint']}`.")
     if best_file.exists():
         lines.append(f"Train it alone:\n\n    orpo-ray train {best_file}")
     elif best["params"]:
@@ -135,52 +157,17 @@ def _best_section(results: dict[str, Any], best_file: Path) -> str:
     return "\n\n".join(lines)
 
 
-def _certainty_section(results: dict[str, Any], frame: pd.DataFrame) -> str:
-    """How far the winner is ahead, in units of what the seed alone does."""
-    if len(frame) < 2:
-        return ""
-    heading = "## How sure\n\n"
-    metric = results["metric"]
-    finished = _finished(frame, metric)
-    if SEED not in varied_axes(results):
-        return heading + (
-            "Every setting was trained with one seed, so nobody can tell how much of a difference is the seed's doing. "
-            f"Before relying on it, train the best few settings with `{SEED}` as an axis, e.g. "
-            f"`{SEED}: {{type: grid, values: [1, 2, 3]}}`."
-        )
-    by_seed = {key: group.groupby(SEED)[metric].mean() for key, group in by_setting(results, finished)}
-    ranked = sorted(by_seed, key=lambda key: by_seed[key].mean(), reverse=results["mode"] == "max")
-    if len(ranked) < 2:
-        return heading + "Only one setting finished: there is nothing to compare it with."
-    first, second = ranked[:2]
-    # The same seed means the same pairs in the same order, so differences are taken seed by seed.
-    differences = (by_seed[first] - by_seed[second]).dropna()
-    if len(differences) < 2:
-        return heading + (
-            f"{first} has the best mean, {second} the next, but they share fewer than two finished seeds: how much "
-            "of their difference is the seed's doing is not known."
-        )
-    mean, half = mean_interval(differences.tolist())
-    assert half is not None
-    verdict = "more than the seed explains" if abs(mean) > half else "no more than the seed may explain"
-    return heading + (
-        f"Best mean: **{first}**, next: {second}. Their difference in `{metric}`, seed by seed, is {mean:+.4f} ± "
-        f"{half:.4f} (95 % t-interval over {len(differences)} seeds): {verdict}. The winner was chosen by the same "
-        "numbers, which flatters it."
-    )
-
-
 def _trials_section(results: dict[str, Any]) -> str:
-    metric, best = results["metric"], results["best"]
+    metric, best = results["metric"], _best_trial(results)
     columns = list(dict.fromkeys([metric, *_SUMMARISED]))
     rows = []
     for trial in _ranked(results):
         name = describe(trial["params"])
         is_best = best is not None and trial["trial_id"] == best["trial_id"]
-        values = [_number(trial["metrics"].get(column)) for column in columns]
-        rest = [str(trial["steps"]), _number(trial["train_seconds"], ".1f"), trial["status"].replace("_", " ")]
+        values = [number(trial["metrics"].get(column)) for column in columns]
+        rest = [str(trial["steps"]), number(trial["train_seconds"], ".1f"), trial["status"].replace("_", " ")]
         rows.append([f"**{name}**" if is_best else name, *values, *rest])
-    return "## Trials\n\nMetrics are those of the last evaluation.\n\n" + _markdown_table(
+    return "## Trials\n\nMetrics are those of the last evaluation.\n\n" + markdown_table(
         ["trial", *columns, "steps", "seconds", "status"], rows
     )
 
@@ -188,7 +175,7 @@ def _trials_section(results: dict[str, Any]) -> str:
 def _seeds_section(results: dict[str, Any], frame: pd.DataFrame, curves: pd.DataFrame) -> str:
     """Mean ± half-width over seeds, per setting."""
     metric = results["metric"]
-    finished = _finished(frame, metric)
+    finished = finished_rows(frame, metric)
     if SEED not in varied_axes(results) or finished.empty:
         return ""
     evaluations = curves.sort_values("step").groupby("trial_id")
@@ -204,7 +191,7 @@ def _seeds_section(results: dict[str, Any], frame: pd.DataFrame, curves: pd.Data
     titles = ["setting", "seeds", *columns, "change of chosen_logp", "change of rejected_logp"]
     return (
         "## Over seeds\n\nMean ± half-width of the 95 % t-interval over the seeds that finished; changes are from the "
-        "first evaluation to the last.\n\n" + _markdown_table(titles, rows)
+        "first evaluation to the last.\n\n" + markdown_table(titles, rows)
     )
 
 
@@ -257,6 +244,14 @@ def _best_yaml(config: ExperimentConfig, params: dict[str, Any]) -> str:
 # Pieces
 
 
+def _best_trial(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The best setting's best run; where no setting is judged, the best trial there is."""
+    if (setting := results.get("winners", {}).get("best")) is None:
+        return results["best"]
+    best: dict[str, Any] = next(t for t in results["trials"] if t["trial_id"] == setting["trial_id"])
+    return best
+
+
 def _ranked(results: dict[str, Any]) -> list[dict[str, Any]]:
     sign = -1.0 if results["mode"] == "max" else 1.0
 
@@ -271,25 +266,12 @@ def _num_unfinished(results: dict[str, Any]) -> int:
     return sum(trial["status"] == "unfinished" for trial in results["trials"])
 
 
-def _finished(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    return frame[(frame["status"] == "finished") & frame[metric].notna()] if metric in frame else frame[:0]
-
-
 def _mean_cell(values: pd.Series, sign: str = "") -> str:
     known = values.dropna().tolist()
     if not known:
         return "–"
     mean, half = mean_interval(known)
     return f"{mean:{sign}.4f}" + (f" ± {half:.4f}" if half is not None else "")
-
-
-def _markdown_table(titles: list[str], rows: list[list[str]]) -> str:
-    body = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body)
-
-
-def _number(value: float | None, spec: str = ".4f") -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:{spec}}"
 
 
 def _reason(trial: dict[str, Any]) -> str:

@@ -69,10 +69,13 @@ def summarize(
 
     Returns:
         `name`, `metric`, `mode`, `best` and `trials` in the order of submission. A trial has `trial_id`, `bundle`,
-        `params`, `status` (finished, stopped_early, diverged or failed), `attempts`, `steps`, `metrics` (of its last
-        evaluation; null where not finite), `checkpoint`, `mlflow_run_id`, `train_seconds` (null where unknown) and
-        `error`. `best` is a finished trial, or one stopped early if none finished, or null: never a diverged or failed
-        one, however good its last evaluation was.
+        `params`, `purpose` (`search`, or `confirm`: a finalist with another seed), `status` (finished, stopped_early,
+        diverged or failed), `attempts`, `steps`, `metrics` (of its last evaluation; null where not finite),
+        `checkpoint`, `mlflow_run_id`, `train_seconds` (null where unknown), `error`, `forks` (of population-based
+        training: `step`, `donor` and the `params` it went on with; `params` are its last) and `reused_from` (the MLflow
+        run whose result was taken over instead of training, or null). `best` is a finished trial, or
+        one stopped early if none finished, or null: never a diverged or failed one, however good its last evaluation
+        was.
 
     Raises:
         ValueError: mode is neither max nor min, or an event precedes the submission of its trial.
@@ -101,7 +104,12 @@ def summarize(
                 trial["steps"] = max(trial["steps"], event["step"])
                 trial["metrics"] = event["metrics"]
                 trial["checkpoint"] = event["checkpoint"] or trial["checkpoint"]
+            case "forked":
+                trial["forks"].append({key: event[key] for key in ("step", "donor", "params")})
+                trial["params"], trial["steps"] = event["params"], event["step"]
+                trial["metrics"], trial["checkpoint"] = trials[event["donor"]]["metrics"], None
             case "finished":
+                trial["reused_from"] = event.get("reused_from")
                 trial.update(
                     {k: event[k] for k in ("status", "steps", "metrics", "checkpoint", "train_seconds", "error")}
                 )
@@ -180,8 +188,11 @@ def _submitted(event: dict[str, Any], mlflow_run_id: str | None) -> dict[str, An
         "trial_id": event["trial_id"],
         "bundle": event["bundle"],
         "params": event["params"],
+        "purpose": event.get("purpose", "search"),  # journals of before there was another
         "status": "failed",  # until its finished event says otherwise
         "attempts": 0,
+        "forks": [],
+        "reused_from": None,
         "steps": 0,
         "metrics": {},
         "checkpoint": None,

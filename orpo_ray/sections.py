@@ -307,14 +307,22 @@ class DeepSpeedConfig(Section):
 
 
 class ScalingConfig(Section):
-    """What one trial occupies."""
+    """What one trial occupies. `scaling: auto` is short for `{auto: true}`."""
 
+    auto: bool = False
+    """Choose what the file leaves open of workers, CPUs, ZeRO stage, offload, tokens per pass and recomputation, such
+    that a trial fits the cluster's memory (`fitting.fit_to`). What the file sets is kept."""
     num_workers: int = Field(1, ge=1)
     """Data-parallel worker processes."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores reserved, and threads used, per worker."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU per worker; `auto` means where the cluster has GPUs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, data: Any) -> Any:
+        return {"auto": True} if data == "auto" else data
 
 
 class TrackingConfig(Section):
@@ -333,13 +341,54 @@ class FifoConfig(Section):
 
 
 class AshaConfig(Section):
-    """Asynchronous successive halving (Li et al. 2018), separately within each bundle."""
+    """Asynchronous successive halving (Li et al. 2018), separately within each bundle.
+
+    A trial that is not among the best of its rung is paused, not stopped: it frees its workers and goes on from its
+    checkpoint if it turns out to be among the best after all.
+    """
 
     type: Literal["asha"]
     grace_steps: int = Field(ge=1)
-    """No trial is stopped before this step; the first rung."""
+    """No trial is paused before this step; the first rung."""
     reduction_factor: float = Field(3.0, gt=1)
     """At each rung about one trial in this many goes on; rungs are grace_steps × reduction_factor^k."""
+
+
+class HyperBandConfig(Section):
+    """HyperBand (Li et al. 2017), separately within each bundle: halving in brackets of unlike first rungs."""
+
+    type: Literal["hyperband"]
+    reduction_factor: float = Field(3.0, gt=1)
+    """At each halving about one trial in this many goes on."""
+
+
+class PbtConfig(Section):
+    """Population-based training (Jaderberg et al. 2017), separately within each bundle.
+
+    Every `interval_steps` the worst of the population take over weights and optimizer state of the best, and go on
+    with settings moved a little. The population waits for its slowest at each interval, so that nobody goes back.
+    """
+
+    type: Literal["pbt"]
+    interval_steps: int = Field(ge=1)
+    """Steps between exploits; a multiple of train.eval_every."""
+    quantile: float = Field(0.25, gt=0, le=0.5)
+    """Share of the population that is replaced, and that is copied from."""
+    resample_probability: float = Field(0.25, ge=0, le=1)
+    """Chance of drawing a setting anew instead of moving it by the factors 0.8 or 1.2."""
+
+
+class Pb2Config(Section):
+    """Population-based bandits (Parker-Holder et al. 2020): PBT whose new settings a Gaussian process proposes.
+
+    Axes must be uniform or loguniform; a loguniform one is modelled on its plain scale.
+    """
+
+    type: Literal["pb2"]
+    interval_steps: int = Field(ge=1)
+    """Steps between exploits; a multiple of train.eval_every."""
+    quantile: float = Field(0.25, gt=0, le=0.5)
+    """Share of the population that is replaced, and that is copied from."""
 
 
 class MedianConfig(Section):
@@ -362,10 +411,58 @@ class OptunaConfig(Section):
     """Optuna proposes; grid and bundle axes become categories."""
 
     type: Literal["optuna"]
-    sampler: Literal["tpe", "random"] = "tpe"
-    """Tree-structured Parzen estimator, or independent random draws."""
+    sampler: Literal["tpe", "gp", "cmaes", "nsga2", "random"] = "tpe"
+    """Tree-structured Parzen estimator, Gaussian process, CMA-ES (continuous axes only; others are drawn at random),
+    the genetic NSGA-II, or independent random draws."""
+    startup_trials: int = Field(10, ge=1)
+    """Random trials before the model begins; the population's size for nsga2."""
+    objectives: tuple[str, ...] = ()
+    """Held-out metrics to optimise together, `sweep.metric` among them; empty: that one alone. tpe, nsga2 and random
+    take several."""
+
+
+class HyperOptConfig(Section):
+    """HyperOpt's tree-structured Parzen estimator proposes; needs the extra `hyperopt`."""
+
+    type: Literal["hyperopt"]
     startup_trials: int = Field(10, ge=1)
     """Random trials before TPE begins to model."""
+
+
+class BohbConfig(Section):
+    """BOHB (Falkner et al. 2018): its density estimator proposes, scheduler hyperband halves. Needs the extra `bohb`."""
+
+    type: Literal["bohb"]
+
+
+class LadderConfig(Section):
+    """Small models propose for large ones, within `sweep.budget`; needs a bundle axis whose labels are model sizes.
+
+    A Gaussian process over the axes, the logarithm of the model's parameters and the share of the steps done says what
+    to expect of each setting at each size, and how surely; the next trial is the one that tells most about the best
+    setting of the largest size per device-hour.
+    """
+
+    type: Literal["ladder"]
+    startup_trials: int = Field(6, ge=2)
+    """Spread-out trials of the smallest size before the model begins."""
+
+
+class BudgetConfig(Section):
+    """What a sweep may cost."""
+
+    device_hours: float = Field(gt=0)
+    """Hours of training × workers, over all trials. No trial is begun that is expected to exceed it; trials still in
+    training when it is spent end at their next evaluation."""
+
+
+class ConfirmConfig(Section):
+    """Further seeds for the finalists, after the search."""
+
+    top: int = Field(3, ge=1)
+    """How many of the best finished settings are confirmed."""
+    seeds: int = Field(5, ge=2)
+    """Seeds each is trained with in all; the search's own run is the first of them."""
 
 
 def _absolute_if_local(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Sweep axes as frozen, validated values. YAML in, Ray Tune or Optuna distributions out."""
+"""Sweep axes as frozen, validated values. YAML in, grid cells or Optuna distributions out."""
 
 from __future__ import annotations
 
@@ -115,9 +115,6 @@ def grid_size(space: dict[str, Axis]) -> int:
     return math.prod(len(axis.candidates()) for axis in space.values() if isinstance(axis, Grid | Bundle))
 
 
-_CELL = "cell"
-
-
 def grid_cells(space: dict[str, Axis]) -> list[dict[str, Any]]:
     """The cells of the grid: axis name -> value, bundles alternating fastest; one empty cell where there is no grid."""
     grids = {name: axis for name, axis in space.items() if isinstance(axis, Grid | Bundle)}
@@ -127,35 +124,9 @@ def grid_cells(space: dict[str, Axis]) -> list[dict[str, Any]]:
     return [{name: dict(zip(names, values, strict=True))[name] for name in grids} for values in products]
 
 
-def to_ray_tune(space: dict[str, Axis]) -> dict[str, Any]:
-    """Search space for Ray Tune's own variant generator: grids are spanned, the rest is sampled.
-
-    The grid is one axis of whole cells, because Tune varies axes in an order of its own and trials of different
-    bundles should come in turn. `params_of` takes a trial's config apart again.
-
-    Args:
-        space: axis name -> axis, values already coerced by the config.
-    """
-    from ray import tune
-
-    def convert(axis: Axis) -> Any:
-        match axis:
-            case Choice():
-                return tune.choice(list(axis.values))
-            case Uniform():
-                return tune.uniform(axis.low, axis.high)
-            case LogUniform():
-                return tune.loguniform(axis.low, axis.high)
-        raise AssertionError(axis)
-
-    sampled = {name: convert(axis) for name, axis in space.items() if not isinstance(axis, Grid | Bundle)}
-    return {_CELL: tune.grid_search(grid_cells(space)), **sampled}
-
-
-def params_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Axis name -> value of a Tune trial's config, numpy scalars as Python's own."""
-    flat = {**config.get(_CELL, {}), **{name: value for name, value in config.items() if name != _CELL}}
-    return {name: value.item() if hasattr(value, "item") else value for name, value in flat.items()}
+def plain(params: dict[str, Any]) -> dict[str, Any]:
+    """The same values, numpy scalars as Python's own."""
+    return {name: value.item() if hasattr(value, "item") else value for name, value in params.items()}
 
 
 def to_optuna(space: dict[str, Axis]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import _thread
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -17,20 +18,20 @@ import ray
 from filelock import FileLock, Timeout
 from ray import tune
 
-from orpo_ray import broker, provenance, report, results
-from orpo_ray.config import ExperimentConfig, OptunaConfig, SweepConfig
+from orpo_ray import broker, provenance, report, results, sources, warm_start, winners
+from orpo_ray.config import AshaConfig, ExperimentConfig, SweepConfig
 from orpo_ray.driver import StopAtBroker, TrialDriver
+from orpo_ray.history import History
 from orpo_ray.progress import SweepProgress
-from orpo_ray.scheduler import PerBundle
-from orpo_ray.space import to_optuna, to_ray_tune
+from orpo_ray.proposals import CONFIRMATIONS, Proposals
+from orpo_ray.scheduler import Conductor, Proposer
 from orpo_ray.tracking import SweepTracker
 from orpo_ray.trainer import GroupManager, Resources, fits, most_groups
+from orpo_ray.warm_start import WarmStart
 
 NAMESPACE = "orpo_ray"
 _TUNE_DIR = "tune"
 _TICK_S = 0.2
-_LOOKAHEAD = 8
-"""Each waiting trial costs a driver process, of some 100 MB."""
 _DRIVER_RESOURCES = {"node:__internal_head__": 1e-4}
 """Drivers take no CPU, so they never starve the workers, and sit on the head node, which is not preempted."""
 
@@ -83,26 +84,39 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress) 
     broker_name = f"broker-{sweep_id}"
     handle = broker.start(broker_name, NAMESPACE, config.run_dir, sweep.max_failures)
     manager = GroupManager(
-        handle, broker_name, NAMESPACE, config.run_dir, set(resources.values()), nodes, max_groups=sweep.max_concurrent
+        handle,
+        broker_name,
+        NAMESPACE,
+        config.run_dir,
+        set(resources.values()),
+        nodes,
+        max_groups=sweep.max_concurrent,
+        max_group_trials=sweep.max_group_trials,
     )
     # Worker processes take seconds to come up; MLflow is opened meanwhile.
     tracker = SweepTracker(config, sweep_id, provenance.collect())
     tracker.start()
+    known = warm_start.load(config, tracker.uri, tracker.parent_id) if sweep.warm_start else None
+    if known is not None:
+        progress.console.print(known.message, markup=False, highlight=False)
     follower = _Follower(handle, manager, tracker, progress)
     follower.start()
     complete = False
     try:
         slots = min(most_groups(list(resources.values()), nodes), sweep.max_concurrent or 10**6)
         lanes = {bundle: request.lane for bundle, request in resources.items()}
-        complete = _fit(config, sweep, broker_name, lanes, max_drivers=slots + _lookahead(sweep))
-        if complete:
-            ray.get(handle.settle.remote())
+        conductor = _conductor(config, sweep, handle, slots, len(set(lanes.values())), known)
+        complete = _fit(config, conductor, broker_name, lanes)
     finally:
         # Interrupted trials are left as they are: their checkpoints are what the next run starts from.
         follower.stop(timeout_s=30 if complete else 0)
     tracker.flush()  # runs of the last trials get their ids
     events = results.read_events(config.run_dir / results.EVENTS_FILE)
     summary = results.summarize(config.name, sweep.metric, sweep.mode, events, tracker.run_ids)
+    summary["winners"] = winners.summarize_winners(summary, config.run_dir)
+    if (winner := summary["winners"]["best"]) is not None:
+        # Where finalists were confirmed, the best score of the search need not be the best setting's.
+        summary["best"] = next(t for t in summary["trials"] if t["trial_id"] == winner["trial_id"])
     results.write_results(config.run_dir / results.RESULTS_FILE, summary)
     files = report.write_report(config.run_dir, config)
     tracker.attach([config.run_dir / results.RESULTS_FILE, *files])
@@ -163,70 +177,61 @@ class _Follower(threading.Thread):
             self._progress.handle(events)
 
 
-def _fit(
-    config: ExperimentConfig, sweep: SweepConfig, broker_name: str, lanes: dict[str, str], max_drivers: int
-) -> bool:
-    """Let Tune run, or go on. Returns whether it came to its end (and was not interrupted)."""
+def _conductor(
+    config: ExperimentConfig, sweep: SweepConfig, handle: Any, slots: int, num_lanes: int, known: WarmStart | None
+) -> Conductor:
+    """Take up the sweep where its journal ends."""
+    events = results.read_events(config.run_dir / results.EVENTS_FILE)
+    history = History(events)
+    source = sources.build(sweep, config.run_dir)
+    earlier = {} if known is None else known.trials
+    proposals = Proposals(config, source, history, earlier, committed_hours=lambda _: 0.0)
+    # A trial that waits for each kind of group, so that none has to wait for its driver, a process of some 100 MB. But
+    # whoever decides by results decides better the later it does.
+    decides = sweep.is_model_based or isinstance(sweep.scheduler, AshaConfig)
+    lookahead = 0 if decides else num_lanes
+    return Conductor(proposals, handle, slots, lookahead, gives_up=None, events=events)
+
+
+def _fit(config: ExperimentConfig, conductor: Conductor, broker_name: str, lanes: dict[str, str]) -> bool:
+    """Let Tune run the sweep to its end. Returns whether it came there, and was not interrupted."""
     # Tune would warn that it finds no result files of its own, which would only repeat the journal.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    sweep = conductor.proposals.sweep
     trainable = tune.with_resources(
-        tune.with_parameters(TrialDriver, experiment=config, lanes=lanes, broker_name=broker_name, namespace=NAMESPACE),
+        tune.with_parameters(
+            TrialDriver,
+            experiment=config,
+            lanes=lanes,
+            confirmations=CONFIRMATIONS,
+            broker_name=broker_name,
+            namespace=NAMESPACE,
+        ),
         tune.PlacementGroupFactory([_DRIVER_RESOURCES]),
     )
-    path = str(config.run_dir / _TUNE_DIR)
-    if tune.Tuner.can_restore(path):
-        tuner = tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True, resume_errored=True)
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space={} if isinstance(sweep.searcher, OptunaConfig) else to_ray_tune(sweep.space),
-            tune_config=tune.TuneConfig(
-                search_alg=_searcher(sweep, max_drivers),
-                scheduler=PerBundle(sweep, config.train.max_steps, config.run_dir / results.EVENTS_FILE),
-                num_samples=sweep.num_samples,
-                # The random generator limits itself; Tune limits the others.
-                max_concurrent_trials=max_drivers if isinstance(sweep.searcher, OptunaConfig) else None,
-                metric=sweep.metric,
-                mode=sweep.mode,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name=_TUNE_DIR,
-                storage_path=str(config.run_dir),
-                callbacks=[StopAtBroker(broker_name, NAMESPACE)],
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=3),  # of a driver
-                verbose=0,
-            ),
-        )
-    grid = tuner.fit()
+    shutil.rmtree(config.run_dir / _TUNE_DIR, ignore_errors=True)  # of an earlier run; the journal has what matters
+    grid = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=Proposer(conductor, sweep.num_trials + sweep.num_confirmations),
+            scheduler=conductor,
+            metric=sweep.metric,
+            mode=sweep.mode,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=_TUNE_DIR,
+            storage_path=str(config.run_dir),
+            callbacks=[StopAtBroker(broker_name, NAMESPACE)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=3),  # of a driver
+            verbose=0,
+        ),
+    ).fit()
     if grid.num_errors:
         raise SweepError(f"a trial driver failed, which is a defect of orpo_ray: {grid.errors[0]}") from grid.errors[0]
-    return bool(grid.num_terminated == sweep.num_trials)
-
-
-def _searcher(sweep: SweepConfig, max_drivers: int) -> Any:
-    searcher = sweep.searcher
-    if not isinstance(searcher, OptunaConfig):
-        from ray.tune.search.basic_variant import BasicVariantGenerator
-
-        return BasicVariantGenerator(max_concurrent=max_drivers, random_state=sweep.seed)
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    if searcher.sampler == "tpe":
-        sampler: Any = optuna.samplers.TPESampler(seed=sweep.seed, n_startup_trials=searcher.startup_trials)
-    else:
-        sampler = optuna.samplers.RandomSampler(seed=sweep.seed)
-    return OptunaSearch(space=to_optuna(sweep.space), metric=sweep.metric, mode=sweep.mode, sampler=sampler)
-
-
-def _lookahead(sweep: SweepConfig) -> int:
-    """Trials submitted beyond those that can train now, so that every lane's groups find their next one waiting.
-
-    None for a model-based searcher: it proposes better the more it has seen.
-    """
-    return 0 if isinstance(sweep.searcher, OptunaConfig) else _LOOKAHEAD
+    trials = conductor.proposals.history.trials.values()
+    return conductor.proposals.is_exhausted and all(trial.status is not None for trial in trials)
 
 
 def _claim_run_dir(config: ExperimentConfig) -> str:

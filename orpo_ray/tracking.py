@@ -69,6 +69,8 @@ class SweepTracker:
         self.uri = resolve_uri(config.tracking.uri, config.run_dir.parent)
         self.run_ids: dict[str, str] = {}
         """trial id -> MLflow run id, of the trials delivered so far; complete after `flush`."""
+        self.parent_id = ""
+        """Run id of the parent, after `start`."""
         self._config, self._sweep_id, self._provenance = config, sweep_id, provenance
         self._children: dict[str, _Child] | None = None
         self._last_time = 0
@@ -94,7 +96,7 @@ class SweepTracker:
             try:
                 self._client = MlflowClient(self.uri)
                 self._experiment_id = self._get_or_create_experiment()
-                self._parent_id = self._get_or_create_parent()
+                self.parent_id = self._get_or_create_parent()
                 break
             except (MlflowException, OSError) as error:
                 if not _is_temporary(error) or time.monotonic() + wait > give_up:
@@ -106,7 +108,7 @@ class SweepTracker:
                 log.warning("MLflow does not answer yet: %s", without_password(str(error)))
                 time.sleep(wait)
         self._delivery.start()
-        return self._parent_id
+        return self.parent_id
 
     def handle(self, events: Iterable[dict[str, Any]]) -> None:
         """Queue events of the journal, in its order; returns at once. Events seen before do no harm."""
@@ -184,7 +186,7 @@ class SweepTracker:
             "mlflow.source.type": "LOCAL",
         }
         if git.get("commit"):
-            tags |= {"mlflow.source.git.commit": git["commit"], "orpo_ray.git_dirty": _text(git["dirty"])}
+            tags |= {"mlflow.source.git.commit": git["commit"], "orpo_ray.git_dirty": as_text(git["dirty"])}
         return {key: str(value) for key, value in resolve_tags(tags).items()}  # adds the user
 
     def _describe_parent(self, run: Run, folder: str) -> str:
@@ -231,7 +233,7 @@ class SweepTracker:
         while True:
             page = self._client.search_runs(
                 [self._experiment_id],
-                filter_string=f"tags.`mlflow.parentRunId` = '{self._parent_id}'",
+                filter_string=f"tags.`mlflow.parentRunId` = '{self.parent_id}'",
                 max_results=1000,
                 page_token=token,
             )
@@ -262,6 +264,7 @@ class SweepTracker:
             match kind := event["event"]:
                 case "submitted":
                     params |= _trial_params(self._config, event["params"])
+                    tags["orpo_ray.purpose"] = event.get("purpose", "search")
                 case "started":
                     # What only the worker knows, e.g. model/parameters.
                     facts = event.get("facts", {})
@@ -275,18 +278,28 @@ class SweepTracker:
                         reached[kind] = event["step"]
                 case "retry":
                     tags |= {"orpo_ray.retries": str(event["attempt"]), "orpo_ray.last_retry": event["error"]}
+                case "paused":
+                    pass
+                case "forked":
+                    # Parameters cannot change in MLflow; the axes' values over time are metrics.
+                    axes: dict[str, float | None] = {
+                        f"axes/{name}": v for name, v in event["params"].items() if isinstance(v, int | float)
+                    }
+                    metrics += _points(axes, event["time"], event["step"])
+                    tags["orpo_ray.last_fork"] = f"of trial {event['donor']} at step {event['step']}"
                 case "finished":
                     end = event
                     metrics += _points(_final(event), event["time"], step=0)  # step 0: a bar in the UI, not a line
                     tags |= {"orpo_ray.status": event["status"]}
                     tags |= {"orpo_ray.error": event["error"]} if event["error"] else {}
                     tags |= {"orpo_ray.diverged": "true"} if event["status"] == "diverged" else {}
+                    tags |= {"orpo_ray.reused_from": event["reused_from"]} if event.get("reused_from") else {}
                 case _:
                     raise ValueError(f"unknown event {kind!r} of trial {trial_id}")
         self._client.log_batch(
             child.run_id,
             metrics=metrics,
-            params=[Param(k, _text(v)) for k, v in params.items() if k not in child.logged_params],
+            params=[Param(k, as_text(v)) for k, v in params.items() if k not in child.logged_params],
             tags=[RunTag(k, v[:_MAX_TAG]) for k, v in tags.items()],
             synchronous=True,
         )
@@ -302,7 +315,7 @@ class SweepTracker:
         run = self._client.create_run(
             self._experiment_id,
             start_time=event["time"],
-            tags=self._origin_tags() | {"mlflow.parentRunId": self._parent_id, "orpo_ray.trial_id": trial_id},
+            tags=self._origin_tags() | {"mlflow.parentRunId": self.parent_id, "orpo_ray.trial_id": trial_id},
             run_name=describe(event["params"]) if event["params"] else self._config.name,
         )
         self.run_ids[trial_id] = run.info.run_id
@@ -313,7 +326,7 @@ class SweepTracker:
             if event["event"] == "_attach":
                 path, home = Path(event["path"]).absolute(), self._config.run_dir
                 folder = path.parent.relative_to(home).as_posix() if path.is_relative_to(home) else "."
-                self._client.log_artifact(self._parent_id, str(path), None if folder == "." else folder)
+                self._client.log_artifact(self.parent_id, str(path), None if folder == "." else folder)
             else:
                 self._end_parent(event["results"], event["interrupted"])
 
@@ -325,18 +338,18 @@ class SweepTracker:
                 self._client.set_terminated(child.run_id, "KILLED" if interrupted else "FAILED", end_time=at)
                 child.is_open = False
         if best := results["best"]:
-            tags = {f"best.{name}": _text(value) for name, value in best["params"].items()}
+            tags = {f"best.{name}": as_text(value) for name, value in best["params"].items()}
             if best["trial_id"] in self.run_ids:
                 tags["best_run_id"] = self.run_ids[best["trial_id"]]
             self._client.log_batch(
-                self._parent_id,
+                self.parent_id,
                 metrics=_points(_final(best), at, step=0),
                 tags=[RunTag(key, value) for key, value in tags.items()],
                 synchronous=True,
             )
         finished = any(trial["status"] == "finished" for trial in results["trials"])
         status = "KILLED" if interrupted else "FINISHED" if finished else "FAILED"
-        self._client.set_terminated(self._parent_id, status, end_time=at)
+        self._client.set_terminated(self.parent_id, status, end_time=at)
 
 
 def _known_child(run: Run) -> _Child:
@@ -381,18 +394,18 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _settings(config: ExperimentConfig) -> dict[str, Any]:
+def settings_of(config: ExperimentConfig) -> dict[str, Any]:
     """Config path -> value, without the sweep and without where things are kept."""
     return _flat(config.model_dump(mode="json", exclude={"name", "output_dir", "tracking", "sweep"}))
 
 
 def _trial_params(config: ExperimentConfig, params: dict[str, Any]) -> dict[str, Any]:
-    return _settings(config.trial(params)) | params  # of a bundle, its label too
+    return settings_of(config.trial(params)) | params  # of a bundle, its label too
 
 
 def _parent_params(config: ExperimentConfig) -> dict[str, str]:
     """What all trials share, and how the rest was searched."""
-    flat = _settings(config)
+    flat = settings_of(config)
     if config.sweep is not None:
         tree = config.sweep.model_dump(mode="json")
         space = tree.pop("space")
@@ -401,11 +414,11 @@ def _parent_params(config: ExperimentConfig) -> dict[str, str]:
                 flat.pop(path, None)
         flat = {path: value for path, value in flat.items() if path not in space}
         flat |= _flat(tree, "sweep.") | {f"sweep.space.{name}": axis for name, axis in space.items()}
-    return {key: _text(value) for key, value in flat.items()}
+    return {key: as_text(value) for key, value in flat.items()}
 
 
-def _text(value: Any) -> str:
-    """As YAML and JSON spell it; a string stays itself."""
+def as_text(value: Any) -> str:
+    """A parameter's value as MLflow holds it: as YAML and JSON spell it; a string stays itself."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

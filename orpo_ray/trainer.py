@@ -112,6 +112,7 @@ class GroupManager:
         kinds: set[Resources],
         nodes: list[dict[str, float]],
         max_groups: int | None,
+        max_group_trials: int,
     ) -> None:
         """Start one group of each kind, as far as there is room: every kind will be needed.
 
@@ -121,12 +122,13 @@ class GroupManager:
             kinds: what groups may occupy.
             nodes: each node's total resources.
             max_groups: groups running at once at most, i.e. trials training at once.
+            max_group_trials: trials after which a group is replaced by a new one.
         """
         self._broker, self._broker_name, self._namespace = broker, broker_name, namespace
         self._run_dir = run_dir
         self._kinds = {kind.lane: kind for kind in kinds}
         self._nodes = nodes
-        self._max_groups = max_groups
+        self._max_groups, self._max_group_trials = max_groups, max_group_trials
         self._groups: dict[str, WorkerGroup] = {}
         self._retiring: set[str] = set()
         self._started = 0
@@ -141,6 +143,9 @@ class GroupManager:
         """Look once, act once. Call a few times a second."""
         load: Load = ray.get(self._broker.load.remote())
         self._reap(load)
+        for group_id in self._groups:
+            if group_id not in self._retiring and load.assigned.get(group_id, 0) >= self._max_group_trials:
+                self._retire(group_id)  # it ends after its present trial, and is replaced where trials wait
         for lane, queued in load.queued.items():
             up = [g for g, group in self._groups.items() if group.spec.lane == lane and g not in self._retiring]
             waiting_for_work = [g for g in up if g not in load.busy]
@@ -149,8 +154,7 @@ class GroupManager:
             if self._has_room_for(self._kinds[lane]):
                 self._start(self._kinds[lane])
             elif (idle := self._idle_group(load)) is not None:
-                self._retiring.add(idle)
-                ray.get(self._broker.retire.remote(idle))
+                self._retire(idle)
 
     def shutdown(self, timeout_s: float) -> None:
         """Let every group end by itself, so that nothing is left for Ray to clean up."""
@@ -176,6 +180,10 @@ class GroupManager:
             self._failed_starts[lane] = self._failed_starts.get(lane, 0) + 1
             if self._failed_starts[lane] >= _MAX_FAILED_STARTS:
                 ray.get(self._broker.fail_lane.remote(lane, f"no worker group could be kept running: {reason}"))
+
+    def _retire(self, group_id: str) -> None:
+        self._retiring.add(group_id)
+        ray.get(self._broker.retire.remote(group_id))
 
     def _has_room_for(self, request: Resources) -> bool:
         if self._max_groups is not None and len(self._groups) >= self._max_groups:

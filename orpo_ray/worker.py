@@ -88,8 +88,8 @@ def _run_trial(assignment: Assignment, spec: GroupSpec, broker: Any, control: An
     trial_id, attempt = assignment.trial_id, assignment.attempt
     trial_dir = Path(spec.trials_dir) / trial_id
 
-    def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None) -> Decision:
-        return Decision(ray.get(broker.evaluated.remote(trial_id, attempt, step, metrics, checkpoint)))
+    def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None, seconds: float) -> Decision:
+        return Decision(ray.get(broker.evaluated.remote(trial_id, attempt, step, metrics, checkpoint, seconds)))
 
     ctx = RankContext(
         trial_dir=trial_dir,

@@ -118,7 +118,7 @@ def _train(job: Job) -> Record:
 
     record = Record()
 
-    def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None) -> loop.Decision:
+    def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None, seconds: float) -> loop.Decision:
         record.evals[step] = metrics
         return loop.Decision.STOP if step == job.stop_at else loop.Decision.CONTINUE
 

@@ -5,15 +5,20 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
 
 from orpo_ray import config as configuration
 from orpo_ray.cli import main
+from orpo_ray.config import METRIC_MODES
 from orpo_ray.frames import load_runs_frame, mean_interval
 from orpo_ray.report import results_table, write_report
 from orpo_ray.results import load_results, summarize, write_results
+from orpo_ray.winners import summarize_winners
+from tests.sweeps import pair_scores, write_pairs
+from tests.sweeps import trial as made_trial
 
 METRIC = "eval/preference_accuracy"
 STEPS = 200
@@ -169,7 +174,7 @@ def test_a_report_of_a_whole_sweep(tmp_path):
     config = sweep_config(SPACE)
     files = write_report(run_dir, config)
     names = [file.relative_to(run_dir).as_posix() for file in files]
-    plots = ["plots/metric_by_lr.png", "plots/metric_by_lambda.png", "plots/curves.png"]
+    plots = [f"plots/{name}.png" for name in ("metric_by_lr", "metric_by_lambda", "pareto", "divergence", "curves")]
     assert names == ["report.md", *plots, "best.yaml"]
     for plot in plots:
         assert (run_dir / plot).read_bytes().startswith(b"\x89PNG")
@@ -184,8 +189,14 @@ def test_a_report_of_a_whole_sweep(tmp_path):
     assert "2.8 min of training, added up (4.0 min of worker time)" in page
     assert "Early stopping saved 300 of 3200 steps." in page
     assert all(f"]({plot})" in page for plot in plots)
-    table = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    tables = [part.splitlines() for part in page.split("\n\n") if part.startswith("| ")]
+    assert [len(table) for table in tables] == [
+        2 + 6,
+        2 + 4,
+        2 + 16,
+    ]  # the front, λ of the bundle that diverged, trials
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table}) == 1
 
 
 def test_the_best_setting_is_a_file_that_runs(tmp_path):
@@ -218,9 +229,12 @@ def test_a_single_run_has_curves_and_no_comparison(tmp_path):
 @pytest.mark.parametrize(
     ("trials", "plots"),
     [
-        ([({"optim.lr": lr}, "", "finished") for lr in (1e-4, 1e-3)], ["metric_by_lr.png", "curves.png"]),
-        ([({"loss.orpo_lambda": x}, "", "finished") for x in (0.0, 1.0)], ["metric_by_lambda.png", "curves.png"]),
-        ([({"optim.beta2": x}, "", "finished") for x in (0.9, 0.99)], ["curves.png"]),
+        ([({"optim.lr": lr}, "", "finished") for lr in (1e-4, 1e-3)], ["metric_by_lr.png", "pareto.png", "curves.png"]),
+        (
+            [({"loss.orpo_lambda": x}, "", "finished") for x in (0.0, 1.0)],
+            ["metric_by_lambda.png", "pareto.png", "curves.png"],
+        ),
+        ([({"optim.beta2": x}, "", "finished") for x in (0.9, 0.99)], ["pareto.png", "curves.png"]),
         ([({"optim.lr": lr}, "", "diverged") for lr in (1e-2, 1e-1)], ["metric_by_lr.png", "curves.png"]),
         ([({"optim.lr": lr}, "", "failed") for lr in (1e-2, 1e-1)], []),
         ([({"loss.orpo_lambda": x / 40, "optim.lr": 1e-3}, "", "stopped_early") for x in range(1, 41)], None),
@@ -272,6 +286,159 @@ def test_the_winner_is_compared_with_the_next_seed_by_seed(tmp_path):
     assert f"{mean:+.4f} ± {half:.4f} (95 % t-interval over 3 seeds): more than the seed explains" in page
     write_report(run_dir_of(tmp_path, seeded(seeds=(1, 2), lambdas=(0.1, 0.1001))))
     assert "no more than the seed may explain" in (run_dir / "report.md").read_text()
+
+
+def confirmed_sweep(run_dir, metric="eval/nll", confirm=True):
+    """λ × lr with per-pair files; high learning rates diverge, the two best settings are trained with fresh seeds."""
+    rng = np.random.default_rng(0)
+    pair_N, trials = rng.normal(size=300), []
+
+    def add(params, purpose="search"):
+        lam, lr = params["loss.orpo_lambda"], params["optim.lr"]
+        trial_id = f"t{len(trials):02d}"
+        if lr > 3e-3 / (1 + lam):
+            trials.append(made_trial(trial_id, params, None, "diverged", purpose))
+            return
+        goodness = 1 - abs(math.log10(lr / 1e-3))
+        odds = 0.8 * lam * goodness + pair_N + 0.3 * rng.normal(size=300)
+        nll = 2.5 - goodness + 0.4 * lam**2 + 0.1 * pair_N + 0.02 * rng.normal() + 0.1 * rng.normal(size=300)
+        scores = pair_scores(odds, nll)
+        write_pairs(run_dir, trial_id, scores)
+        trials.append(made_trial(trial_id, params, scores, purpose=purpose))
+
+    for lam in (0.0, 0.1, 0.5, 1.0):
+        for lr in (3e-4, 5e-4, 1e-3, 2e-3, 4e-3):
+            add({"loss.orpo_lambda": lam, "optim.lr": lr})
+    if confirm:
+        for lam in (0.0, 0.1):
+            for seed in (43, 44, 45):
+                add({"loss.orpo_lambda": lam, "optim.lr": 1e-3, "train.seed": seed}, "confirm")
+    results = {"name": "toy", "metric": metric, "mode": METRIC_MODES[metric], "best": trials[2], "trials": trials}
+    write_results(run_dir / "results.json", results | {"winners": summarize_winners(results, run_dir)})
+    return load_results(run_dir)
+
+
+def section(page, title):
+    return page.split(f"## {title}")[1].split("\n## ")[0]
+
+
+def rows_of(text):
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    return {name: values for name, *values in cells[2:]}
+
+
+def test_the_answer_comes_first_with_its_interval_and_the_tied(tmp_path):
+    results = confirmed_sweep(tmp_path)
+    config = sweep_config(
+        SPACE | {"optim.lr": {"type": "grid", "values": [1e-3]}, "train.seed": {"type": "grid", "values": [43, 44, 45]}}
+    )
+    files = {file.name for file in write_report(tmp_path, config)}
+    assert {"pareto.png", "divergence.png"} < files
+    page = (tmp_path / "report.md").read_text()
+    best, second = results["winners"]["settings"]
+    assert page.startswith(
+        f"# toy\n\n**Best: {best['name']}.** `eval/nll` = {best['mean']:.4f} [{best['low']:.4f}, {best['high']:.4f}] "
+        "(lower is better) after 1 steps, mean of 3 seeds."
+    )
+    assert f"Checkpoint of its best run: `{results['winners']['best']['checkpoint']}`" in page
+    sure = section(page, "How sure")
+    assert "cover the choice of the 300 held-out pairs and of the seeds." in sure
+    rows = rows_of(sure)
+    assert [*rows] == [f"**{best['name']}**" if best["tied"] else best["name"], *[*rows][1:]]
+    assert rows[f"**{best['name']}**"] == [
+        "3",
+        f"{best['mean']:.4f}",
+        f"{best['low']:.4f} to {best['high']:.4f}",
+        "–",
+        "–",
+        "yes",
+    ]
+    mine = rows[f"**{second['name']}**" if second["tied"] else second["name"]]
+    assert mine[3:] == [
+        f"{second['difference']:+.4f}",
+        f"{second['difference_low']:+.4f} to {second['difference_high']:+.4f}",
+        "yes" if second["tied"] else "no",
+    ]
+    assert f"**Selection bias.** {results['winners']['selection_bias']['sentence']}" in sure
+    order = [
+        page.index(f"## {title}") for title in ("How sure", "Cost", "Likelihood", "Where training", "Trials", "Over")
+    ]
+    assert order == sorted(order)
+    # The best run of the best setting, not the trial with the best score of all.
+    star = [line for line in text_of(results_table(results)).splitlines() if "★" in line]
+    assert len(star) == 1
+    assert best["name"] in star[0]
+    assert configuration.load(tmp_path / "best.yaml").loss.orpo_lambda == best["params"]["loss.orpo_lambda"]
+
+
+def test_one_seed_each_says_what_the_intervals_leave_out(tmp_path):
+    results = confirmed_sweep(tmp_path, confirm=False)
+    write_report(tmp_path)
+    sure = section((tmp_path / "report.md").read_text(), "How sure")
+    assert "cover the choice of the 300 held-out pairs only. Every setting was trained with one seed" in sure
+    tied = results["winners"]["tied"]
+    assert [name.strip("*") for name in rows_of(sure) if name.startswith("**")] == tied
+    assert len(rows_of(sure)) == len(tied) + min(12, len(results["winners"]["settings"]) - len(tied))
+    if len(tied) == 1:
+        assert "**One clear winner**" in sure
+    else:
+        assert f"**{len(tied)} of {len(results['winners']['settings'])} settings are tied for the best**" in sure
+
+
+def test_the_front_and_the_divergence_boundary_are_tables(tmp_path):
+    results = confirmed_sweep(tmp_path)
+    write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    front = [row for row in results["winners"]["pareto"]["settings"] if row["on_front"]]
+    rows = rows_of(section(page, "Likelihood against preference"))
+    assert [*rows] == [f"{place}. {row['name']}" for place, row in enumerate(front, start=1)]
+    for row, cells in zip(front, rows.values(), strict=True):
+        often = f"{row['frequency']:.0%}" + (", uncertain" if row["uncertain"] else "")
+        assert cells == [f"{row['cost']:.4f}", f"{row['accuracy']:.4f}", often]
+    rows = rows_of(section(page, "Where training diverges"))
+    # lr 4e-3 diverges at every λ, 2e-3 where 3e-3 / (1 + λ) is below it.
+    assert {lam: cells[:4] for lam, cells in rows.items()} == {
+        "0": ["7", "1", "2.0e-03", "4.0e-03"],
+        "0.1": ["7", "1", "2.0e-03", "4.0e-03"],
+        "0.5": ["4", "1", "2.0e-03", "4.0e-03"],
+        "1": ["3", "2", "1.0e-03", "2.0e-03"],
+    }
+    limits = [float(cells[4]) for cells in rows.values()]
+    assert limits == sorted(limits, reverse=True)
+    assert "## Where training diverges" not in page.split("## Trials")[1]
+
+
+def test_a_setting_that_went_wrong_does_not_squeeze_the_others(tmp_path):
+    nlls = [2.0 + i / 10 for i in range(8)] + [30.0]
+    trials = [
+        made_trial(f"t{i}", {"optim.beta2": i / 10}, pair_scores(np.full(4, nll if nll < 30 else -1.0), nll))
+        for i, nll in enumerate(nlls)
+    ]
+    results = {"name": "toy", "metric": "eval/nll", "mode": "min", "best": trials[0], "trials": trials}
+    write_results(tmp_path / "results.json", results)
+    write_report(tmp_path)
+    caption = (tmp_path / "report.md").read_text().split("plots/pareto.png)")[1]
+    assert "1 far worse setting is outside the picture" in caption
+
+
+def test_without_per_pair_files_the_page_says_so(tmp_path):
+    write_report(run_dir_of(tmp_path, seeded()))
+    sure = section((tmp_path / "report.md").read_text(), "How sure")
+    assert sure.strip().startswith("No intervals: per-pair file of trial t00 missing.")
+    assert "by how much is not known" in sure
+
+
+def test_accuracy_is_summed_up_whatever_ranks(tmp_path):
+    run_dir = run_dir_of(tmp_path, seeded(), metric="eval/log_odds")
+    write_report(run_dir)
+    page = (run_dir / "report.md").read_text()
+    titles = next(line for line in section(page, "Over seeds").splitlines() if line.startswith("| setting"))
+    column = [title.strip() for title in titles.strip("|").split("|")].index(METRIC) - 1
+    frame = load_runs_frame(load_results(run_dir))
+    mean, half = mean_interval(frame[frame["loss.orpo_lambda"] == 0.1][METRIC].tolist())
+    assert rows_of(section(page, "Over seeds"))["λ=0.1"][column] == f"{mean:.4f} ± {half:.4f}"
 
 
 def test_intervals_are_student_t():

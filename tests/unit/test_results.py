@@ -65,7 +65,10 @@ def test_best_is_a_finished_trial_though_others_score_higher():
         "trial_id": "b",
         "bundle": "2m",
         "params": {},
+        "purpose": "search",  # where the journal does not say
         "status": "finished",
+        "forks": [],
+        "reused_from": None,
         "attempts": 0,
         "steps": 20,
         "metrics": {METRIC: 0.7},
@@ -75,6 +78,12 @@ def test_best_is_a_finished_trial_though_others_score_higher():
         "error": None,
     }
     assert summarize("s", METRIC, "min", events)["best"]["trial_id"] == "a"
+
+
+def test_a_confirmation_is_marked_as_such():
+    events = [submitted("a"), submitted("b") | {"purpose": "confirm"}]
+    trials = summarize("s", METRIC, "max", events)["trials"]
+    assert [trial["purpose"] for trial in trials] == ["search", "confirm"]
 
 
 def test_best_falls_back_to_stopped_early_but_never_to_diverged_or_failed():

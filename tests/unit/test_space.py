@@ -1,10 +1,10 @@
 import math
 
+import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from pydantic import TypeAdapter, ValidationError
-from ray.tune.search.variant_generator import generate_variants
 
 from orpo_ray.space import (
     Axis,
@@ -16,9 +16,8 @@ from orpo_ray.space import (
     describe,
     grid_cells,
     grid_size,
-    params_of,
+    plain,
     to_optuna,
-    to_ray_tune,
 )
 
 axis = TypeAdapter(Axis).validate_python
@@ -90,24 +89,10 @@ def test_grid_cells_alternate_bundles_fastest_and_keep_the_order_of_the_file() -
     assert grid_cells({"optim.lr": SPACE["optim.lr"]}) == [{}]
 
 
-def test_ray_tune_spans_the_grid_and_samples_the_rest() -> None:
-    variants = [params_of(variant) for _, variant in generate_variants(to_ray_tune(SPACE))]
-    assert [(v["loss.orpo_lambda"], v["size"]) for v in variants] == [
-        (value, size) for value in (0.0, 0.1, 1.0) for size in ("2m", "8m")
-    ]
-    for params in variants:
-        assert params.keys() == SPACE.keys()
-        assert 1e-6 <= params["optim.lr"] <= 1e-4
-        assert 0.8 <= params["optim.beta1"] <= 0.95
-        assert params["optim.schedule"] in ("cosine", "linear")
-        assert {type(params[name]) for name in ("optim.lr", "optim.beta1")} == {float}  # no numpy: they go to JSON
-    assert len({params["optim.lr"] for params in variants}) == len(variants)
-
-
-def test_ray_tune_draws_learning_rates_evenly_in_the_logarithm() -> None:
-    draws = to_ray_tune(SPACE)["optim.lr"].sample(size=2000, random_state=0)
-    below = sum(lr < 1e-5 for lr in draws) / len(draws)  # 1e-5 halves [1e-6, 1e-4] in the logarithm
-    assert 0.45 < below < 0.55
+def test_plain_makes_pythons_own_numbers_of_numpys() -> None:
+    made = plain({"optim.lr": np.float64(0.5), "train.seed": np.int64(3), "model": "8m"})
+    assert made == {"optim.lr": 0.5, "train.seed": 3, "model": "8m"}
+    assert [type(value) for value in made.values()] == [float, int, str]
 
 
 def test_optuna_makes_categories_of_grids_and_bundles() -> None:

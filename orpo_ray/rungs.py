@@ -1,0 +1,133 @@
+"""Asynchronous successive halving with pauses (Li et al. 2018, arXiv 1810.05934).
+
+The algorithm alone, without Ray: a trial that reaches a rung and is not among its best waits there, on disk, and is
+promoted once it is. Ray Tune's own ASHA stops such a trial for good, by what few trials had reported before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(slots=True)
+class _Rung:
+    step: int
+    values: dict[str, float] = field(default_factory=dict)
+    """trial -> its metric here, higher is better."""
+
+
+class Rungs:
+    """The rungs of trials that may be compared: those of one model size."""
+
+    def __init__(
+        self,
+        grace_steps: int,
+        reduction_factor: float,
+        max_steps: int,
+        mode: Literal["max", "min"],
+        *,
+        patient: bool,
+    ) -> None:
+        """Rungs at grace_steps · reduction_factor^k, below max_steps.
+
+        Args:
+            grace_steps: the first rung.
+            reduction_factor: η: about one trial in η leaves a rung.
+            max_steps: a trial's whole length.
+            mode: whether a higher or a lower metric is better.
+            patient: promote from the lowest rung first, and nobody while fresh trials are to come. Where the number
+                of trials is fixed this loses no time and promotes fewer that later ones overtake. Otherwise the
+                highest rung comes first, as in the paper, so that whole results are there early.
+        """
+        self._patient = patient
+        self._factor = reduction_factor
+        self._sign = 1.0 if mode == "max" else -1.0
+        self._rungs: list[_Rung] = []
+        step = float(grace_steps)
+        while step < max_steps:
+            self._rungs.append(_Rung(round(step)))
+            step *= reduction_factor
+        self._running: dict[str, int] = {}  # trial -> how many rungs it has passed
+        self._waiting: dict[str, int] = {}  # trial -> the rung it waits at
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the rungs."""
+        return [rung.step for rung in self._rungs]
+
+    @property
+    def waiting(self) -> list[str]:
+        """Trials that are paused at a rung."""
+        return list(self._waiting)
+
+    def add(self, trial_id: str) -> None:
+        """A trial has been proposed and will run."""
+        self._running.setdefault(trial_id, 0)
+
+    def report(self, trial_id: str, step: int, value: float, more_to_come: bool) -> Literal["continue", "pause"]:
+        """An evaluation. Pause means: its turn is over until `next_promotion` names it."""
+        passed = self._running[trial_id]
+        reached = passed
+        while reached < len(self._rungs) and step >= self._rungs[reached].step:
+            self._rungs[reached].values[trial_id] = self._sign * value
+            reached += 1
+        if reached == passed:
+            return "continue"
+        del self._running[trial_id]
+        self._waiting[trial_id] = reached - 1
+        if self.next_promotion(more_to_come) != trial_id:
+            return "pause"
+        self.promote(trial_id)
+        return "continue"
+
+    def next_promotion(self, more_to_come: bool) -> str | None:
+        """The trial that should go on next; None if all have to wait. Tell `promote` when it does.
+
+        Args:
+            more_to_come: whether further trials will be proposed. Without them the best of each rung goes on, however
+                few there are.
+        """
+        if self._patient and more_to_come:
+            return None
+        complete = 0 if more_to_come else self._num_complete()
+        rungs = range(len(self._rungs))
+        for index in rungs if self._patient else reversed(rungs):
+            for trial_id in self._candidates(index, last=index < complete):
+                if self._waiting.get(trial_id) == index:
+                    return trial_id
+        return None
+
+    def promote(self, trial_id: str) -> None:
+        """The trial goes on."""
+        self._running[trial_id] = self._waiting.pop(trial_id) + 1
+
+    def hopeless(self, more_to_come: bool) -> list[str]:
+        """Waiting trials that can never be promoted: their rung is complete and its places are taken."""
+        complete = 0 if more_to_come else self._num_complete()
+        return [
+            trial_id
+            for trial_id, index in self._waiting.items()
+            if index < complete and trial_id not in self._candidates(index, last=True)
+        ]
+
+    def remove(self, trial_id: str) -> None:
+        """The trial has ended. What it reached still counts."""
+        self._running.pop(trial_id, None)
+        self._waiting.pop(trial_id, None)
+
+    def _candidates(self, index: int, last: bool) -> list[str]:
+        """The best of a rung, as many as may leave it: one in η, and of a rung that is `last` complete at least one."""
+        values = self._rungs[index].values
+        places = int(len(values) / self._factor)
+        ranked = sorted(values, key=lambda trial_id: -values[trial_id])  # ties: the first to arrive
+        return ranked[: max(places, 1) if last else places]
+
+    def _num_complete(self) -> int:
+        """Rungs at which nobody else can arrive, if no trial is added: counted from the lowest."""
+        for index in range(len(self._rungs)):
+            if any(passed <= index for passed in self._running.values()):
+                return index
+            if any(self._waiting.get(trial_id) == index for trial_id in self._candidates(index, last=True)):
+                return index + 1  # complete itself, but somebody leaves it for the next one
+        return len(self._rungs)
