@@ -63,6 +63,7 @@ class _Trial:
     """Of training, until the last evaluation."""
     checkpoint: str | None = None
     stop_requested: bool = False
+    stop_reason: str | None = None
     pause_requested: bool = False
     is_paused: bool = False
     """No group has it and none is to take it before it is submitted again."""
@@ -206,12 +207,18 @@ class Broker:
             return None
         return result
 
-    async def stop(self, trial_id: str) -> None:
-        """The trial is to end at its next evaluation; harmless if it has ended."""
+    async def stop(self, trial_id: str, reason: str | None = None) -> None:
+        """The trial is to end at its next evaluation; harmless if it has ended.
+
+        Args:
+            trial_id: the trial.
+            reason: for its end, where there is something to say.
+        """
         trial = self._trials.get(trial_id)
         if trial is None or trial.end is not None:
             return
         trial.stop_requested = True
+        trial.stop_reason = trial.stop_reason or reason
         self._answer(trial, "stop")
         if trial_id in (queue := self._queues.get(trial.lane, [])):
             queue.remove(trial_id)
@@ -456,6 +463,8 @@ class Broker:
         **details: str,
     ) -> None:
         trial = self._trials[trial_id]
+        if status == "stopped_early":
+            error = error or trial.stop_reason
         self._record(
             "finished",
             trial_id,

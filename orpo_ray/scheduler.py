@@ -37,7 +37,7 @@ from orpo_ray.space import Choice, LogUniform, Uniform, describe, plain
 
 _log = logging.getLogger(__name__)
 
-_DRIVER_RETRIES = 3
+_BUDGET_SPENT = "the sweep's budget is spent"
 
 
 class Rule(Protocol):
@@ -153,12 +153,11 @@ class Conductor(FIFOScheduler):
         if report["max_steps"] is not None and report["step"] >= report["max_steps"]:
             return str(Decision.CONTINUE)  # its end is on its way
         if self.proposals.over_budget(planned=False):
-            return str(Decision.STOP)
+            return self._stop(trial, _BUDGET_SPENT)
         if history.purpose == "confirm" or is_repeated:
             return str(Decision.CONTINUE)
         if self._gives_up is not None and (why := self._gives_up(history, self._history)) is not None:
-            _log.info("trial %s ends at step %d: %s", trial.trial_id, report["step"], why)
-            return str(Decision.STOP)
+            return self._stop(trial, why)
         decision = self._rule_of(trial).on_trial_result(self._view(tune_controller, trial), trial, result)
         if decision in (Decision.PAUSE, Decision.NOOP):
             history.paused = True
@@ -195,11 +194,20 @@ class Conductor(FIFOScheduler):
                     return self._begin(chosen)
             return None
         fresh = next(iter(self._ready.values()), None)
-        promoted = self._promotion(tune_controller)
+        promoted = self._promotion()
+        if fresh is None and promoted is None and not self._num_active() and self.proposals.search_is_over:
+            for rule in self._rules.values():
+                if isinstance(rule, _HyperBand):
+                    rule.halve_unfilled(self._view_of_rule(tune_controller, rule))
         chosen = promoted or fresh if self._sweep.is_model_based else fresh or promoted
         return None if chosen is None else self._begin(chosen)
 
     # ---- inside
+
+    def _stop(self, trial: Trial, reason: str) -> str:
+        """Tell the broker why, before it hears from Tune that the trial ends."""
+        ray.get(self._broker.stop.remote(trial.trial_id, reason))
+        return str(Decision.STOP)
 
     def _begin(self, trial: Trial) -> Trial:
         self._ready.pop(trial.trial_id, None)
@@ -227,15 +235,17 @@ class Conductor(FIFOScheduler):
         for rule in self._rules.values():
             if isinstance(rule, _Asha):
                 for trial_id in rule.hopeless():
+                    self._stop(self._trials[trial_id], "not among the best of its rung")
                     controller.stop_trial(self._trials[trial_id])
         if self.proposals.over_budget(planned=False):
             for trial in list(self._live.values()):
                 if trial.status == Trial.PAUSED:
+                    self._stop(trial, _BUDGET_SPENT)
                     controller.stop_trial(trial)
 
-    def _promotion(self, controller: Any = None) -> Trial | None:
+    def _promotion(self) -> Trial | None:
         for rule in self._rules.values():
-            if (trial := rule.choose_trial_to_run(self._view_of_rule(controller, rule))) is not None:
+            if (trial := rule.choose_trial_to_run(None)) is not None:
                 return trial
         return None
 
@@ -284,7 +294,7 @@ class Conductor(FIFOScheduler):
                 return _Median(rule, sweep.metric, earlier)
             case HyperBandConfig():
                 # Tune's variant for BOHB waits until a bracket is filled; the plain one halves what is there.
-                return HyperBandForBOHB(
+                return _HyperBand(
                     time_attr="evaluation",
                     **known,
                     max_t=self.proposals.num_evaluations,
@@ -360,6 +370,7 @@ class Proposer(SearchAlgorithm):
                 experiment_tag=proposal.trial_id,
                 trial_id=proposal.trial_id,
             )
+            trial.init_local_path()  # which Tune asks for at the end, of a trial that had no turn too
             trial.status = Trial.PAUSED  # a pending one Tune would start by itself
             return trial
         return None
@@ -463,17 +474,16 @@ class _Asha:
         )
         for event in self._events:
             trial_id = event["trial_id"]
+            if event["event"] in ("started", "log", "eval") and trial_id in rungs.waiting:
+                rungs.promote(trial_id)  # it went on
             if event["event"] == "submitted":
                 rungs.add(trial_id)
             elif event["event"] == "eval" and self._sweep.metric in event["metrics"]:
-                if trial_id in rungs.waiting:
-                    rungs.promote(trial_id)
                 rungs.report(trial_id, event["step"], event["metrics"][self._sweep.metric], more_to_come=True)
             elif event["event"] == "finished":
                 rungs.remove(trial_id)
         for trial_id in rungs.waiting:
-            if not self._history.trials[trial_id].paused:
-                rungs.promote(trial_id)  # it was in training: it had been promoted, or its pause was not written yet
+            self._history.trials[trial_id].paused = True  # a crash came between its evaluation and the word to pause
         self._events = []
         return rungs
 
@@ -546,6 +556,26 @@ class _Median(_Fifo):
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         self._rule.on_trial_complete(controller, trial, result)
+
+
+class _HyperBand(HyperBandForBOHB):
+    """Tune's HyperBand. Brackets that the search left half filled are halved only when nothing else can be done."""
+
+    def choose_trial_to_run(self, tune_controller: Any, allow_recurse: bool = True) -> Trial | None:
+        """A trial of a bracket that has been halved."""
+        for band in self._hyperbands:
+            for bracket in band:
+                for trial in bracket.current_trials() if bracket is not None else ():
+                    if trial.status == Trial.PAUSED and trial in bracket.trials_to_unpause:
+                        return trial
+        return None
+
+    def halve_unfilled(self, controller: Any) -> None:
+        """No more trials will fill the brackets."""
+        for band in self._hyperbands:
+            for bracket in band:
+                if bracket is not None and bracket.current_trials():
+                    self._process_bracket(controller, bracket)
 
 
 class _Population:

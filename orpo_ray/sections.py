@@ -430,7 +430,7 @@ class HyperOptConfig(Section):
 
 
 class BohbConfig(Section):
-    """BOHB (Falkner et al. 2018): its density estimator proposes, scheduler hyperband halves. Needs the extra `bohb`."""
+    """BOHB (Falkner et al. 2018): its density estimator proposes, scheduler hyperband halves; extra `bohb`."""
 
     type: Literal["bohb"]
 
