@@ -38,6 +38,7 @@ bench: $(STAMP) ## Speed and memory against TRL, Liger, LLaMA-Factory's loss (ho
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.limit --precision fp32
 	$(BIN)/python -m benchmarks.limit --precision bf16
+	$(BIN)/python -m benchmarks.search_quality
 	$(BIN)/python -m benchmarks.report
 
 lock: $(STAMP) ## Write constraints.txt from what is installed

@@ -18,11 +18,13 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import memory, throughput
+from benchmarks import memory, memory_model, search_quality, throughput
 from benchmarks.rounds import RESULTS
 
 README = Path(__file__).resolve().parent / "README.md"
 _MARKER = re.compile(r"<!-- (?P<name>[a-z-]+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
+_SIMULATED = ("search-quality",)
+"""Parts that no device was measured for."""
 _COLOURS = {"ours": "#1b6ca8", "trl": "#c0392b"}
 
 
@@ -51,22 +53,26 @@ def render(text: str, results: Path, folder: Path) -> str:
     makers = {
         "throughput": throughput_part,
         "memory": memory_part,
+        "memory-model": memory_model_part,
         "scaling": scaling_part,
         "limit": limit_part,
         "optimizer": optimizer_part,
+        "search-quality": search_quality_part,
     }
 
     def made(match: re.Match[str]) -> str:
         name = match["name"]
         what, _, device = name.rpartition("-")
-        if what not in makers or device not in ("cpu", "cuda"):
+        if name in _SIMULATED:
+            what, device = name, ""
+        elif what not in makers or device not in ("cpu", "cuda"):
             raise ValueError(f"<!-- {name} -->: a part is one of {', '.join(makers)} with -cpu or -cuda")
         path = results / f"{name}.json"
         if path.is_file():
             body = makers[what](json.loads(path.read_text(encoding="utf-8")), folder, device)
         else:
             option = " --device cuda" if device == "cuda" else ""
-            body = f"**Not run yet.** `python -m benchmarks.{what}{option}` runs it."
+            body = f"**Not run yet.** `python -m benchmarks.{what.replace('-', '_')}{option}` runs it."
         return f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
 
     return _MARKER.sub(made, text)
@@ -96,6 +102,21 @@ def memory_part(sections: dict[str, Any], folder: Path, device: str) -> str:
         header = ["case", "peak GiB", "before the first step", "gradients and Adam", "the rest"]
         rows = [memory.cells(name, entry) for entry in content["rows"]]
         parts.append("\n".join([f"**{name}**, {about(content)}", "", *markdown(header, rows)]))
+    return "\n\n".join(parts)
+
+
+def memory_model_part(sections: dict[str, Any], folder: Path, device: str) -> str:
+    """A table per group, with the verdict."""
+    parts = []
+    for name, content in sections.items():
+        rows = [memory_model.cells(entry) for entry in content["rows"]]
+        errors = [abs(entry["error"]) for entry in content["rows"] if entry["status"] == "ok"]
+        target = content["target"]
+        lines = [f"**{name}**, {about(content)}", "", *markdown(list(memory_model.HEADER), rows), ""]
+        if errors:
+            verdict = "met" if len(errors) == len(rows) and max(errors) <= target else "missed"
+            lines.append(f"Target: off by at most {target:.0%}. The largest is {max(errors):.0%}: **{verdict}**.")
+        parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
@@ -131,6 +152,20 @@ def optimizer_part(sections: dict[str, Any], folder: Path, device: str) -> str:
     rows = [(r["optimizer"], f"{r['median_seconds']:.3f}", f"{r['largest_difference']:.0e}") for r in content["rows"]]
     header = [f"one update of {content['parameters'] / 1e6:.0f}M parameters", "seconds, median", "largest difference"]
     return "\n".join([f"{about(content)}", "", *markdown(header, rows)])
+
+
+def search_quality_part(sections: dict[str, Any], folder: Path, device: str) -> str:
+    """The figure, device-hours to the target per method, and the target's verdicts."""
+    name = "search-quality.png"
+    search_quality.figure(sections).savefig(folder / name, dpi=150)
+    made = list({content["made"]["command"]: about(content) for content in sections.values()}.values())
+    lines = [f"![mean regret over device-hours]({name})", "", *(f"{text}." for text in made), ""]
+    lines += markdown(search_quality.HEADER, search_quality.rows(sections))
+    verdicts = search_quality.verdict_rows(sections)
+    if verdicts:
+        header = ["ladder's device-hours over those of", *search_quality.PEERS]
+        lines += ["", f"Target: at most {search_quality.TARGET_RATIO:g}.", "", *markdown(header, verdicts)]
+    return "\n".join(lines)
 
 
 def scaling_part(sections: dict[str, Any], folder: Path, device: str) -> str:

@@ -528,6 +528,8 @@ class Broker:
                         "error": entry["error"],
                     }
             self._undelivered.append(entry)
+        for trial in self._trials.values():
+            trial.is_paused = trial.end is None  # nobody has it before it is submitted again
         for trial_id, checkpoint in forks.items():
             # Where the donor has gone on, and its checkpoint with it, the copy had been made.
             if checkpoint is not None and Path(checkpoint).is_dir():

@@ -11,6 +11,15 @@ ENDED_WELL = ("finished", "stopped_early")
 LOST = ("diverged", "failed")
 
 
+class Exhausted(Exception):
+    """A searcher will propose nothing more; the message says why."""
+
+
+def trial_id_of(index: int) -> str:
+    """Id of the search's trial of this number, from 0."""
+    return f"{index:05d}"
+
+
 @dataclass(slots=True)
 class TrialHistory:
     """One trial."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orpo_ray.config import ExperimentConfig, SweepConfig
-from orpo_ray.history import History, TrialHistory
-from orpo_ray.sources import Exhausted, Source, key
+from orpo_ray.history import Exhausted, History, TrialHistory, trial_id_of
+from orpo_ray.sources import Source, key
 
 _SEED = "train.seed"
 CONFIRMATIONS = "c"
@@ -65,6 +65,16 @@ class Proposals:
         return self._sweep
 
     @property
+    def source(self) -> Source:
+        """Of the search."""
+        return self._source
+
+    @property
+    def max_steps(self) -> int | None:
+        """Of a whole trial, where the experiment says so in steps."""
+        return self._config.train.max_steps
+
+    @property
     def num_evaluations(self) -> int:
         """Of a whole trial."""
         train = self._config.train
@@ -105,11 +115,11 @@ class Proposals:
 
     def _search(self) -> Proposal | None:
         # The first that is missing: drivers submit in any order, and a crash may have come between two of them.
-        while (trial_id := f"{self._next_index:05d}") in self.history.trials:
+        while (trial_id := trial_id_of(self._next_index)) in self.history.trials:
             self._next_index += 1
         everything = History()
         everything.trials = {**self._earlier, **self.history.trials}
-        params = self._source.propose(self._next_index, trial_id, everything)
+        params = self._source.propose(self._next_index, everything)
         if params is None:
             return None
         return Proposal(trial_id, params, "search", self._known(params))

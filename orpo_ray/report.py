@@ -103,6 +103,7 @@ def write_report(run_dir: str | Path, config: ExperimentConfig | None = None) ->
         _best_section(results, best_file),
         certainty_section(results, frame),
         bias_section(results["winners"]),
+        _expectations_section(results),
         _cost_section(results, events, config),
         pareto_section(results["winners"]["pareto"]),
         divergence_section(results["winners"]["divergence"]),
@@ -155,6 +156,12 @@ def _best_section(results: dict[str, Any], best_file: Path) -> str:
         bundle = f" and the settings of bundle {best['bundle']}" if best["bundle"] else ""
         lines.append(f"Train it alone with `{overrides}`{bundle} as overrides of `orpo-ray train`.")
     return "\n\n".join(lines)
+
+
+def _expectations_section(results: dict[str, Any]) -> str:
+    """What searcher ladder says of each size, in its own words."""
+    said = [f"- {expected['says']}" for expected in results.get("expectations", [])]
+    return "## What to expect of each size\n\n" + "\n".join(said) if said else ""
 
 
 def _trials_section(results: dict[str, Any]) -> str:

@@ -200,6 +200,10 @@ class Conductor(FIFOScheduler):
                 if isinstance(rule, _HyperBand):
                     rule.halve_unfilled(self._view_of_rule(tune_controller, rule))
         chosen = promoted or fresh if self._sweep.is_model_based else fresh or promoted
+        if chosen is None and not self._num_active():
+            # The searcher waits for results, and there will be none unless somebody goes on.
+            last = (rule.last_promotion() for rule in self._rules.values() if isinstance(rule, _Asha))
+            chosen = next((trial for trial in last if trial is not None), None)
         return None if chosen is None else self._begin(chosen)
 
     # ---- inside
@@ -363,6 +367,8 @@ class Proposer(SearchAlgorithm):
                 bundle = proposals.sweep.bundle_of(proposal.params)
                 event = {"event": "submitted", "trial_id": proposal.trial_id, "params": proposal.params}
                 proposals.history.apply(event | {"bundle": bundle, "purpose": proposal.purpose})
+                # Known before it has reported, so that its cost counts from the start.
+                proposals.history.trials[proposal.trial_id].max_steps = proposals.max_steps
             trial = _create_trial_from_spec(
                 {**self._spec, "config": dict(proposal.params)},
                 self._parser,
@@ -514,6 +520,12 @@ class _Asha:
         chosen = self._ask()[1]
         trial = None if chosen is None else self._trials.get(chosen)
         # Tune is still writing its note of the pause; a moment later it is paused.
+        return trial if trial is not None and trial.status == Trial.PAUSED else None
+
+    def last_promotion(self) -> Trial | None:
+        """Who would go on if no trial were to come."""
+        chosen = None if self._rungs is None else self._rungs.next_promotion(more_to_come=False)
+        trial = None if chosen is None else self._trials.get(chosen)
         return trial if trial is not None and trial.status == Trial.PAUSED else None
 
     def begin(self, trial: Trial) -> None:

@@ -440,7 +440,8 @@ class LadderConfig(Section):
 
     A Gaussian process over the axes, the logarithm of the model's parameters and the share of the steps done says what
     to expect of each setting at each size, and how surely; the next trial is the one that tells most about the best
-    setting of the largest size per device-hour.
+    setting of the largest size per device-hour. Scheduler fifo suits it: the ladder gives up
+    trials by itself, each by its own curve against others of its size.
     """
 
     type: Literal["ladder"]

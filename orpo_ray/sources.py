@@ -10,6 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,8 @@ from orpo_ray.config import (
     RandomConfig,
     SweepConfig,
 )
-from orpo_ray.history import LOST, History, TrialHistory
+from orpo_ray.history import LOST, Exhausted, History, TrialHistory, trial_id_of
+from orpo_ray.ladder import Ladder
 from orpo_ray.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform, grid_cells, to_optuna
 
 OPTUNA_FILE = "optuna.journal"
@@ -36,19 +38,14 @@ class SourceError(RuntimeError):
     """The library that a searcher stands for is not installed."""
 
 
-class Exhausted(Exception):
-    """Nothing more will be proposed; the message says why."""
-
-
 class Source(Protocol):
     """What a searcher is asked."""
 
-    def propose(self, index: int, trial_id: str, history: History) -> dict[str, Any] | None:
+    def propose(self, index: int, history: History) -> dict[str, Any] | None:
         """Params of the search's next trial, or None: wait for results.
 
         Args:
-            index: its number, from 0.
-            trial_id: the id it will have.
+            index: its number, from 0; `history.trial_id_of` makes its id of it.
             history: all trials so far, and those of a warm start.
 
         Raises:
@@ -56,11 +53,27 @@ class Source(Protocol):
         """
 
 
-def build(sweep: SweepConfig, run_dir: Path) -> Source:
-    """The source that `sweep.searcher` names; for searcher ladder, see `ladder.Ladder`.
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A bundle, as a search over sizes needs it."""
+
+    parameters: int
+    devices: int
+    """Workers of a trial."""
+
+
+def build(sweep: SweepConfig, run_dir: Path, sizes: dict[str, Size], max_steps: int | None) -> Source:
+    """The source that `sweep.searcher` names.
+
+    Args:
+        sweep: with its searcher.
+        run_dir: where Optuna keeps its study.
+        sizes: by bundle label; only searcher ladder looks at them.
+        max_steps: of a whole trial; searcher ladder needs it.
 
     Raises:
-        SourceError: its library is not installed.
+        SourceError: its library is not installed, or the ladder's trials have no length in steps.
+        ValueError: all of a ladder's bundles are of one size.
     """
     match sweep.searcher:
         case RandomConfig():
@@ -72,7 +85,11 @@ def build(sweep: SweepConfig, run_dir: Path) -> Source:
         case BohbConfig():
             return BohbSource(sweep)
         case LadderConfig():
-            raise ValueError("searcher ladder is built by its own module, with the sizes of the models")
+            parameters = {label: size.parameters for label, size in sizes.items()}
+            devices = {label: size.devices for label, size in sizes.items()}
+            if max_steps is None:
+                raise SourceError("searcher ladder plans its budget by the trials' length: give train.max_steps")
+            return Ladder(sweep, parameters, devices, max_steps)
 
 
 def key(params: dict[str, Any]) -> str:
@@ -101,7 +118,7 @@ class RandomSource:
         self._cells = grid_cells(sweep.space)
         self._sampled = {n: axis for n, axis in sweep.space.items() if not isinstance(axis, Grid | Bundle)}
 
-    def propose(self, index: int, trial_id: str, history: History) -> dict[str, Any] | None:
+    def propose(self, index: int, history: History) -> dict[str, Any] | None:
         """See `Source`."""
         if index >= self._sweep.num_trials:
             raise Exhausted(f"all {self._sweep.num_trials} trials have been proposed")
@@ -135,7 +152,7 @@ class OptunaSource:
         )
         self._study.sampler = self._sampler(seed=sweep.seed + len(self._study.get_trials(deepcopy=False)))
 
-    def propose(self, index: int, trial_id: str, history: History) -> dict[str, Any] | None:
+    def propose(self, index: int, history: History) -> dict[str, Any] | None:
         """See `Source`."""
         from optuna.trial import TrialState
 
@@ -148,7 +165,7 @@ class OptunaSource:
             params = {name: trial.params[name] for name in self._sweep.space}
             known = tried.get(key(params))
             if known is None:
-                trial.set_user_attr("trial_id", trial_id)
+                trial.set_user_attr("trial_id", trial_id_of(index))
                 return params
             values = self._values(known, history)
             if values is None:
@@ -262,7 +279,7 @@ class HyperOptSource:
         self._sweep, self._startup = sweep, sweep.searcher.startup_trials
         self._domain = Domain(lambda _: 0.0, {name: convert(name, axis) for name, axis in sweep.space.items()})
 
-    def propose(self, index: int, trial_id: str, history: History) -> dict[str, Any] | None:
+    def propose(self, index: int, history: History) -> dict[str, Any] | None:
         """See `Source`."""
         import hyperopt
 
@@ -330,7 +347,7 @@ class BohbSource:
         self._sweep = sweep
         self._axes = [convert(name, axis) for name, axis in sweep.space.items()]
 
-    def propose(self, index: int, trial_id: str, history: History) -> dict[str, Any] | None:
+    def propose(self, index: int, history: History) -> dict[str, Any] | None:
         """See `Source`."""
         import ConfigSpace
         from hpbandster.core.dispatcher import Job

@@ -20,8 +20,12 @@ from ray import tune
 
 from orpo_ray import broker, provenance, report, results, sources, warm_start, winners
 from orpo_ray.config import AshaConfig, ExperimentConfig, SweepConfig
+from orpo_ray.cost import CostModel
 from orpo_ray.driver import StopAtBroker, TrialDriver
+from orpo_ray.fitted import fitted
 from orpo_ray.history import History
+from orpo_ray.ladder import Ladder
+from orpo_ray.memory import architecture_of
 from orpo_ray.progress import SweepProgress
 from orpo_ray.proposals import CONFIRMATIONS, Proposals
 from orpo_ray.scheduler import Conductor, Proposer
@@ -76,6 +80,8 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
 
 def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress) -> Outcome:
     sweep_id = _claim_run_dir(config)
+    config = fitted(config)
+    config, sweep = config.as_sweep()
     resources = group_resources(config, sweep, cluster_has_gpus())
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     _require_room(resources, nodes)
@@ -113,6 +119,8 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress) 
     tracker.flush()  # runs of the last trials get their ids
     events = results.read_events(config.run_dir / results.EVENTS_FILE)
     summary = results.summarize(config.name, sweep.metric, sweep.mode, events, tracker.run_ids)
+    if isinstance(source := conductor.proposals.source, Ladder):
+        summary["expectations"] = source.expectations(History(events))
     summary["winners"] = winners.summarize_winners(summary, config.run_dir)
     if (winner := summary["winners"]["best"]) is not None:
         # Where finalists were confirmed, the best score of the search need not be the best setting's.
@@ -183,14 +191,34 @@ def _conductor(
     """Take up the sweep where its journal ends."""
     events = results.read_events(config.run_dir / results.EVENTS_FILE)
     history = History(events)
-    source = sources.build(sweep, config.run_dir)
+    sizes = _sizes(config, sweep)
+    source = sources.build(sweep, config.run_dir, sizes, config.train.max_steps)
+    cost = CostModel({b: s.parameters for b, s in sizes.items()}, {b: s.devices for b, s in sizes.items()})
+    hours = sweep.budget.device_hours if sweep.budget else 0.0
     earlier = {} if known is None else known.trials
-    proposals = Proposals(config, source, history, earlier, committed_hours=lambda _: 0.0)
+    proposals = Proposals(config, source, history, earlier, lambda history: cost.remaining(history, hours).committed)
     # A trial that waits for each kind of group, so that none has to wait for its driver, a process of some 100 MB. But
     # whoever decides by results decides better the later it does.
     decides = sweep.is_model_based or isinstance(sweep.scheduler, AshaConfig)
     lookahead = 0 if decides else num_lanes
-    return Conductor(proposals, handle, slots, lookahead, gives_up=None, events=events)
+    gives_up = source.gives_up if isinstance(source, Ladder) else None
+    return Conductor(proposals, handle, slots, lookahead, gives_up, events)
+
+
+def _sizes(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, sources.Size]:
+    """Bundles by label, where there is a budget, which is the only reason to look into models here."""
+    if sweep.budget is None:
+        return {}
+    axis = sweep.bundle_axis
+    trials = (
+        {str(label): config.trial({axis: label}) for label in sweep.space[axis].candidates()}
+        if axis
+        else {"": config.trial({})}
+    )
+    return {
+        label: sources.Size(architecture_of(trial.model).parameters, trial.scaling.num_workers)
+        for label, trial in trials.items()
+    }
 
 
 def _fit(config: ExperimentConfig, conductor: Conductor, broker_name: str, lanes: dict[str, str]) -> bool:

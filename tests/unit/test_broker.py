@@ -136,6 +136,8 @@ def test_the_next_broker_goes_on_from_the_journal(tmp_path: Path) -> None:
         await broker.log("b", 0, 15, {"train/loss": 1.0})
         assert await broker.evaluated("b", 0, 10, {"eval/nll": 2.0}, "c10", 1.0) == "continue"
         await broker.finished("b", 0, *end(20))
+        await broker.stop("c")  # it is not to go on
+        assert (await broker.next_result("c", "driver"))["status"] == "stopped_early"
         drained = await broker.drain()
         assert [e["event"] for e in drained if e["trial_id"] == "b"] == ["submitted", "log", "eval", "finished"]
 

@@ -22,7 +22,7 @@ def proposals(folder: Path, history: History, hours: float = 0.0, **settings: An
     made = config(folder, **settings)
     earlier: dict[str, TrialHistory] = settings.pop("earlier", {})
     assert made.sweep is not None
-    return Proposals(made, build(made.sweep, folder), history, earlier, committed_hours=lambda _: hours)
+    return Proposals(made, build(made.sweep, folder, {}, 20), history, earlier, committed_hours=lambda _: hours)
 
 
 def submit(history: History, proposal: Proposal | None) -> Proposal:
@@ -126,6 +126,8 @@ def test_a_known_result_is_named_instead_of_a_training(tmp_path: Path) -> None:
     known = TrialHistory("mlflow:r", {"loss.orpo_lambda": 0.1}, "", metrics={20: {"eval/nll": 1.0}}, status="finished")
     made = config(tmp_path)
     assert made.sweep is not None
-    order = Proposals(made, build(made.sweep, tmp_path), history := History(), {"mlflow:r": known}, lambda _: 0.0)
+    order = Proposals(
+        made, build(made.sweep, tmp_path, {}, 20), history := History(), {"mlflow:r": known}, lambda _: 0.0
+    )
     assert submit(history, order.next()).known is None
     assert submit(history, order.next()).known is known

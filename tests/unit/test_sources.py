@@ -9,9 +9,10 @@ from typing import Any
 import optuna
 import pytest
 
+from orpo_ray import sources
 from orpo_ray.config import SweepConfig
-from orpo_ray.history import History
-from orpo_ray.sources import OPTUNA_FILE, Exhausted, Source, build
+from orpo_ray.history import Exhausted, History
+from orpo_ray.sources import OPTUNA_FILE, Source
 
 LR = {"type": "loguniform", "low": 1e-5, "high": 1e-1}
 LAMBDA = {"type": "uniform", "low": 0.0, "high": 1.0}
@@ -27,6 +28,10 @@ def sweep(searcher: dict[str, Any], space: dict[str, Any] | None = None, **setti
     scheduler = {"scheduler": {"type": "hyperband"}} if searcher["type"] == "bohb" else {}
     tree = {"metric": "eval/nll", "num_samples": 40, "searcher": searcher, **scheduler, **settings}
     return SweepConfig.model_validate(tree | {"space": space or {"optim.lr": LR, "loss.orpo_lambda": LAMBDA}})
+
+
+def build(settings: SweepConfig, folder: Path) -> Source:
+    return sources.build(settings, folder, sizes={}, max_steps=40)
 
 
 def name(searcher: dict[str, Any]) -> str:
@@ -55,7 +60,7 @@ def run(source: Source, history: History, trials: range) -> list[dict[str, Any]]
     made = []
     for index in trials:
         trial_id = f"{index:05d}"
-        params = source.propose(index, trial_id, history)
+        params = source.propose(index, history)
         assert params is not None
         submit(history, trial_id, params)
         end(history, trial_id, nll(params))
@@ -77,7 +82,7 @@ def test_proposals_lie_in_the_space_differ_and_end(searcher: dict[str, Any], tmp
     assert all(type(value) is float for p in made for value in p.values())
     assert len({str(p) for p in made}) == 8
     with pytest.raises(Exhausted, match="all 8 trials"):
-        source.propose(8, "00008", history)
+        source.propose(8, history)
 
 
 @pytest.mark.parametrize("searcher", SEARCHERS, ids=name)
@@ -116,15 +121,15 @@ def test_optuna_goes_on_with_its_study_after_a_kill(tmp_path: Path) -> None:
     history = History()
     source = build(settings, tmp_path)
     run(source, history, range(5))
-    source.propose(5, "00005", history)  # and the machine dies before it is submitted
+    source.propose(5, history)  # and the machine dies before it is submitted
     again = build(settings, tmp_path)
-    params = again.propose(5, "00005", history)
+    params = again.propose(5, history)
     assert params is not None
     submit(history, "00005", params)
     end(history, "00005", None, status="diverged", step=3)
-    submit(history, "00006", again.propose(6, "00006", history) or {})
+    submit(history, "00006", again.propose(6, history) or {})
     end(history, "00006", 1.25, status="stopped_early", step=10)
-    again.propose(7, "00007", history)
+    again.propose(7, history)
     backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / OPTUNA_FILE))
     study = optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(backend))
     states = [trial.state.name for trial in study.trials]
@@ -174,7 +179,7 @@ def test_a_warm_start_informs_and_is_not_repeated(tmp_path: Path) -> None:
         history = History()
         submit(history, "earlier", {"loss.orpo_lambda": 0.5})
         end(history, "earlier", 2.0)
-        assert build(sweep(searcher, grid), folder).propose(0, "00000", history) == {"loss.orpo_lambda": 0.0}
+        assert build(sweep(searcher, grid), folder).propose(0, history) == {"loss.orpo_lambda": 0.0}
 
 
 def test_random_spans_the_grid_and_draws_the_rest_evenly(tmp_path: Path) -> None:
@@ -185,7 +190,7 @@ def test_random_spans_the_grid_and_draws_the_rest_evenly(tmp_path: Path) -> None
         "size": {"type": "bundle", "values": {"s": {"model.path": "a"}, "l": {"model.path": "b"}}},
     }
     source = build(sweep({"type": "random"}, space, num_samples=200), tmp_path)
-    made = [source.propose(index, "", History()) or {} for index in range(1200)]
+    made = [source.propose(index, History()) or {} for index in range(1200)]
     assert [(p["loss.orpo_lambda"], p["size"]) for p in made[:6]] == [
         (value, size) for value in (0.0, 0.5, 1.0) for size in ("s", "l")
     ]
