@@ -58,6 +58,8 @@ def render(text: str, results: Path, folder: Path) -> str:
         "limit": limit_part,
         "optimizer": optimizer_part,
         "search-quality": search_quality_part,
+        "sweep-overhead": sweep_overhead_part,
+        "sweep-scale": sweep_scale_part,
     }
 
     def made(match: re.Match[str]) -> str:
@@ -152,6 +154,48 @@ def optimizer_part(sections: dict[str, Any], folder: Path, device: str) -> str:
     rows = [(r["optimizer"], f"{r['median_seconds']:.3f}", f"{r['largest_difference']:.0e}") for r in content["rows"]]
     header = [f"one update of {content['parameters'] / 1e6:.0f}M parameters", "seconds, median", "largest difference"]
     return "\n".join([f"{about(content)}", "", *markdown(header, rows)])
+
+
+def sweep_overhead_part(sections: dict[str, Any], folder: Path, device: str) -> str:
+    """Both sides' time beyond training."""
+    lines = []
+    for content in sections.values():
+        rows = []
+        for side, name in (("ours", "warm worker groups"), ("stock", "Tuner over TorchTrainer")):
+            values = {key: spread["median"] for key, spread in content["summary"][side].items()}
+            once = values.get("useful_share_once_started")
+            rows.append(
+                (
+                    name,
+                    f"{values['wall_seconds']:.0f}",
+                    f"{values['training_seconds']:.0f}",
+                    f"{values['overhead_seconds_per_trial']:.2f}",
+                    f"{values['useful_share']:.0%}" + (f"; once started {once:.0%}" if once else ""),
+                )
+            )
+        header = ["", "wall, s", "training, s", "overhead per trial, s", "useful share of worker time"]
+        lines += [f"{about(content)}", "", *markdown(header, rows), "", f"Ratio: {content['overhead_ratio']:.3f}."]
+    return "\n".join(lines)
+
+
+def sweep_scale_part(sections: dict[str, Any], folder: Path, device: str) -> str:
+    """Tenths of a long sweep, and what a trial costs the head."""
+    lines = []
+    kinds = ("sweep_gib", "broker_gib", "drivers_gib", "workers_gib")
+    for content in sections.values():
+        rows = [
+            (
+                part["trials"],
+                f"{part['seconds_per_trial']:.3f}",
+                *("-" if part[kind] is None else f"{part[kind]:.2f}" for kind in kinds),
+            )
+            for part in content["parts"]
+        ]
+        header = ["trials", "s per trial", *(f"{kind.removesuffix('_gib')}, GiB" for kind in kinds)]
+        cpu = ", ".join(f"{kind} {seconds:.3f}" for kind, seconds in content["head_cpu_seconds_per_trial"].items())
+        lines += [f"{about(content)}", "", *markdown(header, rows), ""]
+        lines += [f"CPU seconds per trial on the head: {cpu}. Journal: {content['journal_bytes_per_trial']:.0f} bytes."]
+    return "\n".join(lines)
 
 
 def search_quality_part(sections: dict[str, Any], folder: Path, device: str) -> str:

@@ -151,7 +151,12 @@ def main(words: list[str] | None = None) -> int:
     console.print(table, f"overhead_ratio {ours / stock:.3f}")
     command = "python -m benchmarks.sweep_overhead " + shlex.join(words)
     content = {"slots": SLOTS, "overhead_ratio": ours / stock, "summary": summary, "results": results}
-    save("sweep-overhead-cpu", f"{options.trials}-trials", described(command.strip()) | content, options.results)
+    save(
+        "sweep-overhead-cpu",
+        f"{options.trials}-trials",
+        {"made": described(command.strip())} | content,
+        options.results,
+    )
     return 0
 
 

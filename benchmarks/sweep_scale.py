@@ -154,7 +154,7 @@ def main(words: list[str] | None = None) -> int:
         table.add_row(part["trials"], f"{part['seconds_per_trial']:.3f}", *cells)
     console.print(table, summary["head_cpu_seconds_per_trial"])
     command_text = ("python -m benchmarks.sweep_scale " + shlex.join(words)).strip()
-    save("sweep-scale-cpu", f"{options.trials}-trials", described(command_text) | summary, options.results)
+    save("sweep-scale-cpu", f"{options.trials}-trials", {"made": described(command_text)} | summary, options.results)
     return 0
 
 
