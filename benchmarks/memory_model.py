@@ -163,14 +163,21 @@ def compared(case: MemoryCase) -> dict[str, Any]:
         return row | {"status": "failed", "reason": str(error)}
     peak = max(rank["peak"] for rank in measured)
     tokens = max(rank["tokens"] for rank in measured)
-    return row | {"status": "ok", "measured": peak, "tokens": tokens, "error": predicted.peak / peak - 1}
+    return row | {
+        "status": "ok",
+        "measured": peak,
+        "tokens": tokens,
+        "idle": measured[0]["idle"],
+        "error": predicted.peak / peak - 1,
+    }
 
 
 def measure(case: MemoryCase, cache_dir: Path | None = None) -> list[dict[str, int]]:
     """Train in as many fresh processes as the case has workers.
 
     Returns:
-        For each rank `peak`, its highest resident memory in bytes, and `tokens`, of its largest forward pass.
+        For each rank, in bytes, `peak`, its highest resident memory, and `idle`, that before the trial; and `tokens`,
+        of its largest forward pass.
 
     Raises:
         RuntimeError: a process failed; with the end of its output.
@@ -222,6 +229,7 @@ def measure(case: MemoryCase, cache_dir: Path | None = None) -> list[dict[str, i
 
 def _run_rank(job: dict[str, Any]) -> None:
     """One worker, with the modules that Ray's workers have loaded."""
+    import psutil
     import torch
 
     import orpo_ray.worker  # noqa: F401
@@ -231,6 +239,7 @@ def _run_rank(job: dict[str, Any]) -> None:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     init_process_group()
+    idle = psutil.Process().memory_info().rss
     case = MemoryCase(job["name"], job["settings"])
     largest, forward = 0, loop.pair_logps
 
@@ -244,7 +253,9 @@ def _run_rank(job: dict[str, Any]) -> None:
     loop.train(case.experiment(cache_dir), loop.RankContext(Path(job["dir"]) / "trial"))
     peak = Probe("cpu").peaks()["peak_gib"]
     assert peak is not None
-    Path(job["out"]).write_text(json.dumps({"peak": int(peak * GIB), "tokens": largest}), encoding="utf-8")
+    Path(job["out"]).write_text(
+        json.dumps({"peak": int(peak * GIB), "tokens": largest, "idle": idle}), encoding="utf-8"
+    )
     torch.distributed.destroy_process_group()
 
 

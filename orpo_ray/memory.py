@@ -27,9 +27,11 @@ _BUCKET = 500_000_000
 _MOST_GATHERED = 1_000_000_000
 """Elements of DeepSpeed's default `stage3_max_live_parameters`."""
 
-# Measured with `python -m benchmarks.memory_model` (torch 2.13, DeepSpeed 0.19.8, Ray 2.60 on Linux, glibc).
+# Measured on Linux with glibc, torch 2.13, DeepSpeed 0.19.8 and Ray 2.60. `python -m benchmarks.memory_model` reports
+# the first as `idle`; the others were chosen so that its cases agree, which thus test the form more than the constants.
 _BASE_CPU = 570 * MIB
-"""An idle worker: interpreter, torch, transformers, DeepSpeed, Ray, an open process group."""
+"""An idle worker: interpreter, torch, transformers, DeepSpeed, Ray, an open process group. 550 MiB without Ray's own
+connection, which adds some 15."""
 _BASE_PER_TOKEN = 1024
 """Of the tokenizer, per entry of the vocabulary."""
 _FIRST_STEP = 25 * MIB

@@ -21,15 +21,7 @@ from transformers import (
 
 from orpo_ray import style_pairs
 from orpo_ray.config import LoraConfig, ModelConfig
-
-_PRESET_VOCABULARY = 1024
-PRESETS: dict[str, dict[str, int]] = {
-    "tiny-llama-1m": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "tiny-llama-2m": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
-    "tiny-llama-4m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5, "num_attention_heads": 8},
-    "tiny-llama-8m": {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 6, "num_attention_heads": 5},
-}
-"""Llama-style models small enough to train from scratch on a laptop; named by their parameters, in millions."""
+from orpo_ray.presets import PRESET_VOCABULARY, PRESETS
 
 
 class ModelError(ValueError):
@@ -156,7 +148,7 @@ def _pretrained(config: ModelConfig) -> PreTrainedModel:
 
 def _preset_config(config: ModelConfig) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=_PRESET_VOCABULARY,
+        vocab_size=PRESET_VOCABULARY,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -176,7 +168,7 @@ def _preset_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.train_from_iterator(
         (row[field] for row in rows for field in ("prompt", "chosen", "rejected")),
         trainers.BpeTrainer(
-            vocab_size=_PRESET_VOCABULARY,
+            vocab_size=PRESET_VOCABULARY,
             special_tokens=["<s>", "</s>", "<pad>", "<|user|>", "<|system|>", "<|assistant|>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

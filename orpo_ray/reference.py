@@ -25,8 +25,9 @@ from orpo_ray.config import ExperimentConfig, ModelConfig
 from orpo_ray.data import Pair, PairDataset
 from orpo_ray.forward import PairModel, form_of, name_of, pair_logps, product_type
 from orpo_ray.loss import PairLogps
-from orpo_ray.model import PRESETS, build_model
+from orpo_ray.model import build_model
 from orpo_ray.packing import Counting, micro_batches
+from orpo_ray.presets import PRESETS
 
 _FORMAT_VERSION = 1  # raise it whenever the same model and pairs would get other numbers
 

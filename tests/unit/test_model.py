@@ -33,13 +33,13 @@ from orpo_ray.data import Pair
 from orpo_ray.forward import form_of
 from orpo_ray.loss import BatchCounts, orpo
 from orpo_ray.model import (
-    PRESETS,
     ModelError,
     build_model,
     count_parameters,
     count_parameters_of,
     load_tokenizer,
 )
+from orpo_ray.presets import PRESETS
 from tests.forwards import FAST, PLAIN, logps
 
 NaiveLogps = Callable[..., dict[str, torch.Tensor]]
