@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import memory_model
 from benchmarks.workload import WorkloadError, hh_path
-from orpo_ray import cpu_bf16, memory, model, presets
+from orpo_ray import cpu_bf16, head, memory, model, presets
 from orpo_ray.config import ConfigError, ExperimentConfig, LoraConfig, ModelConfig, parse
 from orpo_ray.data import Pair
 from orpo_ray.forward import Form, PairModel
@@ -51,6 +51,11 @@ def predicted(device: Device = Device.CPU, shape: Architecture = LLAMA_8B, **set
 
 
 # ---- terms --------------------------------------------------------------------------------------------------------
+
+
+def test_what_other_modules_define_is_what_is_counted_with() -> None:
+    assert (memory._CHUNK_BYTES, memory._KEPT_BYTES) == (head.CHUNK_BYTES, head.KEPT_BYTES)
+    assert model.load_tokenizer(ModelConfig(path="tiny-llama-1m")).vocab_size == presets.PRESET_VOCABULARY
 
 
 @pytest.mark.parametrize("path", presets.PRESETS)
