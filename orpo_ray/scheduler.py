@@ -139,9 +139,13 @@ class Conductor(FIFOScheduler):
         history = self._history.trials[trial.trial_id]
         is_new = trial.trial_id not in self._trials
         self._trials[trial.trial_id] = self._live[trial.trial_id] = trial
+        rule = None
         if history.purpose == "search":
-            self._rule_of(trial).on_trial_add(self._view(tune_controller, trial), trial)
-        if is_new and not history.paused:
+            rule = self._rule_of(trial)
+            rule.on_trial_add(self._view(tune_controller, trial), trial)
+        # Rungs and populations know from the journal who waits. HyperBand's brackets begin anew: all go on to the next
+        # evaluation, and are compared there.
+        if is_new and (not history.paused or isinstance(rule, _HyperBand)):
             self._ready[trial.trial_id] = trial
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
