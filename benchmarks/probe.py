@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -43,9 +44,16 @@ class Probe:
 
     def peaks(self) -> dict[str, float | None]:
         """Peak resident memory of the whole process, and of the device's allocator since `start`, in GiB."""
-        # Linux counts in KiB, macOS in bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
         return {
-            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB,
+            "peak_gib": _peak_resident() / GIB,
             "peak_device_gib": torch.cuda.max_memory_allocated() / GIB if self.device == "cuda" else None,
         }
+
+
+def _peak_resident() -> int:
+    """Of this process, in bytes. Linux hands `ru_maxrss` on from the process that started this one (getrusage(2)), so
+    that of a child of a big process would be the parent's."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024

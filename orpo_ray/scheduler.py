@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -663,6 +665,27 @@ class _Pbt(_Population, PopulationBasedTraining):
         self._exploited, self._population = exploited, population
 
 
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What PB2 sees of a trial."""
+
+    name: str
+    config: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _as_shown(config: dict[str, Any], axes: dict[str, Uniform | LogUniform]) -> dict[str, Any]:
+    return config | {n: math.log(config[n]) for n, axis in axes.items() if isinstance(axis, LogUniform) and n in config}
+
+
+def _drawn(axis: Uniform | LogUniform) -> float:
+    if isinstance(axis, LogUniform):
+        return math.exp(random.uniform(math.log(axis.low), math.log(axis.high)))
+    return random.uniform(axis.low, axis.high)
+
+
 def _pb2(
     scheduler: Pb2Config,
     sweep: SweepConfig,
@@ -672,18 +695,41 @@ def _pb2(
     """Tune's PB2, in step. Its libraries are loaded only for it."""
     from ray.tune.schedulers.pb2 import PB2
 
+    axes = {n: axis for n, axis in sweep.space.items() if isinstance(axis, Uniform | LogUniform)}
+
     class Pb2(_Population, PB2):
-        pass
+        """It models what an evaluation gained over the one before: it is shown all of them, log axes as logarithms."""
+
+        def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+            state, step = self._trial_state[trial], result["step"]
+            if step - state.last_perturbation_time < self._perturbation_interval:
+                self._save_trial_state(state, step, result, trial)  # PB2 itself notes only those at exchanges
+            return str(super().on_trial_result(controller, trial, result))
+
+        def _save_trial_state(self, state: Any, time: int, result: dict[str, Any], trial: Trial) -> None:
+            super()._save_trial_state(state, time, result, _Shown(str(trial), _as_shown(trial.config, axes)))
+
+        def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
+            donor = _Shown(str(trial_to_clone), _as_shown(trial_to_clone.config, axes))
+            shown, operations = super()._get_new_config(trial, donor)
+            if all(shown[name] == donor.config[name] for name in axes):
+                # Nothing is known of the donor's gain yet, and PB2 would run its settings twice.
+                return trial_to_clone.config | {name: _drawn(axis) for name, axis in axes.items()}, operations
+            return trial_to_clone.config | {
+                name: min(
+                    max(math.exp(shown[name]) if isinstance(axis, LogUniform) else shown[name], axis.low), axis.high
+                )
+                for name, axis in axes.items()
+            }, operations
 
     random.seed(sweep.seed)
     np.random.seed(sweep.seed)
-    ranges = {n: [axis.low, axis.high] for n, axis in sweep.space.items() if isinstance(axis, Uniform | LogUniform)}
     rule = Pb2(
         time_attr="step",
         metric=sweep.metric,
         mode=sweep.mode,
         perturbation_interval=scheduler.interval_steps,
-        hyperparam_bounds=ranges,
+        hyperparam_bounds={n: [_as_shown({n: end}, axes)[n] for end in (a.low, a.high)] for n, a in axes.items()},
         quantile_fraction=scheduler.quantile,
         log_config=False,
         synch=True,
