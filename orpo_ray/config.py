@@ -19,6 +19,7 @@ from orpo_ray.sections import (
     DataConfig,
     DeepSpeedConfig,
     FifoConfig,
+    GenerationConfig,
     HyperBandConfig,
     HyperOptConfig,
     LadderConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "DeepSpeedConfig",
     "ExperimentConfig",
     "FifoConfig",
+    "GenerationConfig",
     "HyperBandConfig",
     "HyperOptConfig",
     "LadderConfig",
@@ -273,6 +275,7 @@ class ExperimentConfig(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+    generation: GenerationConfig = GenerationConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig
 
 from orpo_ray import attention, cpu_bf16
 from orpo_ray.data import Pair
@@ -54,8 +55,39 @@ def name_of(products: torch.dtype | None) -> str:
     return "fp32" if products is None else "bf16"
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts to be answered greedily."""
+
+    input_ids_RT: torch.Tensor
+    """int64, padded on the left."""
+    attention_mask_RT: torch.Tensor
+    """int64, 0 at padding."""
+    pad_token_id: int
+    eos_token_id: int
+    max_new_tokens: int
+    in_step: bool
+    """All ranks run as many passes as the slowest, which ZeRO-3 needs."""
+
+    @classmethod
+    def padded(cls, prompts: Sequence[np.ndarray], pad_token_id: int, **rest: Any) -> Prompts:
+        """Token ids of each prompt, side by side with their ends together."""
+        longest = max(map(len, prompts))
+        input_ids_RT = torch.full((len(prompts), longest), pad_token_id)
+        attention_mask_RT = torch.zeros_like(input_ids_RT)
+        for row, ids in enumerate(prompts):
+            input_ids_RT[row, longest - len(ids) :] = torch.from_numpy(ids.astype(np.int64))
+            attention_mask_RT[row, longest - len(ids) :] = 1
+        return cls(input_ids_RT, attention_mask_RT, pad_token_id, **rest)
+
+    def to(self, device: torch.device) -> Prompts:
+        """A copy there."""
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids_RT", "attention_mask_RT")}
+        return replace(self, **moved)
+
+
 class PairModel(torch.nn.Module):
-    """A causal language model that maps a `Batch` to sums of log-probabilities.
+    """A causal language model that maps a `Batch` to sums of log-probabilities, and `Prompts` to answers.
 
     Everything happens inside `forward`, so that an engine around this module gathers partitioned weights (the head's
     too) and switches precision in one place.
@@ -96,10 +128,12 @@ class PairModel(torch.nn.Module):
             multiple_of=attention.FLEX_BLOCK if cuda else 1,
         )
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """fp32 [K]: the sums that `batch.weights_KN` asks for."""
+    def forward(self, batch: Batch | Prompts) -> torch.Tensor:
+        """fp32 [K]: the sums that `batch.weights_KN` asks for; or int64 [R, T]: answers, padded on the right."""
         device = batch.input_ids_RT.device.type
         with torch.autocast(device, self.autocast) if self.autocast else contextlib.nullcontext():
+            if isinstance(batch, Prompts):
+                return self._answers(batch)
             logps_N = self._logps(batch)
         # Not a matrix product: there, 0 · inf would make one pair's divergence everybody's.
         return torch.where(batch.weights_KN == 0, 0.0, batch.weights_KN * logps_N).sum(1)
@@ -117,6 +151,35 @@ class PairModel(torch.nn.Module):
         hidden_RTD = causal.base_model(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
         hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, batch.source_N)
         return _head(causal).logps(hidden_ND, batch.target_N)
+
+    def _answers(self, prompts: Prompts) -> torch.Tensor:
+        causal = _causal(self.lm)
+        ends = causal.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends]) | {prompts.eos_token_id}
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=prompts.max_new_tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=prompts.pad_token_id,
+        )
+        kernel = causal.config._attn_implementation
+        if self.form.shares_prompt:  # it knows nothing of a cache
+            causal.set_attn_implementation("sdpa" if causal._supports_sdpa else "eager")
+        # What the model's own file sets (temperature, top_k) is for sampling, and greedy decoding would warn of it.
+        own, causal.generation_config = causal.generation_config, settings
+        try:
+            tokens_RT = self.lm.generate(  # type: ignore[operator]
+                input_ids=prompts.input_ids_RT,
+                attention_mask=prompts.attention_mask_RT,
+                generation_config=settings,
+                synced_gpus=prompts.in_step,
+            )
+        finally:
+            causal.generation_config = own
+            if self.form.shares_prompt:
+                causal.set_attn_implementation(kernel)
+        answers_RT: torch.Tensor = tokens_RT[:, prompts.input_ids_RT.shape[1] :]
+        return answers_RT
 
 
 def pair_logps(model: torch.nn.Module, batch: Batch) -> PairLogps:

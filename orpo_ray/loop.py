@@ -23,6 +23,7 @@ from orpo_ray.data import PairDataset, batch_indices, load_pairs
 from orpo_ray.engine import build_engine, destroy, step
 from orpo_ray.evaluate import evaluate
 from orpo_ray.forward import Form, PairModel, form_of, name_of, pair_logps, product_type
+from orpo_ray.generate import generate, keep
 from orpo_ray.metrics import PairSums, Throughput
 from orpo_ray.model import build_model, count_parameters, load_tokenizer
 from orpo_ray.packing import Batch, Counting, micro_batches
@@ -151,7 +152,7 @@ def train(config: ExperimentConfig, ctx: RankContext) -> TrialResult:
                     ctx.on_log(at, metrics)
             evaluates = _is_due(at, config.train.eval_every, max_steps)
             if evaluates:
-                progress.metrics = run.evaluate(at, ctx.trial_dir)
+                progress.metrics = run.evaluate(at, ctx)
             progress.train_seconds = earlier_seconds + time.perf_counter() - started
             if _is_due(at, config.train.checkpoint_every or config.train.eval_every, max_steps):
                 last_checkpoint = checkpoint.save(run.engine, ctx.trial_dir, at, asdict(progress))
@@ -312,8 +313,11 @@ class _Run:
             raise Diverged(at, lost, [self.train_pairs[int(i)].pair_id for i in batch.indices])
         return grad_norm
 
-    def evaluate(self, at: int, trial_dir: Path) -> dict[str, float]:
-        """Held-out metrics after step `at`; rank 0 leaves the pairs they are averages of in the trial's directory."""
+    def evaluate(self, at: int, ctx: RankContext) -> dict[str, float]:
+        """Held-out metrics after step `at`.
+
+        Rank 0 leaves in the trial's directory the pairs that they are averages of, and answers to some prompts.
+        """
         found = evaluate(
             self.engine,
             self.eval_pairs,
@@ -324,7 +328,12 @@ class _Run:
             None if self.reference_logps is None else self.reference_logps[1],
         )
         if dist.get_rank() == 0:
-            found.pair_scores(at, self.eval_pairs, self.config.loss).save(trial_dir / PAIRS_FILE)
+            found.pair_scores(at, self.eval_pairs, self.config.loss).save(ctx.trial_dir / PAIRS_FILE)
+        if self.config.generation.prompts:
+            tokenizer = load_tokenizer(self.config.model)
+            rows = generate(self.engine, self.eval_pairs, self.config.generation, tokenizer, at, ctx.control)
+            if dist.get_rank() == 0:
+                keep(ctx.trial_dir, rows, at)
         return found.metrics
 
     def num_tokens(self, indices: np.ndarray) -> int:

@@ -280,6 +280,15 @@ class TrainConfig(Section):
         return self
 
 
+class GenerationConfig(Section):
+    """What the model answers to some held-out prompts, written down at every evaluation to be read by people."""
+
+    prompts: int = Field(4, ge=0)
+    """How many, the same each time; 0 for none."""
+    max_new_tokens: int = Field(48, ge=1)
+    """Longest answer, in tokens."""
+
+
 class DeepSpeedConfig(Section):
     """What is partitioned over the workers (Rajbhandari et al. 2020), and what is kept off the device."""
 
