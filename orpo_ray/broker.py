@@ -93,6 +93,7 @@ class Broker:
         self._idle_since: dict[str, float] = {}
         self._complaints: dict[str, str] = {}  # group -> why it is about to end
         self._retired: set[str] = set()
+        self._is_held = False
         self._undelivered: list[dict[str, Any]] = []
         self._changed = asyncio.Condition()
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +228,17 @@ class Broker:
             self._end_unfinished(trial_id, "stopped_early", None)
         await self._notify()
 
+    async def hold(self) -> None:
+        """The sweep is to be interrupted: nothing is handed out any more, what trains pauses at its next evaluation.
+
+        The scheduler still decides on that evaluation; only what it lets go on is paused, for the next run to take up.
+        """
+        self._is_held = True
+        for trial_id in [t for queue in self._queues.values() for t in queue]:
+            self._trials[trial_id].is_paused = True
+        self._queues.clear()
+        await self._notify()
+
     # ---- worker groups --------------------------------------------------------------------------------------------
 
     async def join(self, group: str, lane: str, processes: list[str]) -> None:
@@ -356,7 +368,8 @@ class Broker:
             self._idle_since[trial.group] = time.monotonic()
         if status == "paused":
             trial.checkpoint, trial.group = checkpoint, None
-            self._record("paused", trial_id, step=steps, checkpoint=checkpoint)
+            held = self._is_held and not trial.pause_requested
+            self._record("paused", trial_id, step=steps, checkpoint=checkpoint, held=held)
             if trial.stop_requested:
                 self._end_unfinished(trial_id, "stopped_early", None)
             elif trial.pause_requested:
@@ -414,11 +427,15 @@ class Broker:
 
     def _enqueue(self, trial_id: str) -> None:
         """In the order of Tune's ids, which count up: drivers start at the same time and arrive in any order."""
-        bisect.insort(self._queues.setdefault(self._trials[trial_id].lane, []), trial_id)
+        trial = self._trials[trial_id]
+        if self._is_held:
+            trial.is_paused = True
+        else:
+            bisect.insort(self._queues.setdefault(trial.lane, []), trial_id)
 
     def _answer(self, trial: _Trial, decision: str) -> None:
         if trial.verdict is not None and not trial.verdict.done():
-            trial.verdict.set_result(decision)
+            trial.verdict.set_result("pause" if self._is_held and decision == "continue" else decision)
         trial.verdict = None
 
     def _standing_decision(self, trial: _Trial) -> str:

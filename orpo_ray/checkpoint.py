@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -13,6 +15,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 _TAG = "engine"
 _MANIFEST = "manifest.json"
@@ -102,6 +105,30 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> tuple[int, dict[str, 
         raise CheckpointError(f"{path}: DeepSpeed found no engine state in it; remove this folder")
     _restore_random_state(torch.load(path / f"random-rank-{dist.get_rank()}.pt", weights_only=False))
     return int(manifest["step"]), dict(manifest["progress"])
+
+
+def full_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint of any ZeRO stage and any number of workers; no process group is needed.
+
+    Args:
+        path: as `save` returned it.
+
+    Returns:
+        fp32 tensors on the CPU by the names they have in the engine's module (`lm.` before those of the language
+        model). Tied weights stand under all of their names; frozen ones are left out, as `save` does.
+
+    Raises:
+        CheckpointError: it is incomplete.
+    """
+    if (missing := _missing(path)) is not None:
+        raise CheckpointError(f"{path}: {missing}; its weights cannot be read")
+    if read_manifest(path)["zero_stage"] == 3:
+        # The weights are cut over the ranks' files. DeepSpeed tells the terminal about each of its steps.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_TAG, exclude_frozen_parameters=True))
+    # Up to stage 2 every rank has all weights, and they are the fp32 ones (`engine.build_engine`).
+    file = path / _TAG / "mp_rank_00_model_states.pt"
+    return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"])
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

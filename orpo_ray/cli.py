@@ -1,4 +1,4 @@
-"""orpo-ray: train, sweep, plan, report, doctor. Nothing heavy is imported before a command needs it."""
+"""orpo-ray: train, sweep, watch, plan, report, doctor. Nothing heavy is imported before a command needs it."""
 
 from __future__ import annotations
 
@@ -40,12 +40,16 @@ def _is_users_to_mend(error: Exception) -> bool:
     """Whether the message is all a user needs; anything else is a bug and shows its traceback."""
     names = {
         "ConfigError",
+        "CheckpointError",
+        "ExportError",
         "DataError",
         "ModelError",
         "SweepError",
         "ClusterError",
+        "CompareError",
         "TrackingError",
         "FileNotFoundError",
+        "WatchError",
     }
     return type(error).__name__ in names
 
@@ -79,8 +83,43 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--flops-per-second", type=float, help="of a worker's matrix products (default: this machine's CPUs, measured)"
     )
-    report = command("report", _report, "Tables and plots of a finished sweep, or of one under way.", overrides=False)
-    report.add_argument("run_dir", type=Path, help="run directory, e.g. runs/quickstart")
+    report = command("report", _report, "Report on a sweep that has ended, or on one under way.", overrides=False)
+    report.add_argument("run_dir", metavar="NAME", help="of the sweep, or its run directory, e.g. runs/quickstart")
+    report.add_argument("--output-dir", default="runs", help="where sweeps were run (default: runs)")
+    report.add_argument(
+        "--format",
+        action="append",
+        choices=("html", "md", "png", "csv"),
+        help="what to write; may be given more than once (default: html and md)",
+    )
+    watch = command("watch", _watch, "Follow a running sweep in the terminal; stop a trial, or all.", overrides=False)
+    watch.add_argument("name", help="name of the sweep, or its run directory")
+    watch.add_argument("--output-dir", default="runs", help="where the sweep runs (default: runs)")
+    watch.add_argument("--address", help="Ray cluster it runs on: ray://HEAD:10001, HOST:PORT or auto (default: here)")
+    form = watch.add_mutually_exclusive_group()
+    form.add_argument("--once", action="store_true", help="print one frame, needs no terminal")
+    form.add_argument("--json", action="store_true", help="print what is known as one JSON object")
+    export = command("export", _export, "Write a sweep's best model for transformers, check it, register it.", False)
+    export.add_argument(
+        "source",
+        metavar="RUN",
+        help="run directory or name (its best trial), a trial's directory (runs/NAME/trials/ID), MLflow run id",
+    )
+    export.add_argument("--to", type=Path, metavar="DIR", help="folder to write (default: RUN_DIR/export/TRIAL_ID)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    export.add_argument("--name", help="registered model in MLflow (default: the sweep's name)")
+    export.add_argument("--no-register", action="store_true", help="leave MLflow alone")
+    export.add_argument("--tracking-uri", help="MLflow tracking URI (default: where the sweep logged)")
+    export.add_argument("--no-check", action="store_true", help="do not evaluate what was written")
+    compare = command("compare", _compare, "Two sweeps or two runs side by side: settings, metrics, cost.", False)
+    for side in ("a", "b"):
+        compare.add_argument(side, metavar=side.upper(), help="run directory, name, NAME/TRIAL_ID, or MLflow run id")
+    compare.add_argument("--metric", help="held-out metric to compare by (default: the one both are judged by)")
+    compare.add_argument("--json", action="store_true", help="machine-readable")
+    compare.add_argument("--format", choices=("text", "md"), default="text", help="text (default) or Markdown")
+    compare.add_argument("--output-dir", type=Path, default=Path("runs"), help="where names are looked up (runs)")
+    compare.add_argument("--tracking-uri", help="read both from this MLflow, not from run directories")
+    compare.add_argument("--experiment", help="MLflow experiment to look in (default: all)")
     doctor = command("doctor", _doctor, "Check versions, accelerator, compiler, Ray and MLflow.", overrides=False)
     doctor.add_argument("--tracking-uri", help="MLflow tracking URI to check (default: where a sweep would log)")
     return parser
@@ -120,7 +159,7 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
         if best["checkpoint"]:
             console.print(f"checkpoint {best['checkpoint']}", soft_wrap=True)
     console.print(f"results    {outcome.run_dir / 'results.json'}", soft_wrap=True)
-    console.print(f"report     {outcome.run_dir / 'report.md'}, plots in {outcome.run_dir / 'plots'}", soft_wrap=True)
+    console.print(f"report     {outcome.run_dir / 'report.html'}", soft_wrap=True)
     console.print(f"MLflow     {mlflow_uri.ui_command(outcome.tracking_uri)}", soft_wrap=True, markup=False)
     if outcome.undelivered:
         console.print(
@@ -157,12 +196,72 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _report(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray import report, results
+    from orpo_ray import report, results, runs
 
-    files = report.write_report(arguments.run_dir)
-    console.print(report.results_table(results.current(arguments.run_dir)))
+    run_dir = runs.find_run_dir(arguments.run_dir, arguments.output_dir)
+    files = report.write_report(run_dir, formats=arguments.format or ("html", "md"))
+    console.print(report.results_table(results.current(run_dir)))
     for file in files:
         console.print(str(file), soft_wrap=True)
+    return 0
+
+
+def _export(arguments: argparse.Namespace, console: Console) -> int:
+    from orpo_ray import export
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    candidate = export.find(arguments.source, arguments.tracking_uri)
+    with console.status(f"exporting trial {candidate.trial['trial_id']}"):
+        exported = export.export(candidate, arguments.to, arguments.dtype, check=not arguments.no_check)
+    if (check := exported.check) is not None:
+        console.print(check.table())
+        if not check.passed:
+            reason = check.problem or "the exported model does not give the numbers that the run logged"
+            if arguments.dtype != "float32":
+                reason += " (rounding its weights may move them so far: try --dtype float32)"
+            console.print(f"{reason}; nothing is registered, and {exported.folder} is left for a look", style="red")
+            return 1
+    console.print(f"model      {exported.folder}", soft_wrap=True)
+    if not arguments.no_register:
+        made = export.register(candidate, exported, arguments.name, arguments.tracking_uri)
+        known = "" if made.is_new else " (registered before)"
+        console.print(f"registered {made.uri}, version {made.version}{known}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace, console: Console) -> int:
+    with console.status("comparing"):
+        from orpo_ray.compare import compare_runs
+
+        compared = compare_runs(
+            arguments.a,
+            arguments.b,
+            arguments.metric,
+            output_dir=arguments.output_dir,
+            tracking_uri=arguments.tracking_uri,
+            experiment=arguments.experiment,
+        )
+    if arguments.json:
+        print(compared.to_json())
+    elif arguments.format == "md":
+        print(compared.to_markdown(), end="")
+    else:
+        console.print(compared)
+        if compared.compare_page:
+            console.print(f"\nMLflow     {compared.compare_page}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _watch(arguments: argparse.Namespace, console: Console) -> int:
+    from orpo_ray import watch
+
+    with watch.opened(arguments.name, arguments.output_dir, arguments.address) as source:
+        if arguments.json:
+            print(watch.current(source).to_json())
+        elif arguments.once:
+            watch.once(source, console)
+        else:
+            watch.live(source, console)
     return 0
 
 

@@ -40,6 +40,7 @@ from orpo_ray.sections import (
 from orpo_ray.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform, grid_size
 
 __all__ = [
+    "MEANING_MOVED_BY",
     "METRIC_MODES",
     "AshaConfig",
     "BohbConfig",
@@ -82,7 +83,7 @@ METRIC_MODES: dict[str, Literal["max", "min"]] = {
 """Held-out metrics a sweep may rank trials by, and which direction is better."""
 
 _WHAT_AN_ANSWER_IS = frozenset({"loss.answer_padding", "loss.preset"})
-_MEANING_MOVED_BY: dict[str, frozenset[str]] = {
+MEANING_MOVED_BY: dict[str, frozenset[str]] = {
     "eval/loss": frozenset(f"loss.{setting}" for setting in LossConfig.model_fields),
     "eval/nll": frozenset({"loss.nll_scope", "loss.nll_reduction", "loss.nll_eos", "loss.preset"}),
     "eval/preference_accuracy": _WHAT_AN_ANSWER_IS,
@@ -174,9 +175,9 @@ class SweepConfig(Section):
         for axis in self.space.values():
             if isinstance(axis, Bundle):
                 swept.update(path for settings in axis.values.values() for path in settings)
-        moved = sorted(swept & _MEANING_MOVED_BY[self.metric])
+        moved = sorted(swept & MEANING_MOVED_BY[self.metric])
         if moved:
-            allowed = [m for m in METRIC_MODES if not swept & _MEANING_MOVED_BY[m]]
+            allowed = [m for m in METRIC_MODES if not swept & MEANING_MOVED_BY[m]]
             advice = f"use one of {', '.join(allowed)}"
             if not allowed:
                 of = "a preset's settings one by one" if "loss.preset" in moved else "fewer of these settings"

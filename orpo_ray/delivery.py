@@ -1,4 +1,4 @@
-"""Items sent in order from a thread of their own, and again where the receiver was away: nobody else waits for it."""
+"""Items sent in order from threads of their own, and again where the receiver was away: nobody else waits for it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Generic, TypeVar
 
 log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 30.0
-_MAX_ITEMS_PER_BATCH = 1000
+_MAX_ITEMS_PER_CALL = 200
 
 Item = TypeVar("Item")
 
@@ -30,42 +31,53 @@ def backoffs() -> Iterator[float]:
 
 
 class Delivery(Generic[Item]):
-    """Sends what is queued, batch by batch, in a thread that `start` begins and `close` ends.
+    """Sends what is queued in threads that `start` begins and `close` ends.
 
-    Within a batch, items of the same key go together and in order; those without a key (None) go last. While the
-    receiver is unreachable they wait in memory. What it refuses is logged and counted, and holds up nothing else.
+    Items of a key go in order, one call after another; different keys may go at the same time. Those without a key
+    (None) go one by one, when everything else is sent. While the receiver is unreachable they all wait in memory. What
+    it refuses is logged and counted, and holds up nothing else.
     """
 
-    def __init__(self, receiver: str, send: Callable[[str | None, list[Item]], None]) -> None:
+    def __init__(self, receiver: str, send: Callable[[str | None, list[Item]], None], senders: int = 1) -> None:
         """Nothing is sent before `start`.
 
         Args:
             receiver: its name, for messages.
             send: delivers items of one key; raises Unreachable to get the same items again later, and anything else
                 where they are refused.
+            senders: threads that call `send`, never two at once for the same key.
         """
         self._receiver, self._send = receiver, send
-        self._queue: deque[tuple[str | None, Item]] = deque()
-        self._in_flight = self._refused = 0
+        # Keys in the order of their oldest item.
+        self._queued: dict[str | None, deque[Item]] = {}
+        self._in_flight: dict[str | None, int] = {}
+        self._refused = 0
         self._changed = threading.Condition()
         self._closing = self._abandoned = False
-        self._thread = threading.Thread(target=self._run, name=f"{receiver} delivery", daemon=True)
+        self._waits: Iterator[float] | None = None  # while the receiver is unreachable
+        self._failed_at = self._again_at = 0.0
+        self._threads = [
+            threading.Thread(target=self._run, name=f"{receiver} delivery {number}", daemon=True)
+            for number in range(senders)
+        ]
 
     def start(self) -> None:
         """Begin to send."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def put(self, items: Iterable[tuple[str | None, Item]]) -> None:
         """Queue (key, item) pairs; returns at once."""
         with self._changed:
-            self._queue.extend(items)
+            for key, item in items:
+                self._queued.setdefault(key, deque()).append(item)
             self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> int:
         """Wait until everything queued is sent, at most `timeout_s`; returns how many items were not."""
         with self._changed:
-            self._changed.wait_for(lambda: not (self._queue or self._in_flight), timeout_s)
-            return self._refused + self._in_flight + len(self._queue)
+            self._changed.wait_for(lambda: not (self._queued or self._in_flight), timeout_s)
+            return self._refused + sum(self._in_flight.values()) + sum(map(len, self._queued.values()))
 
     def close(self, timeout_s: float) -> int:
         """`flush`, trying more often, then end: what is left is not sent any more."""
@@ -73,53 +85,76 @@ class Delivery(Generic[Item]):
             self._closing = True
             self._changed.notify_all()
         unsent = self.flush(timeout_s)
-        self._abandoned = True
-        self._thread.join(timeout=1.0)  # a daemon: a request that still hangs does not hold up the process
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
+        give_up = time.monotonic() + 1.0  # daemons: a request that still hangs does not hold up the process
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, give_up - time.monotonic()))
         return unsent
 
     def _run(self) -> None:
-        while not self._abandoned:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing)
-                if not self._queue:
-                    return
-                batch: dict[str | None, list[Item]] = {}
-                for _ in range(min(len(self._queue), _MAX_ITEMS_PER_BATCH)):
-                    key, item = self._queue.popleft()
-                    batch.setdefault(key, []).append(item)
-                if None in batch:
-                    batch[None] = batch.pop(None)
-                self._in_flight = sum(map(len, batch.values()))
-            self._send_batch(batch)
-            with self._changed:
-                self._changed.notify_all()
-
-    def _send_batch(self, batch: dict[str | None, list[Item]]) -> None:
-        waits: Iterator[float] | None = None  # while the receiver is unreachable
-        while batch and not self._abandoned:
-            key, items = next(iter(batch.items()))
+        while (taken := self._take()) is not None:
+            key, items = taken
+            began = time.monotonic()
+            refused = 0
             try:
                 self._send(key, items)
             except Unreachable as error:
-                if waits is None:
-                    log.warning(
-                        "%s cannot be reached, what is to be sent waits until it can: %s", self._receiver, error
-                    )
-                    waits = backoffs()
-                self._pause(next(waits))
+                self._put_back(key, items, began, error)
                 continue
             except Exception:  # this thread must outlive every answer the receiver can think of
                 log.exception("%s refused %d items of %s", self._receiver, len(items), key or "no key")
-                self._refused += len(items)
-            if waits is not None:
-                log.warning("%s is back", self._receiver)
-                waits = None
-            del batch[key]
-            self._in_flight -= len(items)
+                refused = len(items)
+            with self._changed:
+                self._refused += refused
+                del self._in_flight[key]
+                if self._waits is not None and began >= self._failed_at:
+                    log.warning("%s is back", self._receiver)
+                    self._waits = None
+                self._changed.notify_all()
 
-    def _pause(self, seconds: float) -> None:
-        """Wait; but who stands in `close` gets a try each second."""
+    def _take(self) -> tuple[str | None, list[Item]] | None:
+        """Wait for a key's items and take them; None when there is nothing more to do."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing, seconds)
-        if self._closing:
-            time.sleep(min(seconds, FIRST_BACKOFF_S))
+            while not self._abandoned:
+                pause = self._pause_s()
+                if pause <= 0:
+                    for key in self._ready():
+                        queue = self._queued.pop(key)
+                        items = list(islice(queue, 1 if key is None else _MAX_ITEMS_PER_CALL))
+                        if rest := deque(islice(queue, len(items), None)):
+                            self._queued[key] = rest  # behind the others
+                        self._in_flight[key] = len(items)
+                        return key, items
+                if self._closing and not self._queued and not self._in_flight:
+                    return None
+                self._changed.wait(pause if pause > 0 else None)
+            return None
+
+    def _ready(self) -> Iterator[str | None]:
+        """Keys whose turn it is, the one that has waited longest first."""
+        yield from (key for key in self._queued if key is not None and key not in self._in_flight)
+        if [*self._queued] == [None] and not self._in_flight:
+            yield None
+
+    def _pause_s(self) -> float:
+        """Seconds until the receiver is tried again; who stands in `close` gets a try each second."""
+        if self._waits is None:
+            return 0.0
+        again_at = min(self._again_at, self._failed_at + FIRST_BACKOFF_S) if self._closing else self._again_at
+        return again_at - time.monotonic()
+
+    def _put_back(self, key: str | None, items: list[Item], began: float, error: Unreachable) -> None:
+        with self._changed:
+            later = self._queued.pop(key, deque())
+            self._queued = {key: deque(items) + later} | self._queued
+            del self._in_flight[key]
+            is_first = self._waits is None
+            if self._waits is None:
+                log.warning("%s cannot be reached, what is to be sent waits until it can: %s", self._receiver, error)
+                self._waits = backoffs()
+            if is_first or began > self._failed_at:  # else it was under way with the one that failed first
+                self._failed_at = time.monotonic()
+                self._again_at = self._failed_at + next(self._waits)
+            self._changed.notify_all()

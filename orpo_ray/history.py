@@ -97,7 +97,7 @@ class History:
                 trial.metrics[event["step"]] = event["metrics"]
                 trial.seconds[event["step"]] = event.get("seconds", 0.0) - trial.seconds_taken_over
             case "paused":
-                trial.paused = True
+                trial.paused = not event.get("held", False)  # held: by an interrupted sweep, which goes on with it
             case "forked":
                 trial.params = event["params"]
                 donor = self.trials[event["donor"]]

@@ -239,6 +239,10 @@ class _Run:
             facts={
                 "model/parameters": parameters,
                 "model/trainable_parameters": trainable,
+                "data/train_pairs": len(train_pairs),
+                "data/train_digest": train_pairs.digest,
+                "data/eval_pairs": len(eval_pairs),
+                "data/eval_digest": eval_pairs.digest,
                 "forward/rows": "shared prompt" if form.shares_prompt else "padded",
                 "forward/logits": "in chunks" if form.chunks_head else "all at once",
                 "forward/products": name_of(products),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import yaml
 from rich.markup import escape
 from rich.table import Table
 
+from orpo_ray import provenance
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.frames import (
     SEED,
@@ -27,6 +30,11 @@ from orpo_ray.results import EVENTS_FILE, current, read_events
 from orpo_ray.space import describe
 from orpo_ray.verdict import bias_section, certainty_section, divergence_section, pareto_section
 from orpo_ray.winners import summarize_winners
+
+if TYPE_CHECKING:
+    from orpo_ray.page import Texts
+
+Format = Literal["html", "md", "png", "csv"]
 
 _STATUS_ORDER = ("finished", "unfinished", "stopped_early", "diverged", "failed")
 _SUMMARISED = ("eval/preference_accuracy", "eval/nll", "eval/log_odds", "eval/chosen_logp", "eval/rejected_logp")
@@ -69,12 +77,16 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def write_report(run_dir: str | Path, config: ExperimentConfig | None = None) -> list[Path]:
-    """Write `report.md`, its `plots/*.png` and, given the config, `best.yaml`: the best setting as a single run.
+def write_report(
+    run_dir: str | Path, config: ExperimentConfig | None = None, formats: Collection[Format] = ("html", "md")
+) -> list[Path]:
+    """Write a sweep's report, with `experiment.yaml` and, given the config, `best.yaml`: the best setting alone.
 
     Args:
         run_dir: of a sweep that has ended, or of one under way: then the page says what its journal tells so far.
         config: the experiment. Without it a `best.yaml` written earlier is kept and referred to.
+        formats: `html`: one page that needs nothing else; `md`: `report.md`, which shows `plots/*.png`; `png`: the
+            plots alone; `csv`: `trials.csv` and `evaluations.csv`.
 
     Returns:
         The files written.
@@ -82,7 +94,8 @@ def write_report(run_dir: str | Path, config: ExperimentConfig | None = None) ->
     Raises:
         FileNotFoundError: no sweep has run in run_dir.
     """
-    from orpo_ray import plots  # matplotlib takes its time to import, and a sweep imports this module at its start
+    # A sweep imports this module at its start, and plotly takes its time to import.
+    from orpo_ray.page import PROVENANCE_FILE, Texts, write_experiment, write_page
 
     run_dir = Path(run_dir)
     results = current(run_dir)
@@ -90,30 +103,61 @@ def write_report(run_dir: str | Path, config: ExperimentConfig | None = None) ->
         results["winners"] = summarize_winners(results, run_dir)
     events = read_events(run_dir / EVENTS_FILE)
     frame, curves = load_runs_frame(results), load_evaluations_frame(events)
-    pictures = plots.write_plots(run_dir / "plots", results, frame, curves)
-    best_file = run_dir / "best.yaml"
-    files = [run_dir / "report.md", *(path for path, _ in pictures)]
-    best = _best_trial(results)
+    best_file, best, written = run_dir / "best.yaml", _best_trial(results), []
+    if config is not None:
+        (run_dir / PROVENANCE_FILE).write_text(json.dumps(provenance.collect(), indent=2) + "\n", encoding="utf-8")
     if config is not None and best is not None:
         best_file.write_text(_best_yaml(config, best["params"]), encoding="utf-8")
-        files.append(best_file)
+        written.append(best_file)
+    if (experiment := write_experiment(run_dir)) is not None:
+        written.append(experiment)
+    texts = Texts(
+        unfinished=_unfinished_section(results),
+        answer=_best_section(results, best_file),
+        certainty=certainty_section(results, frame),
+        bias=bias_section(results["winners"]),
+        expectations=_expectations_section(results),
+        cost=_cost_section(results, events, config),
+        pareto=pareto_section(results["winners"]["pareto"]),
+        divergence=divergence_section(results["winners"]["divergence"]),
+        seeds=_seeds_section(results, frame, curves),
+    )
+    pages: list[Path] = []
+    if "html" in formats:
+        pages.append(write_page(run_dir, results, frame, curves, events, texts))
+    if "md" in formats or "png" in formats:
+        from orpo_ray.plots import write_plots  # matplotlib takes its time to import
+
+        pictures = write_plots(run_dir / "plots", results, frame, curves)
+        if "md" in formats:
+            pages.append(_write_markdown(run_dir, results, texts, pictures))
+        pages += [path for path, _ in pictures]
+    if "csv" in formats:
+        for name, table in (("trials.csv", frame), ("evaluations.csv", curves)):
+            table.to_csv(run_dir / name, index=False)
+            pages.append(run_dir / name)
+    return [*pages, *written]
+
+
+def _write_markdown(run_dir: Path, results: dict[str, Any], texts: Texts, pictures: list[tuple[Path, str]]) -> Path:
     sections = [
         f"# {results['name']}",
-        _unfinished_section(results),
-        _best_section(results, best_file),
-        certainty_section(results, frame),
-        bias_section(results["winners"]),
-        _expectations_section(results),
-        _cost_section(results, events, config),
-        pareto_section(results["winners"]["pareto"]),
-        divergence_section(results["winners"]["divergence"]),
+        texts.unfinished,
+        texts.answer,
+        texts.certainty,
+        texts.bias,
+        texts.expectations,
+        texts.cost,
+        texts.pareto,
+        texts.divergence,
         _trials_section(results),
-        _seeds_section(results, frame, curves),
+        texts.seeds,
         _ends_section(results),
         _plots_section(pictures, run_dir),
     ]
-    files[0].write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
-    return files
+    path = run_dir / "report.md"
+    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    return path
 
 
 # Sections of the page

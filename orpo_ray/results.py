@@ -15,6 +15,8 @@ EVENTS_FILE = "events.jsonl"
 RESULTS_FILE = "results.json"
 SWEEP_FILE = "sweep.json"
 """Id and config of the sweep, written before its first event."""
+LOCK_FILE = "sweep.lock"
+"""Held (flock) by the process that runs the sweep."""
 
 _NO_END = "did not finish"
 
@@ -162,7 +164,7 @@ def current(run_dir: str | Path) -> dict[str, Any]:
         FileNotFoundError: no sweep has run here.
     """
     run_dir = Path(run_dir)
-    if not _is_open(run_dir):
+    if not is_open(run_dir):
         return load_results(run_dir)
     # The dump, not an ExperimentConfig: to look at a sweep, its config need not be one that this version would run.
     config = json.loads((run_dir / SWEEP_FILE).read_text(encoding="utf-8"))["config"]
@@ -174,7 +176,7 @@ def current(run_dir: str | Path) -> dict[str, Any]:
     return results
 
 
-def _is_open(run_dir: Path) -> bool:
+def is_open(run_dir: Path) -> bool:
     """Whether a sweep has begun here, and has gone on since its results were written if they were."""
     results, journal = run_dir / RESULTS_FILE, run_dir / EVENTS_FILE
     if not (run_dir / SWEEP_FILE).is_file():

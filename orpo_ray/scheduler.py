@@ -93,6 +93,10 @@ class Conductor(FIFOScheduler):
         self._ready: dict[str, Trial] = {}
         """Trials that may start at any time: fresh ones, and those that a restart found in training."""
         self._events = events
+        self.unwanted: set[str] = set()
+        """Trials that the user has stopped. Another thread adds to it, once the broker knows."""
+        self.is_running = False
+        """Whether Tune's loop has begun."""
 
     def __reduce__(self) -> Any:
         # Tune pickles its settings at the start. Nothing is ever read from there.
@@ -190,6 +194,8 @@ class Conductor(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The next to take a free slot."""
+        self.is_running = True
+        self._end_unwanted(tune_controller)
         self._give_up_hopeless(tune_controller)
         if self._num_active() >= self._max_active:
             return None
@@ -240,6 +246,12 @@ class Conductor(FIFOScheduler):
         self._history.apply(event | {"steps": step, "train_seconds": seconds})
         self._ready.pop(trial.trial_id, None)
         self._live.pop(trial.trial_id, None)
+
+    def _end_unwanted(self, controller: Any) -> None:
+        """Those that train hear of their end from the broker; those that wait would be chosen once more before."""
+        for trial_id in list(self.unwanted):
+            if (trial := self._live.get(trial_id)) is not None and trial.status == Trial.PAUSED:
+                controller.stop_trial(trial)
 
     def _give_up_hopeless(self, controller: Any) -> None:
         for rule in self._rules.values():
@@ -609,6 +621,16 @@ class _Population:
     def on_trial_add(self, controller: Any, trial: Trial) -> None:
         super().on_trial_add(controller, trial)  # type: ignore[misc]
         self._remember(trial)
+
+    def choose_trial_to_run(self, controller: Any) -> Trial | None:
+        """Whoever is behind the next exchange. The last to come holds it; if that one has ended, there is none."""
+        live = controller.get_live_trials()
+        if live and all(t.status == Trial.PAUSED for t in live):
+            behind = min(self._trial_state[t].last_train_time for t in live)  # type: ignore[attr-defined]
+            while behind >= self._next_perturbation_sync:
+                self._next_perturbation_sync += self._perturbation_interval  # type: ignore[attr-defined]
+        chosen: Trial | None = super().choose_trial_to_run(controller)  # type: ignore[misc]
+        return chosen
 
     def _remember(self, trial: Trial) -> None:
         """The state that a trial of a continued sweep had."""

@@ -341,6 +341,9 @@ class TrackingConfig(Section):
     """MLflow tracking URI; by default MLFLOW_TRACKING_URI, else a SQLite file in `output_dir`."""
     experiment: str = Field("orpo-ray", min_length=1)
     """MLflow experiment name."""
+    system_metrics: bool = True
+    """Log CPU, memory, disk, network and GPU use of every node to the sweep's run, every 10 s, or as often as
+    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says."""
 
 
 class FifoConfig(Section):

@@ -18,7 +18,7 @@ import ray
 from filelock import FileLock, Timeout
 from ray import tune
 
-from orpo_ray import broker, provenance, report, results, sources, warm_start, winners
+from orpo_ray import broker, control, provenance, report, results, sources, warm_start, winners
 from orpo_ray.config import AshaConfig, ExperimentConfig, SweepConfig
 from orpo_ray.cost import CostModel
 from orpo_ray.driver import StopAtBroker, TrialDriver
@@ -29,6 +29,7 @@ from orpo_ray.memory import architecture_of
 from orpo_ray.progress import SweepProgress
 from orpo_ray.proposals import CONFIRMATIONS, Proposals
 from orpo_ray.scheduler import Conductor, Proposer
+from orpo_ray.system_metrics import ClusterMonitor
 from orpo_ray.tracking import SweepTracker
 from orpo_ray.trainer import GroupManager, Resources, fits, most_groups
 from orpo_ray.warm_start import WarmStart
@@ -70,7 +71,8 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
     config, sweep = config.as_sweep()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(config.run_dir / "sweep.lock", timeout=0):
+        # Not at once: `orpo-ray watch` holds it for a moment to see whether a sweep does.
+        with FileLock(config.run_dir / results.LOCK_FILE, timeout=0.2):
             return _run(config, sweep, progress)
     except Timeout:
         raise SweepError(
@@ -79,6 +81,7 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
 
 
 def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress) -> Outcome:
+    inbox = control.Inbox(config.run_dir)
     sweep_id = _claim_run_dir(config)
     config = fitted(config)
     config, sweep = config.as_sweep()
@@ -105,17 +108,19 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress) 
     known = warm_start.load(config, tracker.uri, tracker.parent_id) if sweep.warm_start else None
     if known is not None:
         progress.console.print(known.message, markup=False, highlight=False)
-    follower = _Follower(handle, manager, tracker, progress)
+    monitor = ClusterMonitor() if config.tracking.system_metrics else None
+    follower = _Follower(handle, manager, tracker, progress, monitor)
     follower.start()
     complete = False
     try:
         slots = min(most_groups(list(resources.values()), nodes), sweep.max_concurrent or 10**6)
         lanes = {bundle: request.lane for bundle, request in resources.items()}
         conductor = _conductor(config, sweep, handle, slots, len(set(lanes.values())), known)
+        follower.listen(inbox, conductor)
         complete = _fit(config, conductor, broker_name, lanes)
     finally:
         # Interrupted trials are left as they are: their checkpoints are what the next run starts from.
-        follower.stop(timeout_s=30 if complete else 0)
+        follower.stop(timeout_s=30 if complete or follower.asked_to_stop else 0)
     tracker.flush()  # runs of the last trials get their ids
     events = results.read_events(config.run_dir / results.EVENTS_FILE)
     summary = results.summarize(config.name, sweep.metric, sweep.mode, events, tracker.run_ids)
@@ -125,6 +130,7 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress) 
     if (winner := summary["winners"]["best"]) is not None:
         # Where finalists were confirmed, the best score of the search need not be the best setting's.
         summary["best"] = next(t for t in summary["trials"] if t["trial_id"] == winner["trial_id"])
+    summary["interrupted"] = not complete
     results.write_results(config.run_dir / results.RESULTS_FILE, summary)
     files = report.write_report(config.run_dir, config)
     tracker.attach([config.run_dir / results.RESULTS_FILE, *files])
@@ -148,22 +154,59 @@ def group_resources(config: ExperimentConfig, sweep: SweepConfig, has_gpus: bool
 
 
 class _Follower(threading.Thread):
-    """Moves events from the broker to MLflow and the terminal, and lets the group manager look around."""
+    """Moves events from the broker, and how busy the nodes are, to MLflow and the terminal; lets the group manager
+    look around."""
 
-    def __init__(self, handle: Any, manager: GroupManager, tracker: SweepTracker, progress: SweepProgress) -> None:
+    def __init__(
+        self,
+        handle: Any,
+        manager: GroupManager,
+        tracker: SweepTracker,
+        progress: SweepProgress,
+        monitor: ClusterMonitor | None,
+    ) -> None:
         super().__init__(name="follower", daemon=True)
+        self._monitor = monitor
         self._broker, self._manager, self._tracker, self._progress = handle, manager, tracker, progress
         self._stopping = threading.Event()
         self._error: BaseException | None = None
+        self._inbox: control.Inbox | None = None
+        self._conductor: Conductor | None = None
+        self.asked_to_stop = False
+        """The user wants the sweep interrupted."""
+        self._is_interrupted = False
+
+    def listen(self, inbox: control.Inbox, conductor: Conductor) -> None:
+        """From now on, do what the user asks for."""
+        self._conductor, self._inbox = conductor, inbox
 
     def run(self) -> None:
         try:
             while not self._stopping.wait(_TICK_S):
                 self._manager.tick()
                 self._move_events()
+                if self._monitor is not None and (sample := self._monitor.tick()):
+                    self._tracker.handle_system(sample)
+                if self._inbox is not None and self._conductor is not None:
+                    self._obey(self._inbox, self._conductor)
         except BaseException as error:
             self._error = error
             _thread.interrupt_main()  # else Tune would wait for ever for groups that nobody starts; `stop` tells why
+
+    def _obey(self, inbox: control.Inbox, conductor: Conductor) -> None:
+        for request in inbox.new():
+            if request.trial_id is None:
+                self.asked_to_stop = True
+                ray.get(self._broker.hold.remote())
+            else:
+                ray.get(self._broker.stop.remote(request.trial_id, request.reason))
+                conductor.unwanted.add(request.trial_id)
+        # Before its loop has begun, Tune would not catch the interrupt.
+        if self.asked_to_stop and conductor.is_running and not self._is_interrupted:
+            load: broker.Load = ray.get(self._broker.load.remote())
+            if not load.busy:
+                self._is_interrupted = True
+                _thread.interrupt_main()
 
     def stop(self, timeout_s: float) -> None:
         """Give the groups so long to end, move what is left.
@@ -285,6 +328,8 @@ def _comparable(tree: dict[str, Any]) -> dict[str, Any]:
     """Without what may change between two runs of the same sweep: where it runs, not what it does."""
     tree = json.loads(json.dumps(tree))
     tree.pop("output_dir")
+    tree["tracking"].pop("system_metrics", None)
+    tree.pop("generation", None)  # only shown; and of a sweep from before there was any
     for name in ("max_concurrent", "max_failures"):
         tree["sweep"].pop(name)
     return tree

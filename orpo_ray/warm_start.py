@@ -20,7 +20,7 @@ from orpo_ray.tracking import as_text, settings_of
 WARM_START_FILE = "warm_start.json"
 """What was found when the sweep began; it stays what the sweep started from."""
 
-_SPEED_ONLY = (
+SPEED_ONLY = (
     "scaling.",
     "deepspeed.",
     "data.cache_dir",
@@ -120,7 +120,7 @@ def _params_of(run: Run, config: ExperimentConfig, sweep: SweepConfig) -> tuple[
     ours = {path: as_text(value) for path, value in settings_of(config.trial(params)).items()}
     moved = {path for name in params for path in config.settings({name: params[name]})}
     for path, text in ours.items():
-        if path not in moved and not path.startswith(_SPEED_ONLY) and theirs.get(path) != text:
+        if path not in moved and not path.startswith(SPEED_ONLY) and theirs.get(path) != text:
             differs.append(path)
     return (None if differs else params), differs
 
@@ -129,7 +129,7 @@ def _value_on(axis: Axis, name: str, theirs: dict[str, str]) -> Any:
     match axis:
         case Bundle():
             for label, settings in axis.values.items():
-                numbers = {p: v for p, v in settings.items() if not p.startswith(_SPEED_ONLY)}
+                numbers = {p: v for p, v in settings.items() if not p.startswith(SPEED_ONLY)}
                 if all(theirs.get(path) == as_text(value) for path, value in numbers.items()):
                     return label
         case Grid() | Choice():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orpo_ray.broker import Assignment, Broker
+from orpo_ray.history import History
 from orpo_ray.results import read_events
 
 LANE = "1x1cpu0gpu"
@@ -325,3 +326,33 @@ def test_the_first_end_counts(tmp_path: Path, status: str) -> None:
 
     asyncio.run(scenario())
     assert events(tmp_path).count(("finished", "a")) == 1
+
+
+def test_a_held_sweep_lets_the_scheduler_decide_and_pauses_what_would_go_on(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = Broker(str(tmp_path), max_failures=2)
+        await submit(broker, "a", "b", "c")
+        first, second = await group(broker, "g1"), await group(broker, "g2")
+        await take(broker, first)
+        await take(broker, second)
+        await broker.hold()
+        assert await broker.take(await group(broker, "g3"), 0.01) == "wait", "c is not handed out"
+        evaluations = [asyncio.create_task(broker.evaluated(t, 0, 10, {}, "c10", 1.0)) for t in "ab"]
+        await asyncio.sleep(0)
+        await broker.next_result("a", "driver a")
+        going_on = asyncio.create_task(broker.next_result("a", "driver a"))
+        await broker.pause("b")  # at a rung
+        assert await asyncio.gather(*evaluations) == ["pause", "pause"]
+        for trial_id in "ab":
+            await broker.finished(trial_id, 0, "paused", 10, {}, "c10", 1.0, None)
+        load = await broker.load()
+        assert (load.queued, load.busy) == ({}, {}), "nothing is left to do"
+        await broker.stop("c", "stopped by the user")
+        assert (await broker.next_result("c", "driver c"))["error"] == "stopped by the user"
+        going_on.cancel()
+
+    asyncio.run(scenario())
+    paused = {e["trial_id"]: e["held"] for e in read_events(tmp_path / "events.jsonl") if e["event"] == "paused"}
+    assert paused == {"a": True, "b": False}
+    history = History(read_events(tmp_path / "events.jsonl"))
+    assert {t.trial_id: t.paused for t in history.trials.values()} == {"a": False, "b": True, "c": False}

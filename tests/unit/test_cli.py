@@ -39,7 +39,7 @@ def test_mistakes_are_told_without_a_traceback() -> None:
     assert "train.global_batch_size: Input should be greater than or equal to 1 (got 0)" in output
     assert "Traceback" not in output
     assert "no such file" in orpo_ray("plan", "nowhere.yaml", code=2)
-    assert "no sweep has run here" in orpo_ray("report", "nowhere", code=2)
+    assert "no sweep 'nowhere'" in orpo_ray("report", "nowhere", code=2)
 
 
 def test_plan_lists_trials_sizes_and_what_does_not_fit() -> None:

@@ -49,6 +49,57 @@ def test_items_of_a_key_go_together_in_order_and_those_without_one_last():
     assert receiver.got[3:] == [("b", [4])]
 
 
+def test_keys_go_at_once_each_in_order_and_what_has_none_when_all_is_sent(monkeypatch):
+    monkeypatch.setattr(delivery, "_MAX_ITEMS_PER_CALL", 1)
+    got, together, most = [], set(), 0
+    lock, both = threading.Lock(), threading.Barrier(2)
+
+    def send(key, items):
+        nonlocal most
+        with lock:
+            assert key not in together, "two calls for a key at once"
+            together.add(key)
+            most = max(most, len(together))
+        if items == [0]:
+            both.wait(5)  # neither gets here unless the other does meanwhile
+        with lock:
+            got.extend((key, item) for item in items)
+            together.discard(key)
+
+    sending = Delivery("the server", send, senders=4)
+    sending.put([(None, "first"), (None, "second")])
+    sending.put([("a", 0), ("b", 0)])
+    for item in range(1, 50):
+        sending.put([("a", item), ("b", item)])
+    sending.start()
+    assert sending.close(5) == 0
+    assert most == 2
+    for key in ("a", "b"):
+        assert [item for k, item in got if k == key] == [*range(50)]
+    assert got[-2:] == [(None, "first"), (None, "second")]
+
+
+def test_many_who_find_it_away_at_once_are_one_failure(monkeypatch, caplog):
+    monkeypatch.setattr(delivery, "FIRST_BACKOFF_S", 0.2)
+    away, calls = threading.Event(), []
+
+    def send(key, items):
+        calls.append(key)
+        if not away.is_set():
+            time.sleep(0.05)
+            raise Unreachable("no answer")
+
+    sending = Delivery("the server", send, senders=4)
+    sending.put((key, 1) for key in "abcd")
+    sending.start()
+    time.sleep(0.15)
+    away.set()
+    assert sending.flush(0.5) == 0, "four failures must not quadruple the wait"
+    assert sending.close(1) == 0
+    assert sorted(calls) == sorted("abcd" * 2)
+    assert caplog.text.count("cannot be reached") == caplog.text.count("is back") == 1
+
+
 def test_who_is_away_gets_everything_later_once_and_in_order(caplog):
     receiver = Receiver(away=3)
     sending = delivery_to(receiver)

@@ -79,3 +79,25 @@ def test_evaluations_between_exchanges_are_noted(population: tuple[Any, dict[str
     decision = rule.on_trial_result(None, members["a"], {"step": 4, "eval/nll": 6.3})
     assert decision == "CONTINUE"
     assert rule.data[["Trial", "Time", "Reward"]].values.tolist() == [["a", 4, -6.3]]
+
+
+@pytest.mark.parametrize("kind", ["pbt", "pb2"])
+def test_those_who_wait_go_on_when_the_last_to_come_has_ended(
+    population: tuple[Any, dict[str, Member]], kind: str
+) -> None:
+    rule, members = population
+    if kind == "pbt":
+        sweep = configs.SweepConfig(
+            metric="eval/nll",
+            num_samples=4,
+            scheduler={"type": "pbt", "interval_steps": 8},
+            space={"optim.lr": {"type": "loguniform", "low": 1.0e-4, "high": 1.0e-2}},
+        )
+        rule = scheduler._Pbt(sweep.scheduler, sweep, lambda trial, donor: None, {})
+    waiting = [members[name] for name in "abc"]  # d was the last, and has been stopped
+    for member in waiting:
+        member.status = "PAUSED"  # type: ignore[attr-defined]
+        rule._trial_state[member] = SimpleNamespace(last_train_time=8, last_perturbation_time=0)
+    controller = SimpleNamespace(get_trials=lambda: waiting, get_live_trials=lambda: set(waiting))
+    assert rule.choose_trial_to_run(controller) in waiting
+    assert rule._next_perturbation_sync == 16

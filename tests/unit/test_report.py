@@ -175,7 +175,7 @@ def test_a_report_of_a_whole_sweep(tmp_path):
     files = write_report(run_dir, config)
     names = [file.relative_to(run_dir).as_posix() for file in files]
     plots = [f"plots/{name}.png" for name in ("metric_by_lr", "metric_by_lambda", "pareto", "divergence", "curves")]
-    assert names == ["report.md", *plots, "best.yaml"]
+    assert names == ["report.html", "report.md", *plots, "best.yaml"]
     for plot in plots:
         assert (run_dir / plot).read_bytes().startswith(b"\x89PNG")
         assert (run_dir / plot).stat().st_size > 20_000
@@ -219,7 +219,7 @@ def test_the_best_setting_is_a_file_that_runs(tmp_path):
 def test_a_single_run_has_curves_and_no_comparison(tmp_path):
     run_dir = run_dir_of(tmp_path, [({}, "", "finished")])
     files = write_report(run_dir, sweep_config(None).as_sweep()[0])
-    assert [file.name for file in files] == ["report.md", "curves.png", "best.yaml"]
+    assert [file.name for file in files] == ["report.html", "report.md", "curves.png", "best.yaml"]
     page = (run_dir / "report.md").read_text()
     assert "**Result.** `eval/preference_accuracy` = 0.6314" in page
     assert "1 trial: 1 finished." in page
@@ -477,7 +477,7 @@ def test_a_report_of_a_sweep_under_way(tmp_path, capsys, monkeypatch):
 
 def test_a_report_of_a_sweep_that_has_only_begun(tmp_path):
     under_way(tmp_path, [])
-    assert [file.name for file in write_report(tmp_path)] == ["report.md"]
+    assert [file.name for file in write_report(tmp_path)] == ["report.html", "report.md", "experiment.yaml"]
     page = (tmp_path / "report.md").read_text()
     assert "0 of 0 trials submitted so far have not ended" in page
     assert "- 0 trials.\n" in page

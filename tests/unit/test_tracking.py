@@ -1,5 +1,6 @@
 """Real MLflow throughout: SQLite, and a server that is killed and started again."""
 
+import json
 import math
 import os
 import signal
@@ -9,10 +10,12 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from orpo_ray import config as configuration
 from orpo_ray import delivery, tracking
@@ -80,7 +83,13 @@ def event(kind, trial_id, at, **details):
 def life(trial_id, status="finished", error=None, lam=0.1, steps=20):
     """A trial's events: two logs and an evaluation per ten steps."""
     params = {"loss.orpo_lambda": lam, "optim.lr": 8.0e-4, "size": "8m"}
-    facts = {"model/parameters": 8_000_000.0, "forward/rows": "padded", "forward/fallback": "it does attention itself"}
+    facts = {"model/parameters": 8_000_000, "forward/rows": "padded", "forward/fallback": "it does attention itself"}
+    facts |= {
+        "data/train_pairs": 90,
+        "data/train_digest": "a" * 64,
+        "data/eval_pairs": 10,
+        "data/eval_digest": "b" * 64,
+    }
     events = [
         event("submitted", trial_id, 0, params=params, bundle="8m"),
         event("started", trial_id, 1, attempt=0, group="8m-0", step=0, max_steps=20, facts=facts),
@@ -152,7 +161,8 @@ def test_a_sweep_becomes_a_parent_run_with_a_child_per_trial(output_dir):
     assert run.data.params["forward.rows"] == "padded"
     assert run.data.tags["orpo_ray.fallback"] == "it does attention itself"
     expected = {"loss.orpo_lambda": "0.1", "optim.lr": "0.0008", "size": "8m", "model.path": "tiny-llama-8m"}
-    expected |= {"deepspeed.zero_stage": "1", "model.parameters": "8000000.0", "train.epochs": "null"}
+    expected |= {"deepspeed.zero_stage": "1", "model.parameters": "8000000", "train.epochs": "null"}
+    expected |= {"axes.loss.orpo_lambda": "0.1", "axes.optim.lr": "0.0008", "axes.size": "8m"}
     assert expected.items() <= run.data.params.items()
     assert (run.info.start_time, run.info.end_time) == (1_700_000_000_000, 1_700_000_001_000)
     assert points(client, run.info.run_id, METRIC) == [(10, 101, 0.25), (20, 201, 0.5)]
@@ -161,7 +171,32 @@ def test_a_sweep_becomes_a_parent_run_with_a_child_per_trial(output_dir):
     expected_final = {"final/nll": 2.0, "final/preference_accuracy": 0.5}
     assert final == expected_final | {"final/steps": 20.0, "final/train_seconds": 3.5}
 
+    for described in (parent, run):
+        inputs = [(i.dataset, i.tags[0].key, i.tags[0].value) for i in described.inputs.dataset_inputs]
+        assert [(d.name, d.digest, d.profile, *tag) for d, *tag in inputs] == [
+            ("builtin://style-pairs", "a" * 32, '{"num_rows": 90}', "mlflow.data.context", "training"),
+            ("builtin://style-pairs", "b" * 32, '{"num_rows": 10}', "mlflow.data.context", "evaluation"),
+        ]
+    assert run.data.tags["orpo_ray.checkpoint"] == "/c/20"
+    (model,) = client.search_logged_models([run.info.experiment_id])  # only of the one that finished
+    assert (model.source_run_id, model.name, model.status) == (run.info.run_id, "toy-t0", "READY")
+    assert model.tags["orpo_ray.checkpoint"] == "/c/20"
+    assert model.tags["mlflow.model.isExternal"] == "true"
+    assert model.params["optim.lr"] == "0.0008"
+    assert {m.key: m.value for m in model.metrics}["final/preference_accuracy"] == 0.5
+    assert "**Finished** after 20 steps, 3.5 s." in run.data.tags["mlflow.note.content"]
+    link = f"#/experiments/{run.info.experiment_id}/runs"
+    assert f"[toy]({link}/{parent_id})" in run.data.tags["mlflow.note.content"]
+    command = "orpo-ray train x.yaml tracking.uri=http://host name=toy-t0"
+    assert command in run.data.tags["mlflow.note.content"]
+    assert f"({link}/{run.info.run_id})" in parent.data.tags["mlflow.note.content"]
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "final/preference_accuracy"
+    assert experiment.tags["mlflow.experiment.primaryMetric.greaterIsBetter"] == "True"
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
     ends = {t: client.get_run(tracker.run_ids[t]) for t in ("t0", "t1", "t2", "t3")}
+    assert "Not ended" not in "".join(r.data.tags["mlflow.note.content"] for r in ends.values())
     assert [r.info.status for r in ends.values()] == ["FINISHED", "KILLED", "FAILED", "FAILED"]
     assert [r.data.tags["orpo_ray.status"] for r in ends.values()] == [
         "finished",
@@ -229,6 +264,128 @@ def test_after_a_restart_only_what_is_new_is_sent(output_dir):
     second.close(summary(moved, second), interrupted=True)
     found = points(MlflowClient(second.uri), second.run_ids["t0"], "train/loss")
     assert [at for _, at, _ in found] == [50, 100, 150, 200]
+
+
+def generated(config, trial_id):
+    """The file in which the trial's worker keeps what its model answered."""
+    rows = [{"step": step, "pair_id": "p:1", "prompt": "Hi?", "generated": f"é{step}"} for step in (10, 20)]
+    folder = config.run_dir / "trials" / trial_id
+    folder.mkdir(parents=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (folder / "generations.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+
+
+def test_what_models_answered_is_a_table_once(output_dir):
+    config = sweep_config(output_dir)
+    table = generated(config, "t0")
+    uploads = []
+
+    class Counts(MlflowClient):
+        def log_text(self, run_id, text, artifact_file):
+            uploads.append(artifact_file)
+            super().log_text(run_id, text, artifact_file)
+
+    for _ in range(2):
+        tracker = SweepTracker(config, "sweep-1", PROVENANCE)
+        tracker.start()
+        tracker._client = Counts(tracker.uri)
+        tracker.handle([*life("t0"), *life("t1")])  # t1 left no such file
+        assert tracker.flush() == 0
+        tracker.close(summary([*life("t0"), *life("t1")], tracker))
+    assert uploads == ["generations.json"]
+    client = MlflowClient(tracker.uri)
+    written = client.download_artifacts(tracker.run_ids["t0"], "generations.json", str(output_dir))
+    assert json.loads(Path(written).read_text(encoding="utf-8")) == table
+    tags = [client.get_run(tracker.run_ids[t]).data.tags for t in ("t0", "t1")]
+    assert json.loads(tags[0]["mlflow.loggedArtifacts"]) == [{"path": "generations.json", "type": "table"}]
+    assert "mlflow.loggedArtifacts" not in tags[1]
+    assert len(client.search_logged_models([client.get_run(tracker.parent_id).info.experiment_id])) == 2
+
+
+def test_a_store_of_artifacts_that_fails_leaves_the_run_complete_and_is_tried_again(output_dir):
+    config = sweep_config(output_dir)
+    generated(config, "t0")
+
+    class NoArtifacts(MlflowClient):
+        def log_text(self, *args):
+            raise ValueError("no credentials")
+
+    tracker = SweepTracker(config, "sweep-1", PROVENANCE)
+    tracker.start()
+    tracker._client = NoArtifacts(tracker.uri)
+    tracker.handle(life("t0"))
+    assert tracker.flush() > 0
+    client = MlflowClient(tracker.uri)
+    assert client.get_run(tracker.run_ids["t0"]).info.status == "FINISHED"
+    assert points(client, tracker.run_ids["t0"], METRIC) == [(10, 101, 0.25), (20, 201, 0.5)]
+    tracker.close(summary(life("t0"), tracker))
+    again = SweepTracker(config, "sweep-1", PROVENANCE)
+    again.start()
+    again.handle(life("t0"))
+    assert again.close(summary(life("t0"), again)) == 0
+    assert [f.path for f in client.list_artifacts(again.run_ids["t0"])] == ["generations.json"]
+
+
+def test_a_model_is_made_once_though_its_answer_is_lost(output_dir, monkeypatch):
+    monkeypatch.setattr(delivery, "FIRST_BACKOFF_S", 0.1)
+
+    class LosesAnswer(MlflowClient):
+        lost = False
+
+        def finalize_logged_model(self, *args):
+            super().finalize_logged_model(*args)
+            if not self.lost:
+                self.lost = True
+                raise MlflowException("connection reset by peer")
+
+    tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
+    tracker.start()
+    tracker._client = LosesAnswer(tracker.uri)
+    tracker.handle(life("t0"))
+    assert tracker.close(summary(life("t0"), tracker)) == 0
+    client = MlflowClient(tracker.uri)
+    (model,) = client.search_logged_models([client.get_run(tracker.parent_id).info.experiment_id])
+    assert {m.key: m.value for m in model.metrics}["final/nll"] == 2.0
+
+
+def test_metrics_of_the_nodes_go_on_where_they_ended(output_dir):
+    for _ in range(2):
+        tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
+        parent_id = tracker.start()
+        for cpu in (10.0, 20.0):
+            tracker.handle_system({"system/node_0/cpu_utilization_percentage": cpu})
+        assert tracker.close(summary([], tracker)) == 0
+    found = MlflowClient(tracker.uri).get_metric_history(parent_id, "system/node_0/cpu_utilization_percentage")
+    assert [(m.step, m.value) for m in found] == [(1, 10.0), (2, 20.0), (3, 10.0), (4, 20.0)]
+
+
+def test_sources_of_data_are_of_the_kinds_that_mlflow_reads(output_dir):
+    import mlflow.data
+
+    facts = life("t0")[1]["facts"]
+    for path, kind in (
+        ("builtin://style-pairs", "code"),
+        ("/data/pairs.jsonl.gz", "local"),
+        ("trl-lib/ultrafeedback", "hugging_face"),
+    ):
+        data = sweep_config(output_dir).data.model_copy(update={"path": path})
+        training, evaluation = (i.dataset for i in tracking._datasets(data, facts))
+        assert mlflow.data.get_source(training)._get_source_type() == kind
+        assert training.name == ("pairs.jsonl.gz" if kind == "local" else path)
+        assert (training.digest, evaluation.digest) == ("a" * 32, "b" * 32)
+
+
+def test_who_may_not_write_is_told_at_once(output_dir, monkeypatch):
+    class Refuses(MlflowClient):
+        def get_experiment_by_name(self, name):
+            raise MlflowException("no", error_code=PERMISSION_DENIED)
+
+    monkeypatch.setattr(tracking, "MlflowClient", Refuses)
+    began = time.monotonic()
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_PASSWORD"):
+        SweepTracker(sweep_config(output_dir), "s", PROVENANCE).start()
+    assert time.monotonic() - began < 3
 
 
 def test_nan_is_logged_and_null_is_nan(output_dir):

@@ -1,0 +1,64 @@
+"""Requests to a running sweep."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from orpo_ray import control
+
+
+def test_a_request_reaches_the_sweep_once(tmp_path: Path) -> None:
+    inbox = control.Inbox(tmp_path)
+    assert inbox.new() == []
+    first = control.request(tmp_path, "stop_trial", "00001")
+    second = control.request(tmp_path, "stop_sweep")
+    assert inbox.new() == [first, second]
+    assert inbox.new() == []
+    assert control.asked_so_far(tmp_path) == [first, second]
+
+
+def test_of_an_earlier_run_only_the_stopped_trials_are_heard(tmp_path: Path) -> None:
+    trial = control.request(tmp_path, "stop_trial", "00001")
+    control.request(tmp_path, "stop_sweep")
+    inbox = control.Inbox(tmp_path)
+    later = control.request(tmp_path, "stop_sweep")
+    assert inbox.new() == [trial, later]
+
+
+def test_what_is_no_request_is_logged_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inbox = control.Inbox(tmp_path)
+    (tmp_path / "requests.jsonl").write_text(
+        '{"what": "dance", "time": 1}\nnonsense\n\n[1]\n{"what": "stop_trial"', "utf-8"
+    )
+    with caplog.at_level(logging.WARNING):
+        assert inbox.new() == []
+    assert len(caplog.records) == 3
+    assert "stop_trial or stop_sweep" in caplog.text
+    asked = control.request(tmp_path, "stop_trial", "00002")
+    assert inbox.new() == [asked], "behind a line that its writer left half done"
+    assert control.asked_so_far(tmp_path) == [asked]
+
+
+def test_a_line_being_written_is_waited_for(tmp_path: Path) -> None:
+    inbox, file = control.Inbox(tmp_path), tmp_path / "requests.jsonl"
+    file.write_text('{"what": "stop_sweep", ', "utf-8")
+    assert inbox.new() == []
+    with file.open("a", encoding="utf-8") as out:
+        out.write('"time": 5}\n')
+    assert inbox.new() == [control.Request("stop_sweep", None, 5)]
+
+
+def test_the_reason_says_who_and_when() -> None:
+    assert control.Request("stop_trial", "a", 1_700_000_000_000).reason == (
+        "stopped by the user at 2023-11-14 22:13:20 UTC"
+    )
+
+
+@pytest.mark.parametrize(("what", "trial_id"), [("stop_trial", None), ("stop_sweep", "00001")])
+def test_a_request_that_makes_no_sense_is_refused(tmp_path: Path, what: control.What, trial_id: str | None) -> None:
+    with pytest.raises(ValueError, match="stop_trial names a trial, stop_sweep names none"):
+        control.request(tmp_path, what, trial_id)
+    assert not (tmp_path / "requests.jsonl").exists()
