@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-fast check format golden bench lock clean help
+.PHONY: quickstart test test-fast check format golden bench screenshots lock clean help
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ bench: $(STAMP) ## Speed and memory against TRL, Liger, LLaMA-Factory's loss (ho
 	$(BIN)/python -m benchmarks.limit --precision bf16
 	$(BIN)/python -m benchmarks.search_quality
 	$(BIN)/python -m benchmarks.report
+
+screenshots: $(STAMP) ## Pictures of the README from a finished quickstart (needs chromium and chromium-driver)
+	$(BIN)/python -m docs.make_screenshots runs/quickstart
 
 lock: $(STAMP) ## Write constraints.txt from what is installed
 	{ echo "# The versions everything here was tested with. Made by: make lock"; \

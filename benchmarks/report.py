@@ -60,6 +60,7 @@ def render(text: str, results: Path, folder: Path) -> str:
         "search-quality": search_quality_part,
         "sweep-overhead": sweep_overhead_part,
         "sweep-scale": sweep_scale_part,
+        "mlflow-delivery": mlflow_delivery_part,
     }
 
     def made(match: re.Match[str]) -> str:
@@ -195,6 +196,25 @@ def sweep_scale_part(sections: dict[str, Any], folder: Path, device: str) -> str
         cpu = ", ".join(f"{kind} {seconds:.3f}" for kind, seconds in content["head_cpu_seconds_per_trial"].items())
         lines += [f"{about(content)}", "", *markdown(header, rows), ""]
         lines += [f"CPU seconds per trial on the head: {cpu}. Journal: {content['journal_bytes_per_trial']:.0f} bytes."]
+    return "\n".join(lines)
+
+
+def mlflow_delivery_part(sections: dict[str, Any], folder: Path, device: str) -> str:
+    """Points a second, by store."""
+    lines = []
+    for content in sections.values():
+        rows = [
+            (
+                row["store"],
+                f"{row['points']:,}",
+                f"{row['found']:,}",
+                f"{row['seconds']:.1f}",
+                f"{row['points'] / row['seconds']:,.0f}",
+            )
+            for row in content["rows"]
+        ]
+        header = ["store", "points", "found", "seconds", "points a second"]
+        lines += [about(content), "", *markdown(header, rows)]
     return "\n".join(lines)
 
 

@@ -31,13 +31,16 @@ def main() -> None:
         "run_dir", type=Path, help="of a finished sweep whose MLflow runs are in <output_dir>/mlflow.db"
     )
     run_dir = parser.parse_args().run_dir.absolute()
-    report = (run_dir / "report.html").as_uri()
-    for name, width, height, dark in (("report", 1280, 1000, False), ("report_phone", 390, 844, True)):
-        with chromium(width, height, dark=dark) as driver:
-            driver.get(report)
-            time.sleep(_SETTLE_S)
-            driver.save_screenshot(str(HERE / f"{name}.png"))
     with tempfile.TemporaryDirectory() as folder:
+        # The pictures are of no particular machine: its folders are left out.
+        page = (run_dir / "report.html").read_text(encoding="utf-8")
+        report = Path(folder) / "report.html"
+        report.write_text(page.replace(f"{run_dir.parent.parent}/", ""), encoding="utf-8")
+        for name, width, height, dark in (("report", 1280, 1000, False), ("report_phone", 390, 844, True)):
+            with chromium(width, height, dark=dark) as driver:
+                driver.get(report.as_uri())
+                time.sleep(_SETTLE_S)
+                driver.save_screenshot(str(HERE / f"{name}.png"))
         backend = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
         artifacts, log = run_dir.parent / "mlartifacts", Path(folder) / "log"
         with mlflow_server(backend, artifacts, log) as url, chromium(1500, 950) as driver:

@@ -253,7 +253,7 @@ def curves(results: dict[str, Any], frame: pd.DataFrame, evaluations: pd.DataFra
         return Panel((), "No trial has been evaluated yet.")
     text = (
         "Held-out log-probabilities (nats per token) and log odds over training, as in figures 3, 7 and 9 of the "
-        "paper: the best trial at each λ, the best of all in bold, λ = 0 dashed."
+        "paper: the best trial at each λ, the best of the size in bold, λ = 0 dashed."
     )
     return Panel(tuple(charts), text, rest)
 
