@@ -24,8 +24,8 @@ from orpo_ray.markdown import markdown_table, number
 from orpo_ray.mlflow_uri import TrackingError
 from orpo_ray.pair_scores import PAIRS_FILE, PairScores, on_shared_pairs
 from orpo_ray.runs import SweepRecord, TrialRecord, compare_page, read_sweep
+from orpo_ray.settings import as_text
 from orpo_ray.space import describe
-from orpo_ray.tracking import as_text
 from orpo_ray.warm_start import SPEED_ONLY
 
 _COUNTS_TOKENS = ("eval/nll", "eval/loss")

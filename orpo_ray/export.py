@@ -300,6 +300,8 @@ def _write_model(candidate: Candidate, folder: Path, dtype: Dtype) -> int:
     model = trained_model(candidate)
     stop_at(model, _end_of_turn(config, tokenizer))
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="5GB")
+    for weights in folder.glob("*.safetensors"):  # written for their owner alone
+        weights.chmod((folder / "config.json").stat().st_mode)
     tokenizer.save_pretrained(folder)
     return count_parameters(model)[0]
 

@@ -22,6 +22,7 @@ from urllib.parse import quote
 from orpo_ray.config import METRIC_MODES
 from orpo_ray.results import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, current, read_events
 from orpo_ray.sections import LossConfig
+from orpo_ray.settings import AXES, NOT_SETTINGS, flat
 from orpo_ray.space import describe
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ ALWAYS_SHOWN = ("loss.orpo_lambda", "optim.lr", "model.path", SEED)
 """Settings that are columns of every table, swept or not, so that tables of several sweeps can be put together."""
 
 _FITTED_FILE = "fitted.json"  # what `scaling: auto` became; written by `fitted`
-_NOT_SETTINGS = ("name", "output_dir", "generation", "tracking", "sweep")  # as in `tracking.settings_of`
 _OVERFLOW = 1e308  # MLflow holds ±inf as the largest double
 _SPACE = "sweep.space."
 
@@ -202,14 +202,6 @@ def read_sweep(
     return _from_mlflow(text, tracking_uri, experiment, Path(output_dir).expanduser().absolute())
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Config path -> value of a nested config."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
-
-
 def compare_page(uri: str, run_ids: Sequence[str]) -> str:
     """Address of the page of the MLflow server at `uri` that shows these runs side by side.
 
@@ -262,7 +254,7 @@ def _from_directory(run_dir: Path) -> SweepRecord:
     space = sweep.get("space", {})
     axes = sorted(space) if tree else sorted({name for t in results["trials"] for name in t["params"]} - {SEED})
     bundle_axis = next((name for name, axis in space.items() if axis["type"] == "bundle"), None)
-    common = flat({section: value for section, value in tree.items() if section not in _NOT_SETTINGS})
+    common = flat({section: value for section, value in tree.items() if section not in NOT_SETTINGS})
     facts: dict[str, dict[str, Any]] = {}
     submitted: dict[str, int] = {}
     ended: dict[str, int] = {}
@@ -496,8 +488,7 @@ def _parent_record(client: MlflowClient, parent: Run, uri: str, output_dir: Path
 
 def _trial_record(run: Run, space: dict[str, Any], bundle_axis: str | None) -> TrialRecord:
     tags, metrics = run.data.tags, run.data.metrics
-    # Without a dot are only the labels of a bundle, and aliases for MLflow's own plots.
-    settings = {key: _value(text) for key, text in run.data.params.items() if "." in key or key in space}
+    settings = {key: _value(text) for key, text in run.data.params.items() if not key.startswith(AXES)}
     for name, axis in space.items():
         settings[name] = metrics.get(f"axes/{name}", _on_axis(axis, run.data.params[name]))  # a fork's, if it forked
     purpose = tags.get("orpo_ray.purpose", "search")
@@ -531,7 +522,7 @@ def _trial_record(run: Run, space: dict[str, Any], bundle_axis: str | None) -> T
 
 
 def _value(text: str) -> Any:
-    """What `tracking.as_text` wrote."""
+    """What `settings.as_text` wrote."""
     try:
         return json.loads(text)
     except ValueError:

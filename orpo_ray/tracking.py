@@ -36,6 +36,7 @@ from orpo_ray import notes
 from orpo_ray.config import METRIC_MODES, DataConfig, ExperimentConfig
 from orpo_ray.delivery import Delivery, Unreachable, backoffs
 from orpo_ray.mlflow_uri import TrackingError, bound_requests, resolve_uri, without_password
+from orpo_ray.settings import as_text, parent_params, trial_params
 from orpo_ray.space import describe
 
 log = logging.getLogger(__name__)
@@ -278,7 +279,7 @@ class SweepTracker:
     def _describe_parent(self, run: Run, folder: str) -> str:
         """Parameters and artifacts of the parent; in a `folder` of their own where it is resumed: code may differ."""
         run_id: str = run.info.run_id
-        params = {k: v for k, v in _parent_params(self._config).items() if k not in run.data.params}
+        params = {k: v for k, v in parent_params(self._config).items() if k not in run.data.params}
         self._client.log_batch(run_id, params=[Param(k, v) for k, v in params.items()], synchronous=True)
         git = dict(self._provenance["git"] or {})
         texts = {
@@ -367,7 +368,7 @@ class SweepTracker:
         for event in events:
             match kind := event["event"]:
                 case "submitted":
-                    params |= _trial_params(self._config, event["params"])
+                    params |= trial_params(self._config, event["params"])
                     tags["orpo_ray.purpose"] = trial.purpose
                     tags[MLFLOW_RUN_NOTE] = self._note(trial_id, trial)
                 case "started":
@@ -613,42 +614,3 @@ def _is_temporary(error: Exception) -> bool:
         status = error.get_http_status_code()
         return status >= 500 or status in (401, 403, 408, 429)
     return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-def settings_of(config: ExperimentConfig) -> dict[str, Any]:
-    """Config path -> value, without the sweep and without where things are kept."""
-    return _flat(config.model_dump(mode="json", exclude={"name", "output_dir", "generation", "tracking", "sweep"}))
-
-
-def _trial_params(config: ExperimentConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """All settings of a trial; of a bundle, its label too; and the axes once more, under names that come first.
-
-    Unasked, MLflow's parallel coordinates show the first three parameters, by name, in which runs differ.
-    """
-    return {f"axes.{name}": value for name, value in params.items()} | settings_of(config.trial(params)) | params
-
-
-def _parent_params(config: ExperimentConfig) -> dict[str, str]:
-    """What all trials share, and how the rest was searched."""
-    flat = settings_of(config)
-    if config.sweep is not None:
-        tree = config.sweep.model_dump(mode="json")
-        space = tree.pop("space")
-        for axis in space.values():
-            for path in [p for label in axis["values"].values() for p in label] if axis["type"] == "bundle" else []:
-                flat.pop(path, None)
-        flat = {path: value for path, value in flat.items() if path not in space}
-        flat |= _flat(tree, "sweep.") | {f"sweep.space.{name}": axis for name, axis in space.items()}
-    return {key: as_text(value) for key, value in flat.items()}
-
-
-def as_text(value: Any) -> str:
-    """A parameter's value as MLflow holds it: as YAML and JSON spell it; a string stays itself."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

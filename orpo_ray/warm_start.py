@@ -14,8 +14,8 @@ from mlflow.entities import Run
 from orpo_ray.config import ExperimentConfig, SweepConfig
 from orpo_ray.history import TrialHistory
 from orpo_ray.mlflow_uri import TrackingError
+from orpo_ray.settings import as_text, settings_of
 from orpo_ray.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
-from orpo_ray.tracking import as_text, settings_of
 
 WARM_START_FILE = "warm_start.json"
 """What was found when the sweep began; it stays what the sweep started from."""

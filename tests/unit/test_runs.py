@@ -10,7 +10,7 @@ import pytest
 import orpo_ray
 from orpo_ray.config import METRIC_MODES
 from orpo_ray.runs import find_run_dir, read_sweep
-from orpo_ray.tracking import settings_of
+from orpo_ray.settings import settings_of
 from tests.run_dirs import BEGAN_MS, experiment, life, write_run
 from tests.sweeps import pair_scores
 
