@@ -279,7 +279,9 @@ class Broker:
                 return "wait"
             if group in self._retired:
                 return "end"
-            queue = self._queues[lane]
+            queue = self._queues.get(lane)
+            if not queue:  # emptied between the wait and now
+                return "wait"
             # The oldest trial of the bundle whose weights the group has in memory, else the oldest.
             warm = self._last_bundle.get(group)
             trial_id = next((t for t in queue if self._trials[t].bundle == warm), queue[0])

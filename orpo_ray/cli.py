@@ -143,6 +143,7 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
 def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> int:
     with console.status("starting Ray"):
         from orpo_ray import cluster, mlflow_uri, progress, report, sweep
+        from orpo_ray.provenance import without_password
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
     _, settings = config.as_sweep()
     num_trials = settings.num_trials + settings.num_confirmations
@@ -160,7 +161,8 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
             console.print(f"checkpoint {best['checkpoint']}", soft_wrap=True)
     console.print(f"results    {outcome.run_dir / 'results.json'}", soft_wrap=True)
     console.print(f"report     {outcome.run_dir / 'report.html'}", soft_wrap=True)
-    console.print(f"MLflow     {mlflow_uri.ui_command(outcome.tracking_uri)}", soft_wrap=True, markup=False)
+    shown = without_password(mlflow_uri.ui_command(outcome.tracking_uri))
+    console.print(f"MLflow     {shown}", soft_wrap=True, markup=False)
     if outcome.undelivered:
         console.print(
             f"{outcome.undelivered} events have not reached MLflow; the same command delivers them", style="yellow"

@@ -372,6 +372,18 @@ def parse(tree: dict[str, Any], overrides: list[str] | None = None, source: str 
     return config if config.sweep is None else _with_coerced_space(config, source)
 
 
+def as_given(dump: dict[str, Any]) -> dict[str, Any]:
+    """A config's full dump without what its loss filled in by itself.
+
+    That does not count as given, or an experiment that sweeps `loss.name` could not be read back.
+    """
+    given = dump["loss"]
+    loss = LossConfig(name=given["name"], preset=given.get("preset"))
+    implied = loss.model_dump(mode="json", exclude={"name", "preset"})
+    own = {key: value for key, value in given.items() if key not in implied or value != implied[key]}
+    return dump | {"loss": own}
+
+
 def _validated(tree: dict[str, Any], source: str) -> ExperimentConfig:
     try:
         return ExperimentConfig.model_validate(tree)

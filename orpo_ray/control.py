@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, get_args
 
+_LAST_MS = 253_402_300_800_000
+"""The year 10000, past which `datetime` does not go."""
 REQUESTS_FILE = "requests.jsonl"
 
 What = Literal["stop_trial", "stop_sweep"]
@@ -110,8 +112,8 @@ def _parse(line: bytes) -> Request | str | None:
     except ValueError as error:
         return f"not JSON ({error})"
     match fields:
-        case {"what": "stop_trial", "trial_id": str(trial_id), "time": int(at)}:
+        case {"what": "stop_trial", "trial_id": str(trial_id), "time": int(at)} if 0 <= at < _LAST_MS:
             return Request("stop_trial", trial_id, at)
-        case {"what": "stop_sweep", "time": int(at)}:
+        case {"what": "stop_sweep", "time": int(at)} if 0 <= at < _LAST_MS:
             return Request("stop_sweep", None, at)
     return f"no request that is known here ({' or '.join(get_args(What))}): {fields!r:.200}"

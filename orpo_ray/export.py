@@ -24,11 +24,12 @@ from mlflow.exceptions import MlflowException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_ray import checkpoint, provenance, recheck
-from orpo_ray.config import ExperimentConfig, LossConfig, parse
+from orpo_ray.config import ExperimentConfig, as_given, parse
 from orpo_ray.forward import name_of, product_type
-from orpo_ray.mlflow_uri import resolve_uri, without_password
+from orpo_ray.mlflow_uri import resolve_uri
 from orpo_ray.model import build_model, count_parameters, load_tokenizer
 from orpo_ray.model_card import CardFacts, model_card
+from orpo_ray.provenance import without_password
 from orpo_ray.results import EVENTS_FILE, SWEEP_FILE, current, read_events
 from orpo_ray.rows import TextPair
 from orpo_ray.runs import find_run_dir
@@ -168,30 +169,25 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
         )
     manifest = checkpoint.read_manifest(newest)
     known = _sweep_file(run_dir)
-    config = _as_given(known["config"]).trial(trial["params"])
-    logged, products = {}, name_of(product_type(config.train.precision))
+    config = parse(as_given(known["config"]), source=SWEEP_FILE).trial(trial["params"])
+    logged: dict[str, float | None] = {}
+    products = name_of(product_type(config.train.precision))
+    of_others: dict[str, dict[str, float | None]] = {}
+    """At this checkpoint's step."""
     for event in read_events(run_dir / EVENTS_FILE):
-        if event["trial_id"] == trial["trial_id"]:
-            if event["event"] == "eval" and event["step"] == manifest["step"]:
-                logged = event["metrics"]
-            elif event["event"] == "started":
-                products = event.get("facts", {}).get("forward/products", products)
+        is_own, is_at = event["trial_id"] == trial["trial_id"], event.get("step") == manifest["step"]
+        if event["event"] == "eval" and is_at:
+            of_others[event["trial_id"]] = event["metrics"]
+            logged = event["metrics"] if is_own else logged
+        elif event["event"] == "forked" and is_own and is_at:
+            logged = of_others.get(event["donor"], {})  # the checkpoint is the donor's
+        elif event["event"] == "started" and is_own:
+            products = event.get("facts", {}).get("forward/products", products)
     return Candidate(run_dir, known["sweep_id"], results, trial, config, newest, manifest, logged, products)
 
 
 def _sweep_file(run_dir: Path) -> dict[str, Any]:
     return dict(json.loads((run_dir / SWEEP_FILE).read_text(encoding="utf-8")))
-
-
-def _as_given(dump: dict[str, Any]) -> ExperimentConfig:
-    """The experiment of a full dump.
-
-    What the loss filled in by itself does not count as given, or a sweep over `loss.name` could not be read back.
-    """
-    given = dump["loss"]
-    implied = LossConfig(name=given["name"], preset=given["preset"]).model_dump(mode="json", exclude={"name", "preset"})
-    own = {key: value for key, value in given.items() if key not in implied or value != implied[key]}
-    return parse(dump | {"loss": own}, source=SWEEP_FILE)
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
@@ -226,7 +222,7 @@ def export(candidate: Candidate, folder: Path | None = None, dtype: Dtype = "flo
             "check the export against; set train.checkpoint_every to a multiple of train.eval_every next time, or "
             "export with --no-check"
         )
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.orpo-ray-partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     parameters = _write_model(candidate, partial, dtype)
@@ -284,7 +280,7 @@ def _require_own(folder: Path, candidate: Candidate) -> None:
 
 def _replace(folder: Path, by: Path) -> None:
     """Two renames, so that no reader finds half a folder."""
-    old = folder.with_name(f"{folder.name}.old")
+    old = folder.with_name(f".{folder.name}.orpo-ray-old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)

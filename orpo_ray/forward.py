@@ -6,6 +6,7 @@ Shape suffixes: P pairs, R rows, T tokens of a row, N counted targets, D hidden 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,6 +117,11 @@ class PairModel(torch.nn.Module):
             return []
         linear = _head(_causal(self.lm)).linear
         return list(linear.parameters(recurse=False)) if type(linear) is torch.nn.Linear else []
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens that a row may have."""
+        return int(getattr(_causal(self.lm).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
     def collate(self, pairs: Sequence[Pair], counting: Counting, pad_token_id: int) -> Batch:
         """A micro-batch in this model's form, on the host."""

@@ -34,10 +34,15 @@ def generate(
 
     Returns:
         Rows `step`, `pair_id`, `prompt` (as the chat template writes it), `chosen`, `rejected` (as trained on: cut
-        where the config cuts them) and `generated`, without special tokens.
+        where the config cuts them) and `generated`, without special tokens; none where the longest of the prompts
+        leaves no room for an answer.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     wanted = range(min(config.prompts, len(pairs)))
+    # Behind a long prompt a model may have few positions left, or none.
+    room = engine.module.max_positions - max((len(pairs[index].prompt_ids) for index in wanted), default=0)
+    if min(room, len(wanted)) <= 0:
+        return []
     # ZeRO-3 gathers parameters in every pass, so a rank without a prompt answers one too, for nobody.
     mine = list(wanted[rank::world])
     members = [pairs[index] for index in mine or [0]]
@@ -45,7 +50,7 @@ def generate(
         [pair.prompt_ids for pair in members],
         pad_token_id=int(tokenizer.pad_token_id),
         eos_token_id=int(tokenizer.eos_token_id),
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=min(config.max_new_tokens, room),
         in_step=world > 1 and engine.zero_optimization_stage() == 3,
     )
     engine.eval()
@@ -87,4 +92,5 @@ def read(folder: Path) -> list[dict[str, Any]]:
     path = folder / GENERATIONS_FILE
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Of bytes: a text's lines would also end at U+2028 and its like, which JSON leaves as they are.
+    return [json.loads(line) for line in path.read_bytes().splitlines()]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+
+from orpo_ray.provenance import without_password
 
 
 class TrackingError(RuntimeError):
@@ -74,8 +75,3 @@ def bound_requests() -> None:
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-
-
-def without_password(text: str) -> str:
-    """The text with what stands between `://` and `@` taken out of its addresses."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "", text)

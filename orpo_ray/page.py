@@ -24,9 +24,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from orpo_ray import charts
+from orpo_ray.config import as_given
 from orpo_ray.frames import LAMBDA, LR, varied_axes
 from orpo_ray.history import History
 from orpo_ray.markdown import number
+from orpo_ray.provenance import without_password
 from orpo_ray.results import SWEEP_FILE
 from orpo_ray.space import describe
 
@@ -262,7 +264,7 @@ def _generations(results: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     params = {trial["trial_id"]: trial["params"] for trial in results["trials"]}
     best = (results["winners"]["best"] or results["best"] or {}).get("trial_id")
     without = [t["trial_id"] for t in _ranked(results) if t["status"] == "finished" and t["params"].get(LAMBDA) == 0]
-    control = next((trial_id for trial_id in without if trial_id != best), None)
+    control = None if best in without else next(iter(without), None)
     texts = {trial_id: _last_generations(run_dir, trial_id) for trial_id in (best, control) if trial_id is not None}
     shown = [trial_id for trial_id, rows in texts.items() if rows]
     if not shown:
@@ -270,6 +272,8 @@ def _generations(results: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     note = ""
     if best not in shown:
         note = "The best trial has no generations."
+    elif best in without:
+        note = "The best trial is one with λ = 0 itself."
     elif control is None:
         note = "There is no finished trial with λ = 0 to compare with."
     elif control not in shown:
@@ -382,8 +386,9 @@ def _config_of(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / SWEEP_FILE
     if not path.is_file():
         return None
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]
-    return config
+    # The page and its files go to other people: without a password of the tracking server.
+    known = json.loads(without_password(path.read_text(encoding="utf-8")))
+    return as_given(known["config"])
 
 
 def _scalar(value: Any) -> str:

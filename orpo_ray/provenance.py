@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ def collect() -> dict[str, Any]:
     """
     return {
         "collected_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": without_password(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "git": _git(),
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -42,6 +43,11 @@ def collect() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
     }
+
+
+def without_password(text: str) -> str:
+    """The text with what stands between `://` and `@` taken out of its addresses."""
+    return re.sub(r"(?<=://)[^/\s\"']+@", "", text)
 
 
 def _run(*command: str) -> str | None:

@@ -105,7 +105,8 @@ def write_report(
     frame, curves = load_runs_frame(results), load_evaluations_frame(events)
     best_file, best, written = run_dir / "best.yaml", _best_trial(results), []
     if config is not None:
-        (run_dir / PROVENANCE_FILE).write_text(json.dumps(provenance.collect(), indent=2) + "\n", encoding="utf-8")
+        found = provenance.without_password(json.dumps(provenance.collect(), indent=2))
+        (run_dir / PROVENANCE_FILE).write_text(found + "\n", encoding="utf-8")
     if config is not None and best is not None:
         best_file.write_text(_best_yaml(config, best["params"]), encoding="utf-8")
         written.append(best_file)
@@ -289,7 +290,7 @@ def _best_yaml(config: ExperimentConfig, params: dict[str, Any]) -> str:
     tree = config.trial(params).model_dump(mode="json", exclude_unset=True)
     tree["name"] = f"{config.name[:95]}-best"
     command = f"# The best trial of {config.name}: {describe(params)}. Run it with: orpo-ray train <this file>\n"
-    return command + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return command + provenance.without_password(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
 # Pieces

@@ -208,7 +208,7 @@ def compare_page(uri: str, run_ids: Sequence[str]) -> str:
     Raises:
         TrackingError: the server does not answer, or lacks one of the runs.
     """
-    from orpo_ray.mlflow_uri import without_password
+    from orpo_ray.provenance import without_password
 
     with _asked(uri) as client:
         experiments = sorted({client.get_run(run_id).info.experiment_id for run_id in run_ids})
@@ -349,7 +349,8 @@ def _asked(uri: str) -> Iterator[MlflowClient]:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    from orpo_ray.mlflow_uri import TrackingError, bound_requests, without_password
+    from orpo_ray.mlflow_uri import TrackingError, bound_requests
+    from orpo_ray.provenance import without_password
 
     bound_requests()
     try:
@@ -364,7 +365,8 @@ def _asked(uri: str) -> Iterator[MlflowClient]:
 
 
 def _from_mlflow(name: str, tracking_uri: str | None, experiment: str | None, output_dir: Path) -> SweepRecord:
-    from orpo_ray.mlflow_uri import resolve_uri, without_password
+    from orpo_ray.mlflow_uri import resolve_uri
+    from orpo_ray.provenance import without_password
 
     uri = resolve_uri(tracking_uri, output_dir)
     file = Path(uri.partition(":///")[2]) if uri.startswith("sqlite") else None
@@ -464,7 +466,12 @@ def _parent_record(client: MlflowClient, parent: Run, uri: str, output_dir: Path
     space = {key.removeprefix(_SPACE): axis for key, axis in params.items() if key.startswith(_SPACE)}
     where = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     children = _search(client, [parent.info.experiment_id], where, "attributes.start_time ASC")
-    children = [run for run in children if "orpo_ray.trial_id" in run.data.tags]
+    if "sweep.metric" not in params:
+        from orpo_ray.mlflow_uri import TrackingError
+
+        raise TrackingError(f"MLflow run {parent.info.run_id} is being written, and has no parameters yet; try again")
+    # A run is made before its parameters are there: such a one has nothing to tell yet.
+    children = [r for r in children if "orpo_ray.trial_id" in r.data.tags and {*space, SEED} <= r.data.params.keys()]
     children.sort(key=lambda run: (run.info.start_time, run.data.tags["orpo_ray.trial_id"]))
     bundle_axis = next((name for name, axis in space.items() if axis["type"] == "bundle"), None)
     name, metric = str(parent.info.run_name), params["sweep.metric"]

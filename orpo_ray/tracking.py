@@ -35,7 +35,8 @@ from mlflow.utils.mlflow_tags import (
 from orpo_ray import notes
 from orpo_ray.config import METRIC_MODES, DataConfig, ExperimentConfig
 from orpo_ray.delivery import Delivery, Unreachable, backoffs
-from orpo_ray.mlflow_uri import TrackingError, bound_requests, resolve_uri, without_password
+from orpo_ray.mlflow_uri import TrackingError, bound_requests, resolve_uri
+from orpo_ray.provenance import without_password
 from orpo_ray.settings import as_text, parent_params, trial_params
 from orpo_ray.space import describe
 
@@ -122,6 +123,7 @@ class SweepTracker:
         """Data that the parent run lists."""
         self._next_system_step = 1  # a line in the UI begins at 1
         self._lock = threading.Lock()
+        self._inputs_lock = threading.Lock()  # held during requests, which nobody but senders may wait for
         self._delivery = Delivery("MLflow", self._send, 1 if self.uri.startswith("sqlite") else _SENDERS)
 
     def start(self, timeout_s: float = 30.0) -> str:
@@ -442,18 +444,28 @@ class SweepTracker:
         if child.has_inputs or "data/train_digest" not in facts:  # journals of before it was told
             return
         datasets = _datasets(self._config.data, facts)
-        with self._lock:  # two at once would both create the data set, and one be refused
-            self._client.log_inputs(child.run_id, datasets=datasets)
-            digests = {data.dataset.digest for data in datasets}
-            if not digests <= self._parent_digests:  # other tokenizers make other data of the same pairs
-                self._client.log_inputs(self.parent_id, datasets=datasets)
-                self._parent_digests |= digests
+        with self._inputs_lock:  # two at once would both create the data set, and one be refused
+            try:
+                self._client.log_inputs(child.run_id, datasets=datasets)
+                digests = {data.dataset.digest for data in datasets}
+                if not digests <= self._parent_digests:  # other tokenizers make other data of the same pairs
+                    self._client.log_inputs(self.parent_id, datasets=datasets)
+                    self._parent_digests |= digests
+            except MlflowException as error:
+                _pass_over(error, "the data sets of a trial")
         child.has_inputs = True
 
     def _model_of(self, trial_id: str, trial: _Trial, child: _Child, end: dict[str, Any]) -> str | None:
         """Id of the MLflow model that stands for the trial's checkpoint, whose files stay where they are."""
         if end["status"] != "finished" or end["checkpoint"] is None:
             return None
+        try:
+            return self._get_or_create_model(trial_id, trial, child, end)
+        except MlflowException as error:  # servers before MLflow 3 know of none
+            _pass_over(error, f"the model of trial {trial_id}")
+            return None
+
+    def _get_or_create_model(self, trial_id: str, trial: _Trial, child: _Child, end: dict[str, Any]) -> str:
         if child.was_found:
             for model in self._client.search_logged_models(
                 [self._experiment_id], filter_string=f"source_run_id = '{child.run_id}'", max_results=1
@@ -606,6 +618,17 @@ def _source(path: str) -> tuple[str, dict[str, Any]]:
     if Path(path).is_absolute():  # `config` makes the paths of local files absolute
         return "local", {"uri": path}
     return "hugging_face", {"path": path}
+
+
+def _pass_over(error: MlflowException, what: str) -> None:
+    """A trial's numbers must not be lost for what only adorns its run.
+
+    Raises:
+        MlflowException: it was only that the server cannot be reached, and is worth another try.
+    """
+    if _is_temporary(error):
+        raise error
+    log.warning("MLflow refused %s: %s", what, without_password(str(error)))
 
 
 def _is_temporary(error: Exception) -> bool:

@@ -28,7 +28,8 @@ from orpo_ray import control, results
 from orpo_ray.board import About, Board, Reading
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.dashboard import frame
-from orpo_ray.mlflow_uri import resolve_uri, ui_command, without_password
+from orpo_ray.mlflow_uri import resolve_uri, ui_command
+from orpo_ray.provenance import without_password
 from orpo_ray.runs import find_run_dir
 from orpo_ray.space import describe
 

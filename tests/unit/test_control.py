@@ -31,11 +31,13 @@ def test_of_an_earlier_run_only_the_stopped_trials_are_heard(tmp_path: Path) -> 
 def test_what_is_no_request_is_logged_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     inbox = control.Inbox(tmp_path)
     (tmp_path / "requests.jsonl").write_text(
-        '{"what": "dance", "time": 1}\nnonsense\n\n[1]\n{"what": "stop_trial"', "utf-8"
+        '{"what": "dance", "time": 1}\nnonsense\n\n[1]\n{"what": "stop_sweep", "time": 1e99}\n'
+        f'{{"what": "stop_sweep", "time": {10**18}}}\n{{"what": "stop_trial"',
+        "utf-8",
     )
     with caplog.at_level(logging.WARNING):
         assert inbox.new() == []
-    assert len(caplog.records) == 3
+    assert len(caplog.records) == 5
     assert "stop_trial or stop_sweep" in caplog.text
     asked = control.request(tmp_path, "stop_trial", "00002")
     assert inbox.new() == [asked], "behind a line that its writer left half done"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from orpo_ray.data import load_pairs
 from orpo_ray.generate import keep, read
@@ -61,3 +61,23 @@ def test_two_workers_answer_as_one_does(tmp_path: Path) -> None:
     assert read(tmp_path / "silent") == []
     assert both.evals == unasked.evals, "to be asked changed the training"
     assert both.evals[4]["eval/nll"] == pytest.approx(alone.evals[4]["eval/nll"], rel=1e-5)
+
+
+def test_a_line_separator_in_an_answer_stays_in_its_row(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end a line of text, not of a file of JSON lines."""
+    rows = [{"step": 1, "generated": "one\u2028two\u0085three\nfour"}]
+    keep(tmp_path, rows, 1)
+    keep(tmp_path, rows, 1)
+    assert read(tmp_path) == rows
+
+
+@pytest.mark.slow
+def test_answers_end_where_the_model_has_no_more_positions(tmp_path: Path) -> None:
+    """A model with learned positions would fail past them; being asked must not end a trial."""
+    folder = tmp_path / "gpt2"
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 256, "vocab_size": 4096}
+    GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=1, pad_token_id=2, **shape)).save_pretrained(folder)
+    load_tokenizer(experiment(tmp_path).model).save_pretrained(folder)
+    room = {"model.path": str(folder), "generation.max_new_tokens": 400, "train.max_steps": 1, "train.eval_every": 1}
+    train(experiment(tmp_path / "cache", **SETTINGS | room), tmp_path / "some")
+    assert len(read(tmp_path / "some")) == 3

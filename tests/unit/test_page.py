@@ -8,7 +8,7 @@ import pytest
 
 from orpo_ray import config as configuration
 from orpo_ray.cli import main
-from orpo_ray.page import _script_json, train_command
+from orpo_ray.page import _script_json, train_command, write_experiment
 from orpo_ray.report import write_report
 from orpo_ray.results import load_results, write_results
 from tests.pages import METRIC, write_generations, write_sweep
@@ -239,6 +239,29 @@ def test_five_hundred_trials_in_time_and_size(tmp_path):
     assert time.process_time() - started < 10
     assert len(page.encode()) < 8_000_000
     assert len(load_results(run_dir)["trials"]) == page.count("<tr data-status=") == 500
+
+
+def test_what_is_sent_to_others_has_no_password(tmp_path):
+    write_sweep(tmp_path, 12, num_pairs=24)
+    known = json.loads((tmp_path / "sweep.json").read_text())
+    known["config"]["tracking"]["uri"] = "http://me:secret@host:5000"
+    (tmp_path / "sweep.json").write_text(json.dumps(known))
+    config = configuration.load(write_experiment(tmp_path), ["tracking.uri=http://me:secret@host:5000"])
+    for file in write_report(tmp_path, config):
+        if file.suffix in (".html", ".yaml", ".md", ".json"):
+            assert "secret" not in file.read_text(encoding="utf-8"), file
+    assert "http://host:5000" in (tmp_path / "best.yaml").read_text()
+
+
+def test_an_experiment_that_sweeps_the_loss_can_be_run_again(tmp_path):
+    write_sweep(tmp_path, 12, num_pairs=24)
+    tree = json.loads((tmp_path / "sweep.json").read_text())
+    del tree["config"]["sweep"]["space"]["loss.orpo_lambda"]
+    tree["config"]["sweep"]["space"]["loss.name"] = {"type": "grid", "values": ["orpo", "sft"]}
+    (tmp_path / "sweep.json").write_text(json.dumps(tree))
+    file = write_experiment(tmp_path)
+    assert configuration.load(file).sweep.space["loss.name"].candidates() == ("orpo", "sft")
+    assert configuration.load(file, ["loss.name=sft", "sweep=null"]).loss.orpo_lambda == 0
 
 
 def test_data_in_a_script_cannot_end_it():

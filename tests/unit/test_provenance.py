@@ -70,3 +70,16 @@ def test_fast_and_without_torch():
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert result.stdout.strip() == "[]"
     assert time.perf_counter() - started < 5  # 0.1 s on an idle machine
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("tracking.uri=http://me:secret@host:5000", "tracking.uri=http://host:5000"),
+        ("postgresql+psycopg2://me:p@ss@host/db", "postgresql+psycopg2://host/db"),
+        ('{"uri":"http://host","mail":"a@b"}', '{"uri":"http://host","mail":"a@b"}'),
+        ("http://host/a@b", "http://host/a@b"),
+    ],
+)
+def test_passwords_are_left_out(text, shown):
+    assert provenance.without_password(text) == shown
