@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, ENDPOINT_NOT_FOUND, PERMISSION_DENIED
 
 from orpo_ray import config as configuration
 from orpo_ray import delivery, tracking
@@ -347,6 +347,29 @@ def test_a_model_is_made_once_though_its_answer_is_lost(output_dir, monkeypatch)
     client = MlflowClient(tracker.uri)
     (model,) = client.search_logged_models([client.get_run(tracker.parent_id).info.experiment_id])
     assert {m.key: m.value for m in model.metrics}["final/nll"] == 2.0
+
+
+def test_a_server_that_knows_no_models_keeps_the_numbers(output_dir, caplog):
+    """Servers before MLflow 3 refuse logged models; two sweeps at once may both create a data set."""
+
+    class Refuses(MlflowClient):
+        def create_logged_model(self, *args, **kwargs):
+            raise MlflowException("no such endpoint", error_code=ENDPOINT_NOT_FOUND)
+
+        def log_inputs(self, *args, **kwargs):
+            raise MlflowException("UNIQUE constraint failed", error_code=BAD_REQUEST)
+
+    tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
+    tracker.start()
+    tracker._client = Refuses(tracker.uri)
+    tracker.handle(life("t0"))
+    assert tracker.close(summary(life("t0"), tracker)) == 0
+    run = MlflowClient(tracker.uri).get_run(tracker.run_ids["t0"])
+    assert (run.info.status, run.data.tags["orpo_ray.status"]) == ("FINISHED", "finished")
+    assert run.data.metrics["final/nll"] == 2.0
+    assert run.data.params["optim.lr"] == "0.0008"
+    assert "MLflow refused the model of trial t0" in caplog.text
+    assert "MLflow refused the data sets of a trial" in caplog.text
 
 
 def test_metrics_of_the_nodes_go_on_where_they_ended(output_dir):
