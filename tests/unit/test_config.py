@@ -189,7 +189,7 @@ BROKEN = {
     ),
     "axis on name": (
         ["sweep={space: {name: {type: grid, values: [a, b]}}}"],
-        ["sweep.space.name", "axis 'name'", "data, deepspeed, loss, model, optim, scaling, train"],
+        ["sweep.space.name", "axis 'name'", "data, deepspeed, generation, loss, model, optim, scaling, train"],
     ),
     "axis on the sweep": (
         ["sweep={space: {sweep.seed: {type: grid, values: [1, 2]}}}"],
