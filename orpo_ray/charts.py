@@ -314,8 +314,7 @@ def parallel(results: dict[str, Any], frame: pd.DataFrame) -> Panel:
         frame: of `frames.load_runs_frame`.
     """
     metric = results["metric"]
-    finished = finished_rows(frame, metric)
-    axes = [name for name in varied_axes(results) if name != SEED and name in finished]
+    finished, axes = _finished_and_axes(results, frame)
     if len(finished) < 2 or not axes:
         return Panel((), "It takes two finished trials that differ in a setting.")
     metrics = list(dict.fromkeys([metric, "eval/nll", "eval/preference_accuracy", "eval/log_odds"]))
@@ -374,8 +373,7 @@ def importance(results: dict[str, Any], frame: pd.DataFrame) -> Panel:
         frame: of `frames.load_runs_frame`.
     """
     metric = results["metric"]
-    finished = finished_rows(frame, metric)
-    axes = [name for name in varied_axes(results) if name != SEED and name in finished]
+    finished, axes = _finished_and_axes(results, frame)
     features = {_axis_name(name): _numbers(finished[name], log=name == LR) for name in axes}
     if finished["bundle"].nunique() > 1:
         features = {"model size": _numbers(finished["bundle"], log=False)} | features
@@ -607,6 +605,12 @@ def _of_setting(row: dict[str, Any], metric: str) -> str:
     interval = "" if row["low"] is None else f" [{number(row['low'])}, {number(row['high'])}]"
     seeds = f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
     return f"{row['name']}<br>{metric} {number(row['mean'])}{interval}{seeds}"
+
+
+def _finished_and_axes(results: dict[str, Any], frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Trials that finished, and the axes that vary, without the seed."""
+    finished = finished_rows(frame, results["metric"])
+    return finished, [name for name in varied_axes(results) if name != SEED and name in finished]
 
 
 def _missing_axes(results: dict[str, Any], *names: str) -> str:

@@ -11,11 +11,8 @@ import ray
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.fitting import NodeMemory, fitted_settings
 from orpo_ray.plan import this_machine
+from orpo_ray.results import FITTED_FILE
 from orpo_ray.space import Bundle
-
-FITTED_FILE = "fitted.json"
-"""Bundle label ("" where there is none) -> settings. A continued sweep keeps them, on whatever cluster: a checkpoint
-fits the workers it was written by."""
 
 
 def fitted(config: ExperimentConfig) -> ExperimentConfig:

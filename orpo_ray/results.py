@@ -15,6 +15,9 @@ EVENTS_FILE = "events.jsonl"
 RESULTS_FILE = "results.json"
 SWEEP_FILE = "sweep.json"
 """Id and config of the sweep, written before its first event."""
+FITTED_FILE = "fitted.json"
+"""What `scaling: auto` became: bundle label ("" where there is none) -> settings. A continued sweep keeps them, on
+whatever cluster: a checkpoint fits the workers it was written by."""
 LOCK_FILE = "sweep.lock"
 """Held (flock) by the process that runs the sweep."""
 

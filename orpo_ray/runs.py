@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from orpo_ray.config import METRIC_MODES
-from orpo_ray.results import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, current, read_events
+from orpo_ray.results import EVENTS_FILE, FITTED_FILE, RESULTS_FILE, SWEEP_FILE, current, read_events
 from orpo_ray.sections import LossConfig
 from orpo_ray.settings import AXES, NOT_SETTINGS, flat
 from orpo_ray.space import describe
@@ -36,7 +36,6 @@ SEED = "train.seed"
 ALWAYS_SHOWN = ("loss.orpo_lambda", "optim.lr", "model.path", SEED)
 """Settings that are columns of every table, swept or not, so that tables of several sweeps can be put together."""
 
-_FITTED_FILE = "fitted.json"  # what `scaling: auto` became; written by `fitted`
 _OVERFLOW = 1e308  # MLflow holds ±inf as the largest double
 _SPACE = "sweep.space."
 
@@ -317,8 +316,8 @@ def _config_of(run_dir: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["config"]
-    if (run_dir / _FITTED_FILE).is_file():
-        fitted = json.loads((run_dir / _FITTED_FILE).read_text(encoding="utf-8"))
+    if (run_dir / FITTED_FILE).is_file():
+        fitted = json.loads((run_dir / FITTED_FILE).read_text(encoding="utf-8"))
         bundles = [axis for axis in ((tree["sweep"] or {}).get("space", {})).values() if axis["type"] == "bundle"]
         for bundle in bundles:
             bundle["values"] = {label: fitted[label] | settings for label, settings in bundle["values"].items()}
