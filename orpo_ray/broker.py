@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import json
 import os
 import shutil
 import time
@@ -20,7 +19,12 @@ from typing import Any
 import ray
 import ray.actor
 
+from orpo_ray.journal import Journal
 from orpo_ray.results import EVENTS_FILE, read_events
+from orpo_ray.storage import Storage
+
+MANIFEST = "manifest.json"
+"""Makes a folder a checkpoint (`checkpoint`, which imports too much for an actor that only passes things on)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class Load:
     """group -> trials it has been given so far."""
     idle_seconds: dict[str, float]
     """group -> seconds since it had work."""
+    nodes: dict[str, list[str]]
+    """group -> id of each rank's node, for groups whose processes are up."""
 
 
 @dataclass(slots=True)
@@ -54,6 +60,8 @@ class _Trial:
     lane: str = ""
     config: Any = None
     attempt: int = 0
+    failures: int = 0
+    """Attempts that ended with a crash."""
     group: str | None = None
     max_steps: int | None = None
     logged_step: int = 0
@@ -79,14 +87,22 @@ class _Trial:
 class Broker:
     """See the module's docstring. All methods are remote; those that wait do so without holding up the others."""
 
-    def __init__(self, run_dir: str, max_failures: int) -> None:
-        """Continue from the journal in `run_dir`, if there is one."""
+    def __init__(self, run_dir: str, max_failures: int, remote: Storage | None = None) -> None:
+        """Continue from the journal in `run_dir`, if there is one.
+
+        Args:
+            run_dir: the sweep's directory.
+            max_failures: how often a trial is tried again after its process died.
+            remote: the sweep's folder in an object store, where checkpoints then are.
+        """
+        self._remote = remote
         self._path = Path(run_dir) / EVENTS_FILE
         self._max_failures = max_failures
         self._trials: dict[str, _Trial] = {}
         self._queues: dict[str, list[str]] = {}  # lane -> trials
         self._lanes: dict[str, str] = {}  # group -> lane
         self._processes: dict[str, list[str]] = {}  # group -> host:pid of each rank
+        self._nodes: dict[str, list[str]] = {}  # group -> node id of each rank
         self._last_bundle: dict[str, str] = {}  # group -> bundle of its latest trial
         self._assigned: dict[str, int] = {}  # group -> number of trials
         self._busy: dict[str, str] = {}  # group -> trial
@@ -94,11 +110,10 @@ class Broker:
         self._complaints: dict[str, str] = {}  # group -> why it is about to end
         self._retired: set[str] = set()
         self._is_held = False
-        self._undelivered: list[dict[str, Any]] = []
+        self._replayed: list[dict[str, Any]] = []
         self._changed = asyncio.Condition()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._replay()
-        self._journal = self._path.open("a", encoding="utf-8")
+        self._journal = Journal(self._path, remote)
 
     # ---- Tune's drivers -------------------------------------------------------------------------------------------
 
@@ -176,14 +191,17 @@ class Broker:
         async with self._changed:
             paused = self._changed.wait_for(lambda: all(t.is_paused or t.end for t in (trial, donor)))
             await asyncio.wait_for(paused, timeout_s)
-        if donor.checkpoint is None:
-            raise FileNotFoundError(f"trial {donor_id} has no checkpoint that trial {trial_id} could go on from")
+        name = f"step-{donor.evaluated_step:08d}"
+        if donor.checkpoint is None or not donor.checkpoint.endswith(name):
+            raise FileNotFoundError(
+                f"trial {donor_id} has no checkpoint of step {donor.evaluated_step} that trial {trial_id} could go on "
+                f"from, only {donor.checkpoint}"
+            )
         # Written down first: a restart finishes what a crash leaves half done.
         self._record("forked", trial_id, donor=donor_id, step=donor.evaluated_step, params=params)
         trial.metrics, trial.evaluated_step, trial.logged_step = donor.metrics, donor.evaluated_step, donor.logged_step
-        trial.checkpoint = str(
-            await asyncio.to_thread(_copy_checkpoint, Path(donor.checkpoint), self._folder(trial_id))
-        )
+        await self._journal.flushed()
+        trial.checkpoint = await asyncio.to_thread(self._copy_checkpoint, donor.checkpoint, trial_id)
         return donor.evaluated_step
 
     async def next_result(self, trial_id: str, driver: str) -> dict[str, Any] | None:
@@ -241,16 +259,18 @@ class Broker:
 
     # ---- worker groups --------------------------------------------------------------------------------------------
 
-    async def join(self, group: str, lane: str, processes: list[str]) -> None:
+    async def join(self, group: str, lane: str, processes: list[str], nodes: list[str]) -> None:
         """A group's processes are up. If they were up before and had a trial, that one was interrupted.
 
         Args:
             group: its name.
             lane: which trials it can run.
             processes: `host:pid` of every rank, for the journal: where to look when a trial hangs.
+            nodes: id of every rank's node.
         """
         self._lanes[group] = lane
         self._processes[group] = processes
+        self._nodes[group] = nodes
         self._idle_since[group] = time.monotonic()
         self._interrupted(group, self._complaints.pop(group, "a worker process died"))
         await self._notify()
@@ -261,6 +281,8 @@ class Broker:
 
     async def take(self, group: str, timeout_s: float) -> Assignment | str:
         """Wait for a trial of the group's lane. Returns `wait` after `timeout_s` without one, `end` to finish."""
+        if group not in self._lanes:
+            return "end"  # it was given up, since a node of it died; its trials are with others
         lane, processes = self._lanes[group], self._processes[group]
 
         def replaced() -> bool:
@@ -361,14 +383,19 @@ class Broker:
         train_seconds: float,
         error: str | None,
     ) -> None:
-        """The trial has ended, or is `paused`, and its group is free."""
+        """The trial has ended, or is `paused`, and its group is free; or `preempted`, and its group is about to end."""
         trial = self._trials[trial_id]
         if attempt != trial.attempt or trial.end is not None:
             return
         if trial.group is not None:
             self._busy.pop(trial.group, None)
             self._idle_since[trial.group] = time.monotonic()
-        if status == "paused":
+        if status == "preempted":
+            trial.checkpoint, trial.group, trial.verdict = checkpoint, None, None
+            trial.attempt += 1  # its reports that are still on the way belong to the past; it is no failure
+            self._record("preempted", trial_id, step=steps, checkpoint=checkpoint, attempt=trial.attempt)
+            self._enqueue(trial_id)
+        elif status == "paused":
             trial.checkpoint, trial.group = checkpoint, None
             held = self._is_held and not trial.pause_requested
             self._record("paused", trial_id, step=steps, checkpoint=checkpoint, held=held)
@@ -388,9 +415,11 @@ class Broker:
     # ---- the sweep process ----------------------------------------------------------------------------------------
 
     async def lost(self, group: str, reason: str) -> None:
-        """The group has ended and will not come back; a trial it had is queued again or, too often tried, failed."""
+        """The group's processes are no more; a trial it had is queued again or, too often tried, failed. The group may
+        join again."""
         self._interrupted(group, self._complaints.pop(group, reason))
         self._processes.pop(group, None)
+        self._nodes.pop(group, None)
         self._lanes.pop(group, None)
         self._idle_since.pop(group, None)
         await self._notify()
@@ -407,9 +436,18 @@ class Broker:
         await self._notify()
 
     async def drain(self) -> list[dict[str, Any]]:
-        """Events since the last call, in order."""
-        events, self._undelivered = self._undelivered, []
-        return events
+        """Events since the last call that no crash can take back any more, in order."""
+        replayed, self._replayed = self._replayed, []
+        return replayed + self._journal.take()
+
+    async def flushed(self) -> None:
+        """Wait until all that was told so far is safe from any crash."""
+        await self._journal.flushed()
+
+    async def warn(self, trial_id: str, attempt: int, message: str) -> None:
+        """Something went wrong in a trial that does not end it."""
+        if attempt == self._trials[trial_id].attempt:
+            self._record("warning", trial_id, message=message)
 
     async def load(self) -> Load:
         """Queues and groups as they are."""
@@ -419,6 +457,7 @@ class Broker:
             busy=dict(self._busy),
             assigned=dict(self._assigned),
             idle_seconds={g: now - since for g, since in self._idle_since.items() if g not in self._busy},
+            nodes=dict(self._nodes),
         )
 
     # ---- inside ---------------------------------------------------------------------------------------------------
@@ -463,11 +502,12 @@ class Broker:
         trial = self._trials[trial_id]
         trial.verdict = None
         trial.attempt += 1
-        if trial.attempt > self._max_failures:
-            error = f"{reason}; given up after {trial.attempt} attempts (sweep.max_failures {self._max_failures})"
+        trial.failures += 1
+        if trial.failures > self._max_failures:
+            error = f"{reason}; given up after {trial.failures} attempts (sweep.max_failures {self._max_failures})"
             self._end_unfinished(trial_id, "failed", error)
             return
-        self._record("retry", trial_id, attempt=trial.attempt, error=reason)
+        self._record("retry", trial_id, attempt=trial.attempt, failures=trial.failures, error=reason)
         self._enqueue(trial_id)
 
     def _end(
@@ -507,9 +547,7 @@ class Broker:
 
     def _record(self, event: str, trial_id: str, **details: Any) -> None:
         entry = {"event": event, "trial_id": trial_id, **details, "time": int(time.time() * 1000)}
-        self._journal.write(json.dumps(entry) + "\n")
-        self._journal.flush()
-        self._undelivered.append(entry)
+        self._journal.append(entry)
 
     def _replay(self) -> None:
         if not self._path.exists():
@@ -536,8 +574,14 @@ class Broker:
                     trial.logged_step = trial.evaluated_step = entry["step"]
                     trial.metrics, trial.checkpoint = donor.metrics, None
                     forks[trial_id] = donor.checkpoint
+                case "paused":
+                    self._trials[trial_id].checkpoint = entry["checkpoint"]
+                case "preempted":
+                    self._trials[trial_id].checkpoint = entry["checkpoint"]
+                    self._trials[trial_id].attempt = entry["attempt"]
                 case "retry":
                     self._trials[trial_id].attempt = entry["attempt"]
+                    self._trials[trial_id].failures = entry.get("failures", entry["attempt"])
                 case "finished":
                     trial = self._trials[trial_id]
                     trial.end = self._result(trial) | {
@@ -546,28 +590,50 @@ class Broker:
                         "status": entry["status"],
                         "error": entry["error"],
                     }
-            self._undelivered.append(entry)
+            self._replayed.append(entry)
         for trial in self._trials.values():
             trial.is_paused = trial.end is None  # nobody has it before it is submitted again
         for trial_id, checkpoint in forks.items():
             # Where the donor has gone on, and its checkpoint with it, the copy had been made.
-            if checkpoint is not None and Path(checkpoint).is_dir():
-                _copy_checkpoint(Path(checkpoint), self._folder(trial_id))
+            if checkpoint is not None and self._is_there(checkpoint):
+                self._copy_checkpoint(checkpoint, trial_id)
 
-    def _folder(self, trial_id: str) -> Path:
-        return self._path.parent / "trials" / trial_id
+    def _is_there(self, checkpoint: str) -> bool:
+        if self._remote is None:
+            return Path(checkpoint).is_dir()
+        return self._remote.read(f"{_below(self._remote, checkpoint)}/{MANIFEST}") is not None
+
+    def _copy_checkpoint(self, checkpoint: str, trial_id: str) -> str:
+        """Make a copy of another trial's checkpoint the only one that a trial has. Returns where it is."""
+        if self._remote is None:
+            return str(_link_checkpoint(Path(checkpoint), self._path.parent / "trials" / trial_id))
+        source, folder = _below(self._remote, checkpoint), f"trials/{trial_id}"
+        target = f"{folder}/{checkpoint.rpartition('/')[2]}"
+        # The files first and what makes them a checkpoint last; then the older ones can go.
+        self._remote.delete(f"{target}/{MANIFEST}")
+        self._remote.copy(source, target, last=MANIFEST)
+        names = {name.split("/")[2] for name in self._remote.list(folder) if name.split("/")[2].startswith("step-")}
+        for name in names - {target.rpartition("/")[2]}:
+            self._remote.delete(f"{folder}/{name}")
+        return f"{self._remote}/{target}"
 
 
-def start(name: str, namespace: str, run_dir: Path, max_failures: int) -> ray.actor.ActorHandle:
+def start(
+    name: str, namespace: str, run_dir: Path, max_failures: int, remote: Storage | None = None
+) -> ray.actor.ActorHandle:
     """Start the sweep's broker on this node. Its concurrency must exceed all drivers and groups that wait in it."""
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
     actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(Broker)
-    return actor.options(name=name, namespace=namespace).remote(str(run_dir), max_failures)
+    return actor.options(name=name, namespace=namespace).remote(str(run_dir), max_failures, remote)
 
 
-def _copy_checkpoint(source: Path, folder: Path) -> Path:
+def _below(remote: Storage, uri: str) -> str:
+    return uri.removeprefix(f"{remote}/")
+
+
+def _link_checkpoint(source: Path, folder: Path) -> Path:
     """Make a copy of `source` the only checkpoint in a trial's folder; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     incoming, target = folder / f".fork-{source.name}", folder / source.name

@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 done; 1 no trial finished, or something needed is missing; 2 the input is wrong; 130 interrupted.
+        0 done; 1 no trial finished, or something needed is missing; 2 the input is wrong; 130 interrupted. Of `submit`:
+        0 the job succeeded, 1 it failed, 2 it could not be sent, 3 it was stopped, 4 the cluster was lost sight of, 130
+        no longer followed by Ctrl-C (the job goes on).
     """
     arguments = _parser().parse_args(argv)
     from rich.console import Console
@@ -44,8 +46,11 @@ def _is_users_to_mend(error: Exception) -> bool:
         "ExportError",
         "DataError",
         "ModelError",
+        "SubmitError",
+        "StorageError",
         "SweepError",
         "ClusterError",
+        "DoctorError",
         "CompareError",
         "TrackingError",
         "FileNotFoundError",
@@ -83,6 +88,23 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--flops-per-second", type=float, help="of a worker's matrix products (default: this machine's CPUs, measured)"
     )
+    submit = command("submit", _submit, "Run FILE as a job of a Ray cluster, or follow the job that runs it already.")
+    submit.description = _SUBMIT_HELP
+    submit.formatter_class = argparse.RawDescriptionHelpFormatter
+    submit.add_argument(
+        "--address",
+        help="of the job server: http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265)",
+    )
+    submit.add_argument(
+        "--working-dir",
+        type=Path,
+        default=Path(),
+        help="goes to every node; holds FILE (default: the current directory)",
+    )
+    submit.add_argument("--python", default="python", help="interpreter on the head node (default: python)")
+    then = submit.add_mutually_exclusive_group()
+    then.add_argument("--no-wait", action="store_true", help="do not follow the job, leave once it is submitted")
+    then.add_argument("--stop", action="store_true", help="stop the job that runs FILE, as Ctrl-C stops a local sweep")
     report = command("report", _report, "Report on a sweep that has ended, or on one under way.", overrides=False)
     report.add_argument("run_dir", metavar="NAME", help="of the sweep, or its run directory, e.g. runs/quickstart")
     report.add_argument("--output-dir", default="runs", help="where sweeps were run (default: runs)")
@@ -120,9 +142,30 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output-dir", type=Path, default=Path("runs"), help="where names are looked up (runs)")
     compare.add_argument("--tracking-uri", help="read both from this MLflow, not from run directories")
     compare.add_argument("--experiment", help="MLflow experiment to look in (default: all)")
-    doctor = command("doctor", _doctor, "Check versions, accelerator, compiler, Ray and MLflow.", overrides=False)
+    doctor = command("doctor", _doctor, "Check this machine, or every node of a cluster; say what to do.", False)
     doctor.add_argument("--tracking-uri", help="MLflow tracking URI to check (default: where a sweep would log)")
+    doctor.add_argument(
+        "--address", help="check every node of a cluster: HOST:PORT, auto or ray://HEAD:10001 (default: RAY_ADDRESS)"
+    )
+    doctor.add_argument("--storage", help="check that this URI or folder is seen alike by every node")
+    doctor.add_argument("--json", action="store_true", help="machine-readable")
     return parser
+
+
+_SUBMIT_HELP = """\
+Run FILE as a job of a Ray cluster: its sweep, or a single run where it has none. Where a job of the same sweep waits or
+runs, that one is followed; where an earlier one has ended, the sweep continues.
+
+With it go the working directory (without what .gitignore and .rayignore name, results, weights, caches), this very
+orpo_ray, and the variables MLFLOW_TRACKING_URI, HF_HUB_OFFLINE, AWS_ENDPOINT_URL and their like. Secrets do not:
+whoever may use the cluster can read a job's environment. Set HF_TOKEN, MLFLOW_TRACKING_PASSWORD and AWS keys on the
+nodes.
+
+A cluster with token authentication needs RAY_AUTH_MODE=token here, and RAY_AUTH_TOKEN or ~/.ray/auth_token.
+
+Exit code: 0 the job succeeded, 1 it failed, 2 it could not be sent, 3 it was stopped, 4 the cluster was lost sight of,
+130 Ctrl-C: the job goes on.
+"""
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> int:
@@ -173,6 +216,8 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
             f"{failed} trials failed, for the reasons in the table; they are not tried again under this name",
             style="yellow",
         )
+        logs = outcome.run_dir / "logs"
+        console.print(f"logs       {logs}/*.jsonl on the nodes, by trial_id", soft_wrap=True)
     if outcome.interrupted:
         console.print("interrupted; the same command continues where this one stopped", style="yellow")
         return 130
@@ -195,6 +240,42 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
     else:
         console.print(planned)
     return 0 if planned.possible else 1
+
+
+def _submit(arguments: argparse.Namespace, console: Console) -> int:
+    from orpo_ray import jobs, submit
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, soft_wrap=True, markup=False)
+
+    job = submit.prepare(arguments.file, arguments.overrides, arguments.working_dir, arguments.python)
+    client = jobs.connect(arguments.address)
+    try:
+        if arguments.stop:
+            stopped = submit.stop(client, job)
+            say(f"job {stopped} was stopped; without --stop it continues" if stopped else "no job runs this sweep")
+            return 0 if stopped else 1
+        if job.withheld:
+            names = ", ".join(job.withheld)
+            say(f"set here and not sent, as a job's environment is open: {names}; set them on the nodes")
+        sent = submit.start(client, job)
+        if sent.is_new:
+            say(f"job {sent.submission_id} was submitted with {job.num_files} files ({job.num_bytes / 2**20:.1f} MiB)")
+        else:
+            say(f"job {sent.submission_id} runs this sweep already; nothing new was submitted", "yellow")
+        if arguments.no_wait:
+            return 0
+        try:
+            ended = jobs.follow(client, sent.submission_id, lambda text: print(text, end="", flush=True))
+        except KeyboardInterrupt:
+            say(f"\njob {sent.submission_id} goes on; the same command follows it, and --stop stops it", "yellow")
+            return 130
+    except jobs.LostError as error:
+        say(str(error), "red")
+        return jobs.EXIT_LOST
+    code = jobs.EXIT_CODES[ended.status.value]
+    say(jobs.describe_end(ended), "red" if code == 1 else "yellow" if code else "green")
+    return code
 
 
 def _report(arguments: argparse.Namespace, console: Console) -> int:
@@ -268,13 +349,32 @@ def _watch(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray import cluster, mlflow_uri
+    import os
+    from contextlib import ExitStack
 
-    findings = cluster.doctor(mlflow_uri.resolve_uri(arguments.tracking_uri, Path("runs")))
-    for finding in findings:
-        mark = "[green]ok[/]     " if finding.ok else "[red]problem[/]"
-        console.print(f"{mark} [bold]{finding.name}[/]: {finding.detail}", soft_wrap=True)
-    return 0 if all(finding.ok for finding in findings) else 1
+    from orpo_ray import cluster, doctor, mlflow_uri
+
+    uri = mlflow_uri.resolve_uri(arguments.tracking_uri, Path("runs"))
+    storage = arguments.storage
+    if storage is not None and "://" not in storage:
+        storage = str(Path(storage).absolute())
+    address = arguments.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        diagnosis = doctor.this_machine(uri, storage)
+    else:
+        doctor.require_reachable(address)
+        os.environ["RAY_ADDRESS"] = address
+        with ExitStack() as connection:
+            try:
+                connection.enter_context(cluster.connected())
+            except RuntimeError as error:  # Ray's own, where its versions differ
+                raise doctor.not_let_in(address, error) from error
+            diagnosis = doctor.cluster(uri, storage)
+    if arguments.json:
+        print(diagnosis.to_json())
+    else:
+        console.print(diagnosis, soft_wrap=True)
+    return 0 if diagnosis.ok else 1
 
 
 if __name__ == "__main__":

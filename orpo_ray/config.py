@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from orpo_ray import plain_yaml
+from orpo_ray.provenance import without_password
 from orpo_ray.sections import (
     AshaConfig,
     BohbConfig,
     BudgetConfig,
+    CheckpointConfig,
     ConfirmConfig,
     DataConfig,
     DeepSpeedConfig,
@@ -45,6 +47,7 @@ __all__ = [
     "AshaConfig",
     "BohbConfig",
     "BudgetConfig",
+    "CheckpointConfig",
     "ConfigError",
     "ConfirmConfig",
     "DataConfig",
@@ -82,6 +85,8 @@ METRIC_MODES: dict[str, Literal["max", "min"]] = {
 }
 """Held-out metrics a sweep may rank trials by, and which direction is better."""
 
+_NO_AXES = frozenset({"checkpoint", "sweep", "tracking"})
+"""Sections that no trial's result depends on."""
 _WHAT_AN_ANSWER_IS = frozenset({"loss.answer_padding", "loss.preset"})
 MEANING_MOVED_BY: dict[str, frozenset[str]] = {
     "eval/loss": frozenset(f"loss.{setting}" for setting in LossConfig.model_fields),
@@ -97,6 +102,10 @@ setting, not the model (law 4)."""
 
 Scheduler = FifoConfig | AshaConfig | HyperBandConfig | MedianConfig | PbtConfig | Pb2Config
 Searcher = RandomConfig | OptunaConfig | HyperOptConfig | BohbConfig | LadderConfig
+
+
+MAX_FILE_BYTES = 1 << 20
+"""Longest experiment file."""
 
 
 class ConfigError(ValueError):
@@ -270,21 +279,59 @@ class ExperimentConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the run directory and of the MLflow parent run; the same name continues the same sweep."""
     output_dir: str = "runs"
-    """Run directories are made here. On several nodes: a file system that all of them share."""
+    """Run directories are made here. On several nodes: a file system that all of them share, unless there is a
+    `storage`."""
+    storage: str | None = None
+    """Object store that keeps the journal and the checkpoints, e.g. `s3://bucket/orpo`: nodes then need not share a
+    file system, and the sweep can be continued from another head node."""
     model: ModelConfig
     data: DataConfig
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     generation: GenerationConfig = GenerationConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
     sweep: SweepConfig | None = None
 
+    @field_validator("storage")
+    @classmethod
+    def _storage_is_a_uri(cls, storage: str | None) -> str | None:
+        if storage is None:
+            return None
+        scheme, separator, rest = storage.rstrip("/").partition("://")
+        if not separator or not rest or (scheme == "file" and not rest.startswith("/")):
+            raise ValueError(
+                "storage must be a URI with a bucket or an absolute path, e.g. s3://bucket/prefix, gs://bucket/prefix "
+                "or file:///mnt/shared; for a folder that all nodes share, output_dir alone will do"
+            )
+        if "@" in rest.partition("/")[0]:
+            raise ValueError(
+                "storage must not hold credentials: everybody who sees the settings would see them; leave them to the "
+                "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the machine's role)"
+            )
+        return storage.rstrip("/")
+
+    @field_validator("output_dir")
+    @classmethod
+    def _can_hold_folders(cls, output_dir: str) -> str:
+        try:
+            place = Path(output_dir).expanduser()
+            if place.exists() and not place.is_dir():
+                raise ValueError(f"{output_dir} is there and is no folder; run directories are made in it")
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"no path here: {error!s:.200}") from None
+        return output_dir
+
     @model_validator(mode="after")
     def _cross_section_rules(self) -> ExperimentConfig:
         _require_pair_per_worker(self.train, self.scaling)
+        if (best := self.checkpoint.keep_best) is not None and best not in METRIC_MODES:
+            raise ValueError(
+                f"checkpoint.keep_best ({best}) is not a held-out metric; use one of {', '.join(METRIC_MODES)}"
+            )
         if self.sweep is not None:
             _require_stoppable(self.sweep, self.train)
         return self
@@ -338,10 +385,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConf
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+        raise ConfigError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"{path}: longer than {MAX_FILE_BYTES >> 20} MiB, which no experiment file is; is it the data? Give that "
+            "as data.path"
+        )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        tree = plain_yaml.read(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text in UTF-8: {error}; save it as UTF-8") from None
+    except plain_yaml.NotPlain as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -356,6 +412,10 @@ def parse(tree: dict[str, Any], overrides: list[str] | None = None, source: str 
     Raises:
         ConfigError: with every broken rule, its path and value.
     """
+    try:
+        plain_yaml.require_plain(tree)
+    except plain_yaml.NotPlain as error:
+        raise ConfigError(f"{source}: {error}") from None
     if tree.get("scaling") == "auto":
         tree = tree | {"scaling": {"auto": True}}  # so that an override can set one of its keys
     for override in overrides or []:
@@ -365,9 +425,10 @@ def parse(tree: dict[str, Any], overrides: list[str] | None = None, source: str 
         if key.startswith("sweep.space."):
             raise ConfigError(f"override {override!r}: an axis name holds dots itself; edit sweep.space in the file")
         try:
-            _set(tree, key, yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: {text!r} is not valid YAML: {error}") from None
+            plain_yaml.require_plain(key)
+            _set(tree, key, plain_yaml.read(text))
+        except plain_yaml.NotPlain as error:
+            raise ConfigError(f"override {override!r:.200}: {text!r:.200} is not valid YAML: {error}") from None
     config = _validated(tree, source)
     return config if config.sweep is None else _with_coerced_space(config, source)
 
@@ -404,7 +465,8 @@ def _describe(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] in ("missing", "value_error"):
         return f"{where}: {message}" if where else message
-    return f"{where}: {message} (got {item['input']!r})"
+    given = without_password(repr(item["input"]))
+    return f"{where}: {message} (got {given:.200})"
 
 
 def _fields_at(location: list[str]) -> list[str]:
@@ -467,11 +529,11 @@ def _with_coerced_space(config: ExperimentConfig, source: str) -> ExperimentConf
     if twice:
         problems.append(f"sweep.space: {twice} is set by a bundle and is an axis of its own; keep one of the two")
     for name, axis in sweep.space.items():
-        reserved = [p for p in _paths_of(name, axis) if p.split(".")[0] not in sections - {"sweep", "tracking"}]
+        reserved = [p for p in _paths_of(name, axis) if p.split(".")[0] not in sections - _NO_AXES]
         if reserved:
             problems.append(
                 f"sweep.space.{name}: axis {reserved[0]!r} must be a setting in "
-                f"{', '.join(sorted(sections - {'sweep', 'tracking'}))}, e.g. optim.lr"
+                f"{', '.join(sorted(sections - _NO_AXES))}, e.g. optim.lr"
             )
             continue
         values: list[Any] = []

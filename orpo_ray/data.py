@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,18 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from orpo_ray.config import DataConfig
-from orpo_ray.rows import ACCEPTED_SHAPES, BATCH_ROWS, BadRow, DataError, Split, choose_splits, drop, parse_row
+from orpo_ray.rows import (
+    ACCEPTED_SHAPES,
+    BATCH_CHARACTERS,
+    BATCH_ROWS,
+    BadRow,
+    DataError,
+    Split,
+    TextPair,
+    choose_splits,
+    drop,
+    parse_row,
+)
 from orpo_ray.tokens import SCHEMA, PairTokenizer
 
 if TYPE_CHECKING:
@@ -144,6 +154,7 @@ def load_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
+                tokens.require_bounded_template()
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
                     finished = Path(scratch) / key
                     finished.mkdir()
@@ -242,7 +253,7 @@ def _write(
     wanted, digest = set(positions.tolist()), hashlib.sha256()
     rows = (item for position, item in enumerate(split.read()) if position in wanted)
     with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        while chunk := [(pair_id, parse_row(row)) for pair_id, row in itertools.islice(rows, BATCH_ROWS)]:
+        for chunk in _chunks((pair_id, parse_row(row)) for pair_id, row in rows):
             batch = tokens.batch(chunk, counts)
             counts["pairs"] += len(batch)
             digest.update("\n".join(batch["pair_id"].to_pylist()).encode())
@@ -257,6 +268,20 @@ def _write(
         )
     summary = {"digest": digest.hexdigest(), "counts": {name: counts[name] for name in COUNTS}}
     (folder / f"{name}.json").write_text(json.dumps(summary), encoding="utf-8")
+
+
+def _chunks(pairs: Iterable[tuple[str, TextPair]]) -> Iterator[list[tuple[str, TextPair]]]:
+    """As many pairs as are tokenised at a time: few, where they are long."""
+    chunk: list[tuple[str, TextPair]] = []
+    characters = 0
+    for pair_id, texts in pairs:
+        chunk.append((pair_id, texts))
+        characters += len(texts.chosen) + len(texts.rejected) + sum(len(turn["content"]) for turn in texts.prompt)
+        if len(chunk) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _cache_key(config: DataConfig, tokens: PairTokenizer, fingerprints: Sequence[str]) -> str:

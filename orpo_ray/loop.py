@@ -17,17 +17,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from orpo_ray import checkpoint, loss, reference
+from orpo_ray import loss, reference
+from orpo_ray.checkpoint import Checkpoints
 from orpo_ray.config import DataConfig, ExperimentConfig, ModelConfig, OptimConfig
 from orpo_ray.data import PairDataset, batch_indices, load_pairs
 from orpo_ray.engine import build_engine, destroy, step
 from orpo_ray.evaluate import evaluate
 from orpo_ray.forward import Form, PairModel, form_of, name_of, pair_logps, product_type
-from orpo_ray.generate import generate, keep
+from orpo_ray.generate import GENERATIONS_FILE, generate, keep
 from orpo_ray.metrics import PairSums, Throughput
 from orpo_ray.model import build_model, count_parameters, load_tokenizer
 from orpo_ray.packing import Batch, Counting, micro_batches
 from orpo_ray.pair_scores import PAIRS_FILE
+from orpo_ray.storage import Storage
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class Status(StrEnum):
     STOPPED_EARLY = "stopped_early"
     PAUSED = "paused"
     """Not an end: there is a checkpoint to go on from."""
+    PREEMPTED = "preempted"
+    """Not an end either: the process is about to be taken away."""
     DIVERGED = "diverged"
     FAILED = "failed"
 
@@ -58,6 +62,8 @@ class RankContext:
 
     trial_dir: Path
     """Checkpoints are kept here; if there is one, the trial continues from it."""
+    remote: Storage | None = None
+    """The trial's folder in an object store: `trial_dir` is then on this node's own disk."""
     on_start: Callable[[int, int, dict[str, Any]], None] = lambda step, max_steps, facts: None
     """(steps already done, steps in all, facts such as the model's parameters) when training begins."""
     on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
@@ -66,6 +72,12 @@ class RankContext:
         Decision.CONTINUE
     )
     """(step, held-out metrics, last checkpoint, seconds of training so far) -> whether to go on."""
+    on_commit: Callable[[], None] = lambda: None
+    """Returns when all that was told so far is written down; asked before a checkpoint counts, in another thread."""
+    on_problem: Callable[[str], None] = lambda message: None
+    """Something went wrong that does not end the trial. Also called in another thread."""
+    is_preempted: Callable[[], bool] = lambda: False
+    """Whether this rank's process is about to be taken away. Called on every rank after every step."""
     control: Any = None
     """Process group for small host-side messages; the default group if None."""
 
@@ -89,6 +101,13 @@ class Progress:
 
     metrics: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
+    logged: int = 0
+    """Step of the last report of training metrics."""
+    sums: list[float] = field(default_factory=list)
+    """What has been counted since (`PairSums.totals`), so that the next report is that of an undisturbed run."""
+
+
+_STATUS = {Decision.STOP: Status.STOPPED_EARLY, Decision.PAUSE: Status.PAUSED}
 
 
 class Diverged(ArithmeticError):
@@ -126,18 +145,40 @@ def train(config: ExperimentConfig, ctx: RankContext) -> TrialResult:
         DataError, ModelError, CheckpointError: what the trial was given cannot be used.
     """
     started = time.perf_counter()
+    checkpoints = Checkpoints(ctx.trial_dir, config.checkpoint, ctx.remote, ctx.control, ctx.on_commit, ctx.on_problem)
+    try:
+        return _train(config, ctx, checkpoints, started)
+    finally:
+        checkpoints.close()
+
+
+def _train(config: ExperimentConfig, ctx: RankContext, checkpoints: Checkpoints, started: float) -> TrialResult:
+    found = checkpoints.find()
     run = _Run.build(config)
     max_steps = num_steps(config, len(run.train_pairs))
     progress, done = Progress(), 0
-    last_checkpoint = checkpoint.latest(ctx.trial_dir)
+
+    def end(status: Status, at: int, error: str | None = None) -> TrialResult:
+        checkpoints.wait()
+        return TrialResult(status, at, progress.metrics, checkpoints.committed, progress.train_seconds, error)
+
+    def save(at: int, surely: bool = False) -> None:
+        progress.sums = sums.totals()
+        (checkpoints.save_surely if surely else checkpoints.save)(run.engine, at, asdict(progress))
+
     try:
-        if last_checkpoint is not None:
-            done, saved = checkpoint.load(run.engine, last_checkpoint)
+        if found is not None:
+            done, saved = checkpoints.load(run.engine, found)
             progress = Progress(**saved)
         earlier_seconds = progress.train_seconds
         if dist.get_rank() == 0:
             ctx.on_start(done, max_steps, run.facts)
-        sums, clock, logged = PairSums.zeros(run.engine.device), Throughput(), done
+        if done and _is_due(done, config.train.eval_every, max_steps) and progress.metrics:
+            # A crash may have come between the checkpoint and the owner's word on its evaluation.
+            decision = _decide(ctx, done, progress, checkpoints.committed)
+            if decision is not Decision.CONTINUE and done < max_steps:
+                return end(_STATUS[decision], done)
+        sums, clock = PairSums.restored(run.engine.device, progress.sums), Throughput()
         clock.start()
         for at, batch in run.batches(done + 1, max_steps):
             lr = learning_rate(config.optim, at, max_steps)
@@ -145,31 +186,37 @@ def train(config: ExperimentConfig, ctx: RankContext) -> TrialResult:
             clock.stop(len(batch.indices), run.num_tokens(batch.indices))
             done = at
             if _is_due(at, config.train.log_every, max_steps):
-                metrics = sums.averages("train", steps=at - logged)
+                metrics = sums.averages("train", steps=at - progress.logged)
                 metrics |= {"train/grad_norm": grad_norm, "train/lr": lr} | clock.averages(run.engine.device)
-                logged = at
+                progress.logged = at
                 if dist.get_rank() == 0:
                     ctx.on_log(at, metrics)
             evaluates = _is_due(at, config.train.eval_every, max_steps)
             if evaluates:
                 progress.metrics = run.evaluate(at, ctx)
+                if dist.get_rank() == 0:
+                    made = (PAIRS_FILE, *([GENERATIONS_FILE] if config.generation.prompts else []))
+                    checkpoints.publish(*(ctx.trial_dir / name for name in made))
             progress.train_seconds = earlier_seconds + time.perf_counter() - started
-            if _is_due(at, config.train.checkpoint_every or config.train.eval_every, max_steps):
-                last_checkpoint = checkpoint.save(run.engine, ctx.trial_dir, at, asdict(progress))
+            if at == max_steps:
+                save(at, surely=True)
+            elif _is_due(at, config.train.checkpoint_every or config.train.eval_every, max_steps):
+                save(at)
             if evaluates:
-                decision = _decide(ctx, at, progress, last_checkpoint)
-                if decision is Decision.STOP and at < max_steps:
-                    return _result(Status.STOPPED_EARLY, at, progress, last_checkpoint)
-                if decision is Decision.PAUSE and at < max_steps:
-                    if last_checkpoint is None or checkpoint.read_manifest(last_checkpoint)["step"] != at:
-                        last_checkpoint = checkpoint.save(run.engine, ctx.trial_dir, at, asdict(progress))
-                    return _result(Status.PAUSED, at, progress, last_checkpoint)
+                decision = _decide(ctx, at, progress, checkpoints.committed)
+                if decision is not Decision.CONTINUE and at < max_steps:
+                    if decision is Decision.PAUSE:
+                        save(at, surely=True)
+                    return end(_STATUS[decision], at)
+            if at < max_steps and _any_rank(ctx.is_preempted(), ctx):
+                save(at, surely=True)
+                return end(Status.PREEMPTED, at)
             clock.start()
-        return _result(Status.FINISHED, done, progress, last_checkpoint)
+        return end(Status.FINISHED, done)
     except Diverged as error:
         everywhere = Diverged(error.step, _gather(error.pair_ids, ctx), error.batch_ids)
         progress.train_seconds = earlier_seconds + time.perf_counter() - started
-        return _result(Status.DIVERGED, error.step, progress, last_checkpoint, str(everywhere))
+        return end(Status.DIVERGED, error.step, str(everywhere))
     finally:
         destroy(run.engine)
 
@@ -393,14 +440,23 @@ def _is_due(at: int, every: int | None, max_steps: int) -> bool:
     return at == max_steps or (every is not None and at % every == 0)
 
 
-def _decide(ctx: RankContext, at: int, progress: Progress, path: Path | None) -> Decision:
+def _decide(ctx: RankContext, at: int, progress: Progress, path: str | None) -> Decision:
     """Rank 0 asks the trial's owner; all ranks hear the answer."""
     box: list[Decision | None] = [None]
     if dist.get_rank() == 0:
-        box = [ctx.on_eval(at, progress.metrics, str(path) if path else None, progress.train_seconds)]
+        box = [ctx.on_eval(at, progress.metrics, path, progress.train_seconds)]
     dist.broadcast_object_list(box, src=0, group=ctx.control)
     assert box[0] is not None
     return box[0]
+
+
+def _any_rank(flag: bool, ctx: RankContext) -> bool:
+    """Whether one rank says so. On the host, so the device is not waited for."""
+    if dist.get_world_size() == 1:
+        return flag
+    said = torch.tensor([int(flag)])
+    dist.all_reduce(said, op=dist.ReduceOp.MAX, group=ctx.control)
+    return bool(said.item())
 
 
 def _gather(pair_ids: list[str], ctx: RankContext) -> list[str]:
@@ -408,7 +464,3 @@ def _gather(pair_ids: list[str], ctx: RankContext) -> list[str]:
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, pair_ids, group=ctx.control)
     return [pair_id for ids in everyone for pair_id in ids]
-
-
-def _result(status: Status, steps: int, progress: Progress, path: Path | None, error: str | None = None) -> TrialResult:
-    return TrialResult(status, steps, progress.metrics, str(path) if path else None, progress.train_seconds, error)

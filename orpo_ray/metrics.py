@@ -45,6 +45,22 @@ class PairSums:
         )
         self.pairs += len(chosen_P)
 
+    @classmethod
+    def restored(cls, device: torch.device, totals: list[float]) -> PairSums:
+        """What `totals` gave, kept by rank 0 alone."""
+        counted = cls.zeros(device)
+        if totals and dist.get_rank() == 0:
+            counted.sums += counted.sums.new_tensor(totals[:-1])
+            counted.pairs = int(totals[-1])
+        return counted
+
+    def totals(self) -> list[float]:
+        """The sums over all ranks and the number of pairs, as they stand; a collective, called by every rank."""
+        everything = torch.cat([self.sums, self.sums.new_tensor([self.pairs])])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(everything)
+        return [float(number) for number in everything.tolist()]
+
     def averages(self, prefix: str, steps: int = 1) -> dict[str, float]:
         """Averages over all ranks since the start; a collective, called by every rank. Resets the sums.
 
@@ -52,10 +68,7 @@ class PairSums:
             prefix: `train` or `eval`.
             steps: optimizer steps that the loss shares span; each step's shares add up to one loss.
         """
-        everything = torch.cat([self.sums, self.sums.new_tensor([self.pairs])])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(everything)
-        loss, nll, *per_pair, pairs = everything.tolist()
+        loss, nll, *per_pair, pairs = self.totals()
         self.sums.zero_()
         self.pairs = 0
         named = dict(zip(_PER_PAIR, per_pair, strict=True))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,15 +40,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     if config.path in PRESETS:
         return _preset_tokenizer()
-    try:
+    with _problems_of(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             config.path,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             **_gguf(config),
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(_not_found(config, "tokenizer", error)) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"model.path {config.path}: its tokenizer has no EOS token, so an answer's end cannot be learned; "
@@ -98,7 +99,7 @@ def count_parameters_of(config: ModelConfig) -> int:
         ModelError: not found.
     """
     architecture = _architecture(config)
-    with torch.device("meta"):
+    with _problems_of(config, "model configuration"), torch.device("meta"):
         return count_parameters(
             AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
         )[0]
@@ -121,22 +122,23 @@ def _kept(config: ModelConfig) -> PreTrainedModel:
 
 
 def _pretrained(config: ModelConfig) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    with _problems_of(config, "causal language model"):
+        model, found = AutoModelForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             attn_implementation=_kernel(config),
             dtype=torch.float32,
+            weights_only=True,  # of the pickles (pytorch_model.bin) that are there where no safetensors are
+            output_loading_info=True,
             **_gguf(config),
         )
-    except OSError as error:
-        raise ModelError(_not_found(config, "causal language model", error)) from error
-    except (ImportError, ValueError) as error:
+    if missing := sorted(found["missing_keys"]):
+        # transformers would go on with random numbers in their place.
         raise ModelError(
-            f"model.path {config.path}: transformers cannot load it as a causal language model with model.attention "
-            f"{config.attention}: {error}"
-        ) from error
+            f"model.path {config.path}: its files lack {len(missing)} of the model's weights, e.g. {missing[0]}; are "
+            "they whole, and of the architecture that config.json names?"
+        )
     if config.gguf_file is not None:
         # Dequantised weights are dense; the marker that remains would make transformers refuse to train or save them.
         model.is_quantized = False
@@ -203,7 +205,32 @@ def _kernel(config: ModelConfig) -> str | None:
 
 
 def _gguf(config: ModelConfig) -> dict[str, str]:
-    return {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
+    if config.gguf_file is None:
+        return {}
+    if ".." in Path(config.gguf_file).parts or Path(config.gguf_file).is_absolute():
+        raise ModelError(f"model.gguf_file {config.gguf_file}: must be a file inside model.path {config.path}")
+    return {"gguf_file": config.gguf_file}
+
+
+@contextlib.contextmanager
+def _problems_of(config: ModelConfig, what: str) -> Iterator[None]:
+    """Whatever a damaged or hostile file makes transformers raise, as a ModelError that names it."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except OSError as error:
+        raise ModelError(_not_found(config, what, error)) from error
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError):
+            raise ModelError(
+                f"model.path {config.path}: its weights are a pickle that holds more than tensors, and what it holds "
+                "could run code; nothing of it was run. Convert it to safetensors where you trust it"
+            ) from error
+        kernel = f" with model.attention {config.attention}" if what == "causal language model" else ""
+        raise ModelError(
+            f"model.path {config.path}: transformers cannot read its {what}{kernel}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _not_found(config: ModelConfig, what: str, error: Exception) -> str:
@@ -216,9 +243,7 @@ def _not_found(config: ModelConfig, what: str, error: Exception) -> str:
 def _architecture(config: ModelConfig) -> Any:
     if config.path in PRESETS:
         return _preset_config(config)
-    try:
+    with _problems_of(config, "model configuration"):
         return AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **_gguf(config)
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(_not_found(config, "model configuration", error)) from error

@@ -29,7 +29,8 @@ class _Trial:
 
 @dataclass(slots=True)
 class SweepProgress:
-    """Follows the sweep's events. In a terminal it redraws a table, elsewhere it prints a line per ended trial."""
+    """Follows the sweep's events. In a terminal it redraws a table, elsewhere it prints a line per ended trial,
+    and one on the whole where none has ended for a minute."""
 
     console: Console
     metric: str
@@ -38,6 +39,7 @@ class SweepProgress:
     _began: float = field(default_factory=time.monotonic)
     _seconds_of_ended: list[float] = field(default_factory=list)
     _live: Live | None = None
+    _spoke: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> SweepProgress:
         if self.console.is_terminal:
@@ -58,6 +60,8 @@ class SweepProgress:
             for trial in self._trials.values():
                 if trial.status not in _ENDED:
                     trial.status = "waiting"
+        if self._live is None and time.monotonic() - self._spoke > _LINE_EVERY_S:
+            self.say(self._summary())
 
     def _take(self, event: dict[str, Any]) -> None:
         if event["event"] == "submitted":
@@ -78,6 +82,10 @@ class SweepProgress:
                 trial.status = "paused"
             case "forked":
                 trial.params, trial.step = event["params"], event["step"]
+            case "preempted":
+                trial.status = "waiting"
+            case "warning":
+                self.say(f"{describe(trial.params)}: {event['message']}")
             case "retry":
                 trial.status = f"again ({event['attempt']})"
             case "finished":
@@ -89,7 +97,22 @@ class SweepProgress:
                     done = sum(t.status in _ENDED for t in self._trials.values())
                     reason = f"  {trial.error.splitlines()[0]}" if trial.error else ""
                     line = f"[{done}/{self.num_trials}] {describe(trial.params)}: {trial.status} at step {trial.step}"
-                    self.console.print(line + value + reason, markup=False, highlight=False)
+                    self.say(line + value + reason)
+
+    def say(self, line: str) -> None:
+        """Print a line; a live table stays below it."""
+        self._spoke = time.monotonic()
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _summary(self) -> str:
+        trials = self._trials.values()
+        ended = sum(trial.status in _ENDED for trial in trials)
+        training = [f"{describe(t.params)} at {t.step}/{t.max_steps}" for t in trials if t.status == "training"]
+        names = f": {', '.join(training[:4])}{', ...' if len(training) > 4 else ''}" if training else ""
+        left = self.seconds_left()
+        rest = f", at most {_clock(left)} left" if left is not None else ""
+        so_far = _clock(time.monotonic() - self._began)
+        return f"[{ended}/{self.num_trials}] {len(training)} in training{names}; {so_far} so far{rest}"
 
     def seconds_left(self) -> float | None:
         """At most: as if no further trial were stopped early. None until a trial has ended."""
@@ -140,6 +163,8 @@ class SweepProgress:
         return [*ended[-kept:], *training, *waiting[: room - min(len(ended), kept)]]
 
 
+_LINE_EVERY_S = 60.0
+"""Without a terminal: how long nothing may be said while trials are in training."""
 _ENDED = ("finished", "stopped_early", "diverged", "failed")
 
 

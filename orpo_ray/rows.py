@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import io
 import json
 import re
+import reprlib
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orpo_ray import style_pairs
@@ -32,6 +37,22 @@ EVAL_SPLITS = ("test_prefs", "test", "validation")
 PROMPT_COLUMNS = ("prompt", "instruction", "question")
 BATCH_ROWS = 1000
 """Rows held in memory as Python objects at a time."""
+BATCH_CHARACTERS = 1 << 26
+"""And fewer, where their texts are longer than this."""
+
+MAX_ROW_BYTES = 16 << 20
+"""Longest row: some four million tokens. What is longer is no row, and would be read into memory whole."""
+MAX_ARRAY_BYTES = 512 << 20
+"""Longest file that is one JSON array: it is read whole, at about ten times its size in memory."""
+MAX_INFLATION = 200
+"""Compressed files may be so many times larger inside; text is 3 to 10 times, gzip ends at 1032 times."""
+_ANY_INFLATION_BYTES = 64 << 20
+"""Up to this size, however compressed."""
+_PARQUET_ROWS = 64
+"""Rows decoded at a time: a page of a few kilobytes may hold one long value for all of them."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_CUT = reprlib.Repr()
+_CUT.maxstring = _CUT.maxother = 60
 
 Message = dict[str, str]
 """{"role": ..., "content": ...}"""
@@ -98,11 +119,15 @@ def _splits(path: str, config: DataConfig, named: bool) -> dict[str, Split]:
     """Every split of a source. Files whose names tell no split are one, unless the config names one of them."""
     local = Path(path).expanduser()
     if path != BUILTIN and not local.exists():
+        if not _HUB_NAME.fullmatch(path) or ".." in path:
+            raise DataError(f"{path}: no such file or folder here, and not a name that a hub dataset can have")
         return _hub_splits(path, config.subset)
     if config.subset is not None and path == config.path:
         raise DataError(f"{path}: data.subset ({config.subset!r}) names a configuration of a hub dataset; leave it out")
     if path == BUILTIN:
         return _builtin_splits(config)
+    if not local.is_file() and not local.is_dir():
+        raise DataError(f"{path}: neither a file nor a folder; devices and pipes have no end, and are read twice")
     if local.is_file():
         if _format(local) is None:
             raise DataError(f"{path}: not a format that can be read; use {', '.join(_FORMATS)}")
@@ -127,25 +152,43 @@ def _file_split(source: str, name: str, root: Path, files: Sequence[Path]) -> Sp
     def fingerprint() -> str:
         digest = hashlib.sha256()
         for file in files:
-            with file.open("rb") as stream:
+            with _readable(file), file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             digest.update(f"{file.relative_to(root)} {content}\n".encode())
         return digest.hexdigest()
 
     def read() -> Iterator[tuple[str, object]]:
         for file in files:
-            for number, row in _FORMATS[_format(file) or ""](file):
-                yield f"{file.relative_to(root)}:{number}", row
+            with _readable(file):
+                for number, row in _FORMATS[_format(file) or ""](file):
+                    yield f"{file.relative_to(root)}:{number}", row
 
     return Split(source, name, fingerprint, read)
 
 
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What goes wrong in reading a file, as a DataError that names it."""
+    try:
+        yield
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowException) as error:
+        raise DataError(
+            f"{file}: cannot be read as {_format(file)}: {error}; was it cut short, is it another format, or text that "
+            "is not UTF-8?"
+        ) from error
+
+
 def _hub_splits(path: str, subset: str | None) -> dict[str, Split]:
     import datasets  # slow to import, and only hub names need it
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+    if path in _PACKAGED_DATASETS_MODULES:
+        # To `load_dataset` these are formats, and without files named it takes all in the current directory.
+        raise DataError(f"{path}: the name of a format, not of a dataset; give the file or the folder itself")
     try:
+        # Version 4 and later run no code that comes with a dataset.
         found = datasets.load_dataset(path, name=subset)
-    except (FileNotFoundError, ConnectionError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: no such file or folder here, and not to be had as a hub dataset: {error}") from error
 
     def split(name: str, rows: datasets.Dataset) -> Split:
@@ -175,30 +218,90 @@ def _builtin_splits(config: DataConfig) -> dict[str, Split]:
     return {name: split(name) for name in sizes}
 
 
-def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+class _Inflated(io.RawIOBase):
+    """A gzip file that stops where it becomes absurdly larger than it is on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, gzip.GzipFile(path)
+        self._most = max(_ANY_INFLATION_BYTES, MAX_INFLATION * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._file.read(len(buffer))
+        if self._file.tell() > self._most:
+            raise DataError(
+                f"{self._path}: more than {MAX_INFLATION} times as large inside as on disk, which text is not: a "
+                "decompression bomb? If you know that it is not, unpack it"
+            )
+        buffer[: len(block)] = block
+        return len(block)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(_Inflated(path), 1 << 18) if path.suffix == ".gz" else path.open("rb")
+
+
+def _lines(stream: io.BufferedReader | io.TextIOWrapper, path: Path) -> Iterator[bytes | str]:
+    """Lines of bounded length, in whatever the stream gives."""
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise DataError(
+                f"{path}, line {number}: longer than {MAX_ROW_BYTES >> 20} MiB, which no row is; does a line end "
+                "behind every row?"
+            )
+        yield line
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands in one object twice")
+    return found
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, object]]:
     with _open(path) as stream:
-        start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        stream.seek(0)
+        start = stream.peek(4096)[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")
         if start.startswith(b"["):
-            yield from enumerate(json.load(stream), start=1)
+            yield from enumerate(_json_array(stream, path), start=1)
             return
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(_lines(stream, path), start=1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
-            except ValueError:  # not JSON, or not UTF-8
-                yield number, line
+                yield number, json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError):  # not JSON, not UTF-8, or lists in lists in lists
+                yield number, line[:200]
+
+
+def _json_array(stream: io.BufferedReader, path: Path) -> list[object]:
+    content = stream.read(MAX_ARRAY_BYTES + 1)
+    if len(content) > MAX_ARRAY_BYTES:
+        raise DataError(
+            f"{path}: a JSON array of more than {MAX_ARRAY_BYTES >> 20} MiB, which would be read into memory whole; "
+            "write it as .jsonl, a row per line"
+        )
+    try:
+        return list(json.loads(content, object_pairs_hook=_object))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: begins as a JSON array and is none ({error}); write a row per line, or mend it"
+        ) from None
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, object]]:
-    csv.field_size_limit(1 << 30)  # the default, 128 KiB, is shorter than some conversations
+    csv.field_size_limit(MAX_ROW_BYTES)  # the default, 128 KiB, is shorter than some conversations
     with _open(path) as stream:
-        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        reader = csv.DictReader(cast(Iterator[str], _lines(text, path)))
         if reader.fieldnames is None:
             return
         line = reader.line_num + 1
@@ -209,8 +312,22 @@ def _read_csv(path: Path) -> Iterator[tuple[int, object]]:
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
     with pq.ParquetFile(path) as file:
-        batches = file.iter_batches(batch_size=BATCH_ROWS)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        inside = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+        if inside > max(_ANY_INFLATION_BYTES, MAX_INFLATION * path.stat().st_size):
+            raise DataError(
+                f"{path}: says that it holds {inside} bytes, more than {MAX_INFLATION} times its size on disk, which "
+                "text is not: a decompression bomb? If you know that it is not, write it as .jsonl"
+            )
+        number = 0
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            if batch.nbytes > MAX_ROW_BYTES:
+                sizes = [batch.slice(row, 1).nbytes for row in range(len(batch))]
+                if max(sizes) > MAX_ROW_BYTES:
+                    at = number + 1 + sizes.index(max(sizes))
+                    raise DataError(f"{path}:{at}: longer than {MAX_ROW_BYTES >> 20} MiB, which no row is")
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
 
 
 _FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
@@ -255,7 +372,7 @@ def parse_row(row: object) -> TextPair:
         BadRow: it is malformed, or an answer is empty, or the two are the same or answer different prompts.
     """
     if not isinstance(row, Mapping):
-        raise BadRow("malformed", f"not a mapping of columns: {row!r:.60}")
+        raise BadRow("malformed", f"not a mapping of columns: {_CUT.repr(row)}")
     given = _prompt_columns(row)
     chosen_prompt, chosen = _conversation(row.get("chosen"), "chosen", given)
     rejected_prompt, rejected = _conversation(row.get("rejected"), "rejected", given)
@@ -265,14 +382,26 @@ def parse_row(row: object) -> TextPair:
     system = row.get("system")
     if system and prompt[0]["role"] != "system":
         if not isinstance(system, str):
-            raise BadRow("malformed", f"system is not text: {system!r:.60}")
+            raise BadRow("malformed", f"system is not text: {_CUT.repr(system)}")
         prompt = [{"role": "system", "content": system}, *prompt]
+    for text in (*(part for message in prompt for part in message.values()), chosen, rejected):
+        _require_text(text)
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer.strip():
             raise BadRow(f"empty_{side}", f"the {side} answer is empty")
     if chosen.strip() == rejected.strip():
         raise BadRow("identical", "chosen and rejected are the same")
     return TextPair(prompt, chosen, rejected)
+
+
+def _require_text(text: str) -> None:
+    """JSON can spell what is no text: tokenizers fail on half a character, databases on NUL."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("malformed", f"holds half a surrogate pair, {text[error.start]!r}, at {error.start}") from None
+    if "\0" in text:
+        raise BadRow("malformed", f"holds a NUL character at {text.index(chr(0))}")
 
 
 def drop(bad: BadRow, pair_id: str, on_bad_rows: str, counts: Counter[str]) -> None:
@@ -295,7 +424,7 @@ def _prompt_columns(row: Mapping[str, object]) -> list[Message] | None:
     if isinstance(prompt, list):
         return _messages(prompt, column)
     if not isinstance(prompt, str) or not (extra is None or isinstance(extra, str)):
-        raise BadRow("malformed", f"{column} is neither text nor a list of messages: {prompt!r:.60}")
+        raise BadRow("malformed", f"{column} is neither text nor a list of messages: {_CUT.repr(prompt)}")
     if prompt.startswith("\n\nHuman:"):
         turns = _turns(prompt, column)
         return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
@@ -311,7 +440,7 @@ def _conversation(value: object, column: str, given: list[Message] | None) -> tu
     elif isinstance(value, list):
         messages = _messages(value, column)
     else:
-        raise BadRow("malformed", f"{column} is neither text nor a list of messages: {value!r:.60}")
+        raise BadRow("malformed", f"{column} is neither text nor a list of messages: {_CUT.repr(value)}")
     if not messages or messages[-1]["role"] != "assistant":
         raise BadRow("malformed", f"{column} does not end with an assistant's answer")
     prompt = messages[:-1] or given
@@ -325,7 +454,7 @@ def _turns(text: str, column: str) -> list[Message]:
     before, *parts = re.split(r"\n\n(Human|Assistant):", text)
     if before.strip() or not parts:
         raise BadRow(
-            "malformed", rf"{column} is neither an answer to a prompt nor text of \n\nHuman: turns: {text!r:.60}"
+            "malformed", rf"{column} is neither an answer to a prompt nor text of \n\nHuman: turns: {_CUT.repr(text)}"
         )
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
@@ -340,7 +469,7 @@ def _messages(value: list[object], column: str) -> list[Message]:
         role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
         if not isinstance(role, str) or not isinstance(content, str):
             raise BadRow(
-                "malformed", f"{column} holds a message that is not {{role: text, content: text}}: {item!r:.60}"
+                "malformed", f"{column} holds a message that is not {{role: text, content: text}}: {_CUT.repr(item)}"
             )
         messages.append({"role": role, "content": content})
     return messages

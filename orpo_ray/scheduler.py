@@ -86,7 +86,7 @@ class Conductor(FIFOScheduler):
         super().__init__()
         self.proposals, self._broker, self._gives_up = proposals, broker, gives_up
         self._sweep = proposals.sweep
-        self._slots, self._max_active = slots, slots + lookahead
+        self._slots, self._lookahead = slots, lookahead
         self._rules: dict[str, Rule] = {}
         self._trials: dict[str, Trial] = {}
         self._live: dict[str, Trial] = {}
@@ -110,6 +110,10 @@ class Conductor(FIFOScheduler):
         """Metric and mode are the sweep's."""
         return True
 
+    def resize(self, slots: int) -> None:
+        """So many trials can train at once from now on. Called by another thread."""
+        self._slots = slots
+
     # ---- proposals
 
     def wants_trial(self) -> bool:
@@ -120,7 +124,7 @@ class Conductor(FIFOScheduler):
         if self._sweep.is_model_based:
             # A proposal is the better the more is known: only where a slot would be empty.
             return waiting == 0 and self._num_active() < self._slots and self._promotion() is None
-        return waiting == 0 and self._num_active() < self._max_active
+        return waiting == 0 and self._num_active() < self._slots + self._lookahead
 
     @property
     def _is_population(self) -> bool:
@@ -197,7 +201,7 @@ class Conductor(FIFOScheduler):
         self.is_running = True
         self._end_unwanted(tune_controller)
         self._give_up_hopeless(tune_controller)
-        if self._num_active() >= self._max_active:
+        if self._num_active() >= self._slots + self._lookahead:
             return None
         if self._is_population:
             for rule in self._rules.values():

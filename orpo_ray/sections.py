@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+
+from orpo_ray.provenance import without_password
 
 
 class Section(BaseModel):
@@ -280,6 +283,15 @@ class TrainConfig(Section):
         return self
 
 
+class CheckpointConfig(Section):
+    """Which of a trial's checkpoints are kept; how often one is made is `train.checkpoint_every`."""
+
+    keep_last: int = Field(2, ge=1)
+    """The newest ones. With two, a damaged one costs the steps since the one before it, not the trial."""
+    keep_best: str | None = None
+    """A held-out metric; the checkpoint at which it was best is kept as well, and is what `orpo-ray export` takes."""
+
+
 class GenerationConfig(Section):
     """What the model answers to some held-out prompts, written down at every evaluation to be read by people."""
 
@@ -338,12 +350,18 @@ class TrackingConfig(Section):
     """Where MLflow runs go."""
 
     uri: str | None = None
-    """MLflow tracking URI; by default MLFLOW_TRACKING_URI, else a SQLite file in `output_dir`."""
+    """MLflow tracking URI; by default MLFLOW_TRACKING_URI, else a SQLite file in `output_dir`. A password in it is used
+    and not kept with the run; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD serve later commands too."""
     experiment: str = Field("orpo-ray", min_length=1)
     """MLflow experiment name."""
     system_metrics: bool = True
     """Log CPU, memory, disk, network and GPU use of every node to the sweep's run, every 10 s, or as often as
     MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says."""
+
+    @field_serializer("uri", when_used="json")
+    def _written_without_password(self, uri: str | None) -> str | None:
+        has_password = uri is not None and re.search(r"://[^/@]*:[^/]*@", uri)
+        return without_password(uri) if uri is not None and has_password else uri
 
 
 class FifoConfig(Section):
@@ -480,5 +498,8 @@ class ConfirmConfig(Section):
 
 def _absolute_if_local(path: str) -> str:
     """Ray starts its processes in other directories, where a relative path names something else."""
-    local = Path(path).expanduser()
-    return str(local.absolute()) if local.exists() else path
+    try:
+        local = Path(path).expanduser()
+        return str(local.absolute()) if local.exists() else path
+    except (OSError, RuntimeError) as error:  # too long, not to be entered, or the home of nobody
+        raise ValueError(f"no path and no hub name: {error!s:.200}") from None

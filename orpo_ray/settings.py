@@ -7,7 +7,7 @@ from typing import Any
 
 from orpo_ray.config import ExperimentConfig
 
-NOT_SETTINGS = frozenset({"name", "output_dir", "generation", "tracking", "sweep"})
+NOT_SETTINGS = frozenset({"name", "output_dir", "storage", "checkpoint", "generation", "tracking", "sweep"})
 """Sections that say where things go and what is shown, not what is trained."""
 
 AXES = "axes."

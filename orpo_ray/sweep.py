@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -18,7 +17,8 @@ import ray
 from filelock import FileLock, Timeout
 from ray import tune
 
-from orpo_ray import broker, control, provenance, report, results, sources, warm_start, winners
+from orpo_ray import broker, control, mirror, provenance, report, results, sources, warm_start, winners
+from orpo_ray.capacity import Capacity, Resources, SharedFolder, look
 from orpo_ray.config import AshaConfig, ExperimentConfig, SweepConfig
 from orpo_ray.cost import CostModel
 from orpo_ray.driver import StopAtBroker, TrialDriver
@@ -27,16 +27,20 @@ from orpo_ray.history import History
 from orpo_ray.ladder import Ladder
 from orpo_ray.memory import architecture_of
 from orpo_ray.progress import SweepProgress
+from orpo_ray.prometheus import SweepMetrics
 from orpo_ray.proposals import CONFIRMATIONS, Proposals
 from orpo_ray.scheduler import Conductor, Proposer
+from orpo_ray.storage import Storage
 from orpo_ray.system_metrics import ClusterMonitor
 from orpo_ray.tracking import SweepTracker
-from orpo_ray.trainer import GroupManager, Resources, fits, most_groups
+from orpo_ray.trainer import GroupManager
 from orpo_ray.warm_start import WarmStart
 
 NAMESPACE = "orpo_ray"
 _TUNE_DIR = "tune"
 _TICK_S = 0.2
+_PROBE_TIMEOUT_S = 60
+"""A node starts a process to say whether it sees the run directory."""
 _DRIVER_RESOURCES = {"node:__internal_head__": 1e-4}
 """Drivers take no CPU, so they never starve the workers, and sit on the head node, which is not preempted."""
 
@@ -66,6 +70,7 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
 
     Raises:
         SweepError: the run directory holds another experiment, or a trial would never fit the cluster.
+        StorageError: the object store cannot be used.
         TrackingError: MLflow cannot be used.
     """
     config, sweep = config.as_sweep()
@@ -73,32 +78,74 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
     try:
         # Not at once: `orpo-ray watch` holds it for a moment to see whether a sweep does.
         with FileLock(config.run_dir / results.LOCK_FILE, timeout=0.2):
-            return _run(config, sweep, progress)
+            if config.storage is None:
+                return _run(config, sweep, progress, None)
+            return _run_kept(config, sweep, progress, Storage(config.storage) / config.name)
     except Timeout:
         raise SweepError(
             f"{config.run_dir}: another process runs this sweep now; wait for it, or choose another name"
         ) from None
 
 
-def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress) -> Outcome:
+def _run_kept(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, remote: Storage) -> Outcome:
+    """Run a sweep whose journal and checkpoints are in an object store, from wherever it was run before."""
+    remote.check()
+    lost: list[str] = []
+
+    def stop(reason: str) -> None:
+        lost.append(reason)
+        _thread.interrupt_main()
+
+    try:
+        lease = mirror.Lease(remote, stop, progress.say)
+    except mirror.LeaseError as error:
+        raise SweepError(str(error)) from None
+    try:
+        mirror.take_up(config.run_dir, remote)
+        return _run(config, sweep, progress, remote)
+    except KeyboardInterrupt:
+        if lost:
+            raise SweepError(lost[0]) from None
+        raise
+    finally:
+        if not lost:
+            lease.release()
+
+
+def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, remote: Storage | None) -> Outcome:
     inbox = control.Inbox(config.run_dir)
-    sweep_id = _claim_run_dir(config)
-    config = fitted(config)
-    config, sweep = config.as_sweep()
-    resources = group_resources(config, sweep, cluster_has_gpus())
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    _require_room(resources, nodes)
-    _require_shared_storage(config, nodes)
+    is_new = not (config.run_dir / results.SWEEP_FILE).exists()
+    sweep_id = _claim_run_dir(config, remote)
+    # Without a store, what workers write must be seen from here.
+    proof = None if remote else config.run_dir / results.SWEEP_FILE
+    try:
+        config = fitted(config)
+        if remote is not None and (config.run_dir / results.FITTED_FILE).exists():
+            mirror.put(config.run_dir, remote, results.FITTED_FILE)
+        config, sweep = config.as_sweep()
+        capacity = look()
+        resources = group_resources(config, sweep, _has_gpus(config, sweep, capacity))
+        _require_room(resources, capacity)
+        shared = SharedFolder(proof) if proof else None
+        if shared is not None:
+            _require_shared(config, shared.blind(capacity, timeout_s=_PROBE_TIMEOUT_S))
+    except Exception:
+        if is_new:
+            _leave_nothing(config.run_dir)
+        raise
 
     broker_name = f"broker-{sweep_id}"
-    handle = broker.start(broker_name, NAMESPACE, config.run_dir, sweep.max_failures)
+    handle = broker.start(broker_name, NAMESPACE, config.run_dir, sweep.max_failures, remote)
     manager = GroupManager(
         handle,
         broker_name,
         NAMESPACE,
         config.run_dir,
+        remote,
+        proof,
         set(resources.values()),
-        nodes,
+        capacity,
+        lambda text: progress.console.print(text, markup=False, highlight=False),
         max_groups=sweep.max_concurrent,
         max_group_trials=sweep.max_group_trials,
     )
@@ -109,19 +156,20 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress) 
     if known is not None:
         progress.console.print(known.message, markup=False, highlight=False)
     monitor = ClusterMonitor() if config.tracking.system_metrics else None
-    follower = _Follower(handle, manager, tracker, progress, monitor)
+    follower = _Follower(config, handle, manager, shared, tracker, progress, monitor)
     follower.start()
     complete = False
     try:
-        slots = min(most_groups(list(resources.values()), nodes), sweep.max_concurrent or 10**6)
         lanes = {bundle: request.lane for bundle, request in resources.items()}
-        conductor = _conductor(config, sweep, handle, slots, len(set(lanes.values())), known)
+        conductor = _conductor(config, sweep, handle, manager.slots, len(set(lanes.values())), known)
         follower.listen(inbox, conductor)
         complete = _fit(config, conductor, broker_name, lanes)
     finally:
         # Interrupted trials are left as they are: their checkpoints are what the next run starts from.
         follower.stop(timeout_s=30 if complete or follower.asked_to_stop else 0)
     tracker.flush()  # runs of the last trials get their ids
+    if remote is not None:
+        mirror.bring(config.run_dir, remote)  # what workers on other nodes left
     events = results.read_events(config.run_dir / results.EVENTS_FILE)
     summary = results.summarize(config.name, sweep.metric, sweep.mode, events, tracker.run_ids)
     if isinstance(source := conductor.proposals.source, Ladder):
@@ -133,15 +181,29 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress) 
     summary["interrupted"] = not complete
     results.write_results(config.run_dir / results.RESULTS_FILE, summary)
     files = report.write_report(config.run_dir, config)
+    if remote is not None:
+        names = (file.relative_to(config.run_dir) for file in (config.run_dir / results.RESULTS_FILE, *files))
+        mirror.put(config.run_dir, remote, *map(str, names))
     tracker.attach([config.run_dir / results.RESULTS_FILE, *files])
     undelivered = tracker.close(summary, interrupted=not complete)
     ray.kill(handle)
     return Outcome(summary, config.run_dir, files, tracker.uri, undelivered, interrupted=not complete)
 
 
-def cluster_has_gpus() -> bool:
-    """Whether any node of the connected cluster offers a GPU."""
-    return ray.cluster_resources().get("GPU", 0) > 0
+def _has_gpus(config: ExperimentConfig, sweep: SweepConfig, capacity: Capacity) -> bool:
+    """What `scaling.use_gpu: auto` means here."""
+    asks = any(request != other for request, other in zip(*_with_and_without_gpus(config, sweep), strict=True))
+    if asks and capacity.has_gpus is None:
+        raise SweepError(
+            f"scaling.use_gpu is auto, but {capacity.describe()} that does not tell whether it could add GPUs: "
+            "set scaling.use_gpu to true or false"
+        )
+    return bool(capacity.has_gpus)
+
+
+def _with_and_without_gpus(config: ExperimentConfig, sweep: SweepConfig) -> tuple[list[Resources], list[Resources]]:
+    with_gpus, without = (group_resources(config, sweep, has_gpus).values() for has_gpus in (True, False))
+    return list(with_gpus), list(without)
 
 
 def group_resources(config: ExperimentConfig, sweep: SweepConfig, has_gpus: bool) -> dict[str, Resources]:
@@ -154,20 +216,24 @@ def group_resources(config: ExperimentConfig, sweep: SweepConfig, has_gpus: bool
 
 
 class _Follower(threading.Thread):
-    """Moves events from the broker, and how busy the nodes are, to MLflow and the terminal; lets the group manager
-    look around."""
+    """Moves events from the broker, and how busy the nodes are, to MLflow, Prometheus and the terminal; lets the group
+    manager look around."""
 
     def __init__(
         self,
+        config: ExperimentConfig,
         handle: Any,
         manager: GroupManager,
+        shared: SharedFolder | None,
         tracker: SweepTracker,
         progress: SweepProgress,
         monitor: ClusterMonitor | None,
     ) -> None:
         super().__init__(name="follower", daemon=True)
-        self._monitor = monitor
+        self._config, self._shared, self._monitor = config, shared, monitor
         self._broker, self._manager, self._tracker, self._progress = handle, manager, tracker, progress
+        _, sweep = config.as_sweep()
+        self._metrics = SweepMetrics(config.name, sweep.metric, sweep.mode)
         self._stopping = threading.Event()
         self._error: BaseException | None = None
         self._inbox: control.Inbox | None = None
@@ -184,6 +250,10 @@ class _Follower(threading.Thread):
         try:
             while not self._stopping.wait(_TICK_S):
                 self._manager.tick()
+                if self._shared is not None:
+                    _require_shared(self._config, self._shared.blind(self._manager.capacity))
+                if self._conductor is not None:
+                    self._conductor.resize(self._manager.slots)
                 self._move_events()
                 if self._monitor is not None and (sample := self._monitor.tick()):
                     self._tracker.handle_system(sample)
@@ -217,6 +287,7 @@ class _Follower(threading.Thread):
         self._stopping.set()
         self.join()
         self._manager.shutdown(timeout_s)
+        ray.get(self._broker.flushed.remote())
         self._move_events()
         if self._error is not None:
             raise self._error
@@ -226,6 +297,9 @@ class _Follower(threading.Thread):
         if events:
             self._tracker.handle(events)
             self._progress.handle(events)
+            self._metrics.handle(events)
+        if self._metrics.is_due:
+            self._metrics.refresh(ray.get(self._broker.load.remote()), self._tracker.flush(timeout_s=0))
 
 
 def _conductor(
@@ -305,7 +379,7 @@ def _fit(config: ExperimentConfig, conductor: Conductor, broker_name: str, lanes
     return conductor.proposals.is_exhausted and all(trial.status is not None for trial in trials)
 
 
-def _claim_run_dir(config: ExperimentConfig) -> str:
+def _claim_run_dir(config: ExperimentConfig, remote: Storage | None) -> str:
     """Write the config into a new run directory, or recognise it in the old one; returns the sweep's id."""
     path = config.run_dir / results.SWEEP_FILE
     mine = config.model_dump(mode="json")
@@ -321,12 +395,18 @@ def _claim_run_dir(config: ExperimentConfig) -> str:
         return str(known["sweep_id"])
     sweep_id = uuid.uuid4().hex[:12]
     results.write_results(path, {"sweep_id": sweep_id, "created": int(time.time() * 1000), "config": mine})
+    if remote is not None:
+        mirror.put(config.run_dir, remote, results.SWEEP_FILE)
     return sweep_id
 
 
 def _comparable(tree: dict[str, Any]) -> dict[str, Any]:
     """Without what may change between two runs of the same sweep: where it runs, not what it does."""
     tree = json.loads(json.dumps(tree))
+    tree.setdefault("storage", None)  # of a sweep from before there was any
+    tree.pop("checkpoint", None)
+    for name in ("num_workers", "cpus_per_worker"):
+        tree["scaling"].pop(name, None)  # checkpoints are cut anew, and the objective does not depend on it
     tree.pop("output_dir")
     tree["tracking"].pop("system_metrics", None)
     tree.pop("generation", None)  # only shown; and of a sweep from before there was any
@@ -342,36 +422,30 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} was {old}, is {new}"]
 
 
-def _require_room(resources: dict[str, Resources], nodes: list[dict[str, float]]) -> None:
+def _require_room(resources: dict[str, Resources], capacity: Capacity) -> None:
     for bundle, request in resources.items():
-        if not fits([request], nodes):
-            cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+        if not capacity.could_hold([request]):
             name = f"bundle {bundle}" if bundle else "a trial"
             raise SweepError(
                 f"{name} needs {request.num_workers} workers × {request.cpus_per_worker} CPU and "
-                f"{request.gpus_per_worker} GPU, but the cluster has {cpus} CPU and {gpus} GPU on {len(nodes)} nodes: "
+                f"{request.gpus_per_worker} GPU, but {capacity.describe()}: "
                 "it would wait for ever; lower scaling.num_workers or scaling.cpus_per_worker, or add nodes"
             )
 
 
-def _require_shared_storage(config: ExperimentConfig, nodes: list[dict[str, float]]) -> None:
-    """On several nodes, a probe on each must see a file written here."""
-    if len(nodes) < 2:
-        return
-    probe = config.run_dir / f".probe-{uuid.uuid4().hex[:8]}"
-    probe.write_text("visible", encoding="utf-8")
-    try:
-        seen = []
-        for node in ray.nodes():
-            if node["Alive"]:
-                there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                task = ray.remote(num_cpus=0, scheduling_strategy=there)(os.path.exists)
-                seen.append((node["NodeManagerAddress"], task.remote(str(probe))))
-        blind = [address for address, reference in seen if not ray.get(reference)]
-    finally:
-        probe.unlink()
+def _require_shared(config: ExperimentConfig, blind: list[str]) -> None:
+    """On several nodes, all must see what is written here."""
     if blind:
+        where = ", ".join(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in blind)
         raise SweepError(
-            f"output_dir {config.output_dir}: {config.run_dir} is not seen by {', '.join(blind)}; on several nodes "
-            "it must be on a file system that all of them mount"
+            f"output_dir {config.output_dir}: {config.run_dir} is not seen by {where}; on several nodes it must be on "
+            "a file system that all of them mount, or set storage to an object store"
         )
+
+
+def _leave_nothing(run_dir: Path) -> None:
+    """Remove what a sweep that was refused has written; what else is there stays."""
+    for name in (results.SWEEP_FILE, results.FITTED_FILE, results.LOCK_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    if not any(run_dir.iterdir()):
+        run_dir.rmdir()

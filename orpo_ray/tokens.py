@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -37,6 +41,28 @@ SCHEMA = pa.schema(
 """Of a tokenised pair on disk; `data.Pair` says what the columns hold."""
 
 
+_PROBE_S = 10
+_PROBE = f"""
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+resource.setrlimit(resource.RLIMIT_CPU, ({_PROBE_S}, {_PROBE_S}))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+given = json.load(sys.stdin)
+template = given.pop("template")
+loops = ["jinja2.ext.loopcontrols"]
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+try:
+    length = sum(map(len, environment.from_string(template).generate(given)))
+except MemoryError:
+    sys.exit("takes more than 1 GiB")
+except Exception:
+    sys.exit(0)
+sys.exit("writes %d characters for a prompt of a word" % length if length > 1 << 20 else 0)
+"""
+"""Renders a template where it can do no harm; whatever else is wrong with it, the first pair tells better."""
+
+
 class PairTokenizer:
     """Renders and tokenises pairs by the batch, cuts them to length, and counts what it did."""
 
@@ -65,6 +91,19 @@ class PairTokenizer:
             "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
         }
 
+    def require_bounded_template(self) -> None:
+        """Render a short conversation in a process of its own, which may take 10 s and 1 GiB.
+
+        transformers renders templates in Jinja's sandbox, which keeps them from files and code, but not from looping
+        for ever or writing gigabytes; and a model from the hub brings its own.
+
+        Raises:
+            DataError: it takes longer, more memory, or writes more than 1 MiB.
+        """
+        problem = _unbounded(self.template)
+        if problem:
+            raise DataError(f"the chat template {problem}: mend data.chat_template, or the tokenizer's own")
+
     def batch(self, pairs: Sequence[tuple[str, TextPair]], counts: Counter[str]) -> pa.RecordBatch:
         """Tokenise pairs, and count what is dropped or cut.
 
@@ -85,7 +124,7 @@ class PairTokenizer:
             try:
                 prompt = self._apply(texts.prompt, add_generation_prompt=True)
                 answers = [self._answer(prompt, texts.prompt, side, counts) for side in (texts.chosen, texts.rejected)]
-            except TemplateError as error:
+            except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
                 bad = BadRow("template_error", f"the chat template refuses it: {error}")
                 drop(bad, pair_id, self.config.on_bad_rows, counts)
                 continue
@@ -174,6 +213,27 @@ class PairTokenizer:
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+@functools.lru_cache(maxsize=4)
+def _unbounded(template: str) -> str:
+    """What of its limits the template exceeds; "" if none."""
+    messages = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}]
+    given = {
+        "template": template,
+        "messages": messages,
+        "add_generation_prompt": True,
+        "bos_token": "",
+        "eos_token": "",
+    }
+    command = [sys.executable, "-I", "-c", _PROBE]
+    try:
+        ran = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, timeout=3 * _PROBE_S)
+    except subprocess.TimeoutExpired:
+        return f"takes more than {3 * _PROBE_S} s for two messages"
+    if ran.returncode < 0:
+        return f"takes more than {_PROBE_S} s for two messages"
+    return ran.stderr.strip() if ran.returncode == 1 else ""
 
 
 def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from orpo_ray.broker import Load
-from orpo_ray.config import ScalingConfig
+from orpo_ray.capacity import Capacity, Resources, look, place
+from orpo_ray.preemption import NoticingTorchConfig
+from orpo_ray.storage import Storage
 from orpo_ray.worker import GroupSpec, run_group
 
 _MAX_GROUP_RESTARTS = 10
@@ -24,26 +26,8 @@ _MAX_FAILED_STARTS = 3
 """Groups of a lane that end without having taken a trial, one after another, before its trials are given up."""
 _IDLE_GRACE_S = 3.0
 """A group without work is kept this long before it makes room for another lane's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What one group occupies. Trials that need the same share a lane: any group of it can run them."""
-
-    num_workers: int
-    cpus_per_worker: int
-    gpus_per_worker: int
-
-    @classmethod
-    def of(cls, scaling: ScalingConfig, cluster_has_gpus: bool) -> Resources:
-        """`use_gpu: auto` means: where the cluster has GPUs."""
-        use_gpu = cluster_has_gpus if scaling.use_gpu == "auto" else scaling.use_gpu
-        return cls(scaling.num_workers, scaling.cpus_per_worker, int(use_gpu))
-
-    @property
-    def lane(self) -> str:
-        """Name of the lane."""
-        return f"{self.num_workers}x{self.cpus_per_worker}cpu{self.gpus_per_worker}gpu"
+_LOOK_S = 2.0
+"""How often the cluster is looked at: nodes come and go."""
 
 
 class WorkerGroup:
@@ -57,7 +41,7 @@ class WorkerGroup:
         self._trainer = TorchTrainer(
             run_group,
             train_loop_config=spec,
-            torch_config=TorchConfig(
+            torch_config=NoticingTorchConfig(
                 backend="nccl" if resources.gpus_per_worker else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
             ),
             scaling_config=ray.train.ScalingConfig(
@@ -68,7 +52,8 @@ class WorkerGroup:
             ),
             run_config=ray.train.RunConfig(
                 name=spec.group,
-                storage_path=str(groups_dir),
+                storage_path=str(groups_dir) if spec.remote is None else f"{spec.remote.path}/{groups_dir.name}",
+                storage_filesystem=None if spec.remote is None else spec.remote.filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=_MAX_GROUP_RESTARTS, controller_failure_limit=3),
                 worker_runtime_env={"env_vars": _worker_environment(resources)},
             ),
@@ -109,8 +94,11 @@ class GroupManager:
         broker_name: str,
         namespace: str,
         run_dir: Path,
+        remote: Storage | None,
+        proof: Path | None,
         kinds: set[Resources],
-        nodes: list[dict[str, float]],
+        capacity: Capacity,
+        say: Callable[[str], None],
         max_groups: int | None,
         max_group_trials: int,
     ) -> None:
@@ -118,51 +106,83 @@ class GroupManager:
 
         Args:
             broker: the sweep's broker, under `broker_name` in `namespace`.
-            run_dir: groups keep Ray Train's state in `groups/`, trials their checkpoints in `trials/`.
+            run_dir: groups keep Ray Train's state in `groups/`, trials their checkpoints in `trials/`,
+            remote: or in folders of that name in an object store.
+            proof: a file that every node must see before it trains; None where nodes need not share files.
             kinds: what groups may occupy.
-            nodes: each node's total resources.
+            capacity: the cluster now.
+            say: tells the user when trials wait for nodes.
             max_groups: groups running at once at most, i.e. trials training at once.
             max_group_trials: trials after which a group is replaced by a new one.
         """
         self._broker, self._broker_name, self._namespace = broker, broker_name, namespace
-        self._run_dir = run_dir
+        self._run_dir, self._remote, self._proof, self._say = run_dir, remote, proof, say
         self._kinds = {kind.lane: kind for kind in kinds}
-        self._nodes = nodes
+        self.capacity = capacity
+        """As last looked at."""
+        self._looked_at = time.monotonic()
         self._max_groups, self._max_group_trials = max_groups, max_group_trials
         self._groups: dict[str, WorkerGroup] = {}
         self._retiring: set[str] = set()
+        self._waiting: set[str] = set()
+        """Groups that need nodes which are not there."""
+        self._told: tuple[str, ...] = ()
         self._started = 0
         self._failed_starts: dict[str, int] = {}
         # Names are never reused: Ray Train would take up the state of an earlier group of the same name.
         self._stamp = int(time.time())
+        free = self._settle({})
         for kind in sorted(kinds, key=lambda k: (k.gpus_per_worker, k.num_workers, k.cpus_per_worker), reverse=True):
-            if self._has_room_for(kind):
+            if self._may_start(kind, free):
                 self._start(kind)
+                free = self._settle({})
+
+    @property
+    def slots(self) -> int:
+        """Trials that can train at once, or wait for nodes that may come."""
+        most = self.capacity.slots(list(self._kinds.values()))
+        return most if self._max_groups is None else min(most, self._max_groups)
 
     def tick(self) -> None:
         """Look once, act once. Call a few times a second."""
         load: Load = ray.get(self._broker.load.remote())
+        if time.monotonic() - self._looked_at > _LOOK_S:
+            self.capacity, self._looked_at = look(), time.monotonic()
+            if any(self._left_without(group_id, load.nodes) for group_id in list(self._groups)):
+                load = ray.get(self._broker.load.remote())
         self._reap(load)
         for group_id in self._groups:
             if group_id not in self._retiring and load.assigned.get(group_id, 0) >= self._max_group_trials:
                 self._retire(group_id)  # it ends after its present trial, and is replaced where trials wait
+        free = self._settle(load.nodes)
         for lane, queued in load.queued.items():
             up = [g for g, group in self._groups.items() if group.spec.lane == lane and g not in self._retiring]
-            waiting_for_work = [g for g in up if g not in load.busy]
-            if queued <= len(waiting_for_work):
+            without_work = [g for g in up if g not in load.busy]
+            if queued <= sum(g not in self._waiting for g in without_work):
                 continue
-            if self._has_room_for(self._kinds[lane]):
+            if queued > len(without_work) and self._may_start(self._kinds[lane], free):
                 self._start(self._kinds[lane])
+                free = self._settle(load.nodes)
             elif (idle := self._idle_group(load)) is not None:
                 self._retire(idle)
+        self._tell(load)
 
     def shutdown(self, timeout_s: float) -> None:
         """Let every group end by itself, so that nothing is left for Ray to clean up."""
         for group_id in self._groups:
             ray.get(self._broker.retire.remote(group_id))
         deadline = time.monotonic() + timeout_s
-        for group in self._groups.values():
-            group.join(max(0.0, deadline - time.monotonic()))
+        for group_id, group in self._groups.items():
+            if group_id not in self._waiting:  # such a one hears nothing before there are nodes for it
+                group.join(max(0.0, deadline - time.monotonic()))
+
+    def _left_without(self, group_id: str, nodes: dict[str, list[str]]) -> bool:
+        """Whether a node of the group has died. Then its trial may be taken by another group at once: Ray Train starts
+        the group again, but not before there is room for it."""
+        dead = set(nodes.get(group_id, ())) - self.capacity.nodes.keys()
+        if dead:
+            ray.get(self._broker.lost.remote(group_id, f"node {min(dead)} has died"))
+        return bool(dead)
 
     def _reap(self, load: Load) -> None:
         for group_id, group in list(self._groups.items()):
@@ -177,6 +197,8 @@ class GroupManager:
                     continue
             lane, reason = group.spec.lane, group.error or "the worker group ended by itself"
             ray.get(self._broker.lost.remote(group_id, reason))
+            if group_id in self._waiting:
+                continue  # it has waited for nodes as long as Ray Train does; the next one goes on waiting
             self._failed_starts[lane] = self._failed_starts.get(lane, 0) + 1
             if self._failed_starts[lane] >= _MAX_FAILED_STARTS:
                 ray.get(self._broker.fail_lane.remote(lane, f"no worker group could be kept running: {reason}"))
@@ -185,10 +207,38 @@ class GroupManager:
         self._retiring.add(group_id)
         ray.get(self._broker.retire.remote(group_id))
 
-    def _has_room_for(self, request: Resources) -> bool:
+    def _settle(self, nodes: dict[str, list[str]]) -> list[dict[str, float]]:
+        """Find out which groups wait for nodes. Returns what the others leave free of each node.
+
+        Args:
+            nodes: group -> node of each rank, for groups whose processes are up.
+        """
+        free = {node: dict(resources) for node, resources in self.capacity.nodes.items()}
+        coming = []
+        for group_id, group in self._groups.items():
+            if group_id not in nodes:
+                coming.append(group_id)
+                continue
+            for node in nodes[group_id]:
+                left = free.get(node, {})  # a node that came since the last look does not count yet
+                for kind, need in group.resources.per_worker.items():
+                    left[kind] = left.get(kind, 0.0) - need
+        self._waiting = {g for g in coming if not place(self._groups[g].resources, list(free.values()))}
+        return list(free.values())
+
+    def _may_start(self, request: Resources, free: list[dict[str, float]]) -> bool:
+        """Whether there is room for another group, or it should be what makes the autoscaler add nodes: at most as
+        many wait for nodes as have some."""
         if self._max_groups is not None and len(self._groups) >= self._max_groups:
             return False
-        return fits([group.resources for group in self._groups.values()] + [request], self._nodes)
+        if place(request, [dict(node) for node in free]):
+            return True
+        all_groups = [group.resources for group in self._groups.values()]
+        return (
+            self.capacity.is_elastic
+            and len(self._waiting) < max(1, len(self._groups) - len(self._waiting))
+            and self.capacity.could_hold([*all_groups, request])
+        )
 
     def _idle_group(self, load: Load) -> str | None:
         """A group whose lane has nothing waiting and that has had nothing to do for a while."""
@@ -200,6 +250,19 @@ class GroupManager:
                 return group_id
         return None
 
+    def _tell(self, load: Load) -> None:
+        """Say what is waited for, once, where nothing can train before nodes come."""
+        lanes = tuple(sorted(lane for lane in load.queued if not self._holds_one_of(lane)))
+        if lanes != self._told:
+            self._told = lanes
+            if lanes:
+                needs = " and ".join(self._kinds[lane].describe() for lane in lanes)
+                self._say(f"Trials wait for nodes: each needs {needs}, and {self.capacity.describe()}.")
+
+    def _holds_one_of(self, lane: str) -> bool:
+        live = [dict(node) for node in self.capacity.nodes.values()]
+        return place(self._kinds[lane], live)
+
     def _start(self, resources: Resources) -> None:
         self._started += 1
         spec = GroupSpec(
@@ -207,35 +270,9 @@ class GroupManager:
             lane=resources.lane,
             broker=self._broker_name,
             namespace=self._namespace,
-            trials_dir=str(self._run_dir / "trials"),
+            trials_dir=str(self._run_dir / "trials") if self._remote is None else None,
+            remote=self._remote,
+            proof=None if self._proof is None else str(self._proof),
             threads=resources.cpus_per_worker,
         )
         self._groups[spec.group] = WorkerGroup(spec, resources, self._run_dir / "groups")
-
-
-def fits(requests: list[Resources], nodes: list[dict[str, float]]) -> bool:
-    """Whether all workers of all groups find room at once, placed first-fit, the largest first.
-
-    Args:
-        requests: what each group occupies.
-        nodes: each node's total resources, e.g. `{"CPU": 16, "GPU": 1}`.
-    """
-    free = [dict(node) for node in nodes]
-    for request in sorted(requests, key=lambda r: (r.gpus_per_worker, r.cpus_per_worker), reverse=True):
-        need = {"CPU": float(request.cpus_per_worker), "GPU": float(request.gpus_per_worker)}
-        for _ in range(request.num_workers):
-            node = next((n for n in free if all(n.get(key, 0.0) >= amount for key, amount in need.items())), None)
-            if node is None:
-                return False
-            for key, amount in need.items():
-                node[key] = node.get(key, 0.0) - amount
-    return True
-
-
-def most_groups(resources: list[Resources], nodes: list[dict[str, float]]) -> int:
-    """How many groups the cluster holds at once, when they are of the smallest kind."""
-    smallest = min(resources, key=lambda r: (r.gpus_per_worker * r.num_workers, r.cpus_per_worker * r.num_workers))
-    count = 0
-    while fits([smallest] * (count + 1), nodes):
-        count += 1
-    return count

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,11 +19,17 @@ from typing import Any
 
 import ray
 import ray.train
+from filelock import FileLock, Timeout
 
+from orpo_ray import preemption, structured_logs
 from orpo_ray.broker import Assignment
+from orpo_ray.storage import Storage, StorageError
+
+_log = logging.getLogger(__name__)
 
 _POLL_S = 10.0
 """How long rank 0 waits for work before it tells the others that it still waits."""
+_LOCK = ".lock"
 _PEER_TIMEOUT_S = 60.0
 """A rank that failed alone waits this long for the others, which hang in a collective, then brings the group down."""
 
@@ -31,7 +42,12 @@ class GroupSpec:
     lane: str
     broker: str
     namespace: str
-    trials_dir: str
+    trials_dir: str | None
+    """Folder on storage that all nodes share; None where `remote` keeps what must not be lost."""
+    remote: Storage | None
+    """The sweep's folder in an object store."""
+    proof: str | None
+    """A file that this node must see, since nodes share trials_dir; None where they need not."""
     threads: int
     """Intra-op threads per worker."""
 
@@ -42,6 +58,11 @@ class GroupBrokenError(RuntimeError):
 
 def run_group(spec: GroupSpec) -> None:
     """Train loop per worker of the group's TorchTrainer. Returns when the broker says that the group may end."""
+    if spec.proof is not None and not Path(spec.proof).is_file():
+        raise FileNotFoundError(
+            f"{spec.proof} is not seen on {socket.gethostname()}: output_dir must be on a file system that all nodes "
+            "mount, or storage be set"
+        )
     # DeepSpeed compiles ops at first use and looks for ninja on PATH, where that of an inactive environment is not.
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
     import torch
@@ -50,16 +71,26 @@ def run_group(spec: GroupSpec) -> None:
     # Ray sets OMP_NUM_THREADS to the CPUs it reserved, but only where it was not set before.
     torch.set_num_threads(spec.threads)
     rank = ray.train.get_context().get_world_rank()
+    logs = Path(spec.trials_dir).parent if spec.trials_dir is not None else _scratch(spec.group)
+    structured_logs.configure(
+        logs / structured_logs.LOGS_DIR, spec.group, rank, ray.get_runtime_context().get_node_id()
+    )
     broker = ray.get_actor(spec.broker, namespace=spec.namespace)
     # Host-side messages need gloo: over NCCL they would spin the GPU while rank 0 waits for work.
     control = dist.new_group(backend="gloo")
     roll_call = dist.new_group(backend="gloo", timeout=timedelta(seconds=_PEER_TIMEOUT_S))
-    processes: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(processes, f"{socket.gethostname()}:{os.getpid()}", group=control)
+    here = f"{socket.gethostname()}:{os.getpid()}", ray.get_runtime_context().get_node_id()
+    ranks: list[tuple[str, str]] = [here] * dist.get_world_size()
+    dist.all_gather_object(ranks, here, group=control)
     if rank == 0:
-        ray.get(broker.join.remote(spec.group, spec.lane, processes))
-    while (assignment := _next_assignment(spec, broker, control, rank)) is not None:
-        _run_trial(assignment, spec, broker, control, roll_call, rank)
+        processes, nodes = [process for process, _ in ranks], [node for _, node in ranks]
+        ray.get(broker.join.remote(spec.group, spec.lane, processes, nodes))
+    with _home(spec, control) as home:
+        while (assignment := _next_assignment(spec, broker, control, rank)) is not None:
+            with preemption.at_work(), structured_logs.trial(assignment.trial_id, assignment.attempt):
+                goes_on = _run_trial(assignment, spec, home, broker, control, roll_call, rank)
+            if not goes_on:
+                return
 
 
 def _next_assignment(spec: GroupSpec, broker: Any, control: Any, rank: int) -> Assignment | None:
@@ -74,8 +105,41 @@ def _next_assignment(spec: GroupSpec, broker: Any, control: Any, rank: int) -> A
             return box[0]
 
 
-def _run_trial(assignment: Assignment, spec: GroupSpec, broker: Any, control: Any, roll_call: Any, rank: int) -> None:
+def _scratch(group: str) -> Path:
+    return Path(tempfile.gettempdir()) / "orpo_ray" / group
+
+
+@contextmanager
+def _home(spec: GroupSpec, control: Any) -> Iterator[Path]:
+    """The folder that trials' folders are in. On a node's own disk, what crashed groups left there is removed first."""
+    import torch.distributed as dist
+
+    if spec.trials_dir is not None:
+        yield Path(spec.trials_dir)
+        return
+    home = _scratch(spec.group)
+    if int(os.environ["LOCAL_RANK"]) != 0:
+        dist.barrier(group=control)
+        yield home
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / _LOCK):  # ends with its process, and says until then that the folder is in use
+        for other in home.parent.iterdir():
+            if other != home:
+                with suppress(Timeout, OSError), FileLock(other / _LOCK, timeout=0):
+                    shutil.rmtree(other)
+        dist.barrier(group=control)
+        yield home
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _run_trial(
+    assignment: Assignment, spec: GroupSpec, home: Path, broker: Any, control: Any, roll_call: Any, rank: int
+) -> bool:
     """Run one trial. An exception that every rank meets is its result; one that only some meet breaks the group.
+
+    Returns:
+        Whether the group can take another one; not when its machine is about to be taken away.
 
     Raises:
         GroupBrokenError: ranks disagree about how the trial ended.
@@ -85,25 +149,40 @@ def _run_trial(assignment: Assignment, spec: GroupSpec, broker: Any, control: An
 
     from orpo_ray.loop import Decision, RankContext, Status, TrialResult, train
 
+    structured_logs.adopt_libraries()
     trial_id, attempt = assignment.trial_id, assignment.attempt
-    trial_dir = Path(spec.trials_dir) / trial_id
+    trial_dir = home / trial_id
+    remote = None if spec.remote is None else spec.remote / "trials" / trial_id
 
     def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None, seconds: float) -> Decision:
+        _log.info("evaluated at step %d: %s", step, {name: round(value, 5) for name, value in metrics.items()})
         return Decision(ray.get(broker.evaluated.remote(trial_id, attempt, step, metrics, checkpoint, seconds)))
 
     ctx = RankContext(
         trial_dir=trial_dir,
+        remote=remote,
         on_start=lambda step, max_steps, facts: broker.started.remote(trial_id, attempt, step, max_steps, facts),
         on_log=lambda step, metrics: broker.log.remote(trial_id, attempt, step, metrics),
         on_eval=on_eval,
+        on_commit=lambda: ray.get(broker.flushed.remote()),
+        on_problem=lambda message: broker.warn.remote(trial_id, attempt, message),
+        is_preempted=preemption.is_preempted,
         control=control,
     )
+    _log.info("takes the trial up")
     try:
         outcome = train(assignment.config, ctx)
     except Exception as error:
+        _log.exception("the trial failed")
         trial_dir.mkdir(parents=True, exist_ok=True)
         (trial_dir / f"error-rank-{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        if remote is not None:
+            with suppress(StorageError):  # it may be why the trial failed
+                remote.upload(trial_dir / f"error-rank-{rank}.txt", f"error-rank-{rank}.txt")
         outcome = TrialResult(Status.FAILED, 0, {}, None, 0.0, f"{type(error).__name__}: {error}")
+    else:
+        level = logging.WARNING if outcome.error else logging.INFO
+        _log.log(level, "the trial is %s at step %d%s", outcome.status, outcome.steps, _reason(outcome.error))
     if outcome.status is Status.FAILED:
         gc.collect()  # the traceback that held the engine's tensors is gone only now
         torch.cuda.empty_cache()
@@ -124,9 +203,17 @@ def _run_trial(assignment: Assignment, spec: GroupSpec, broker: Any, control: An
         except RuntimeError as error:
             # After a device-side fault every later trial of these processes would fail too.
             raise _broken(spec, broker, rank, "the GPU is unusable after a failed trial") from error
+    if spec.remote is not None and outcome.status is not Status.PAUSED and int(os.environ["LOCAL_RANK"]) == 0:
+        shutil.rmtree(trial_dir, ignore_errors=True)  # the object store has it
+    return outcome.status is not Status.PREEMPTED
+
+
+def _reason(error: str | None) -> str:
+    return f": {error}" if error else ""
 
 
 def _broken(spec: GroupSpec, broker: Any, rank: int, reason: str) -> GroupBrokenError:
     """Tell the broker why, since Ray only tells it that the processes are new; then the caller raises."""
+    _log.error("the worker group ends: %s", reason)
     ray.get(broker.complain.remote(spec.group, f"rank {rank}: {reason}"))
     return GroupBrokenError(f"rank {rank}: {reason}")

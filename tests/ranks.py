@@ -49,6 +49,7 @@ class Record:
     result: Any = None
     started_at: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
     def curve(self, metric: str) -> list[float]:
         """A training metric, step by step."""
@@ -63,6 +64,8 @@ class Job:
     trial_dir: Path
     stop_at: int | None = None
     """The owner says stop at the evaluation of this step."""
+    preempted_at: int | None = None
+    """The last rank is told after this step that its machine goes away."""
 
 
 def train(config: configs.ExperimentConfig, trial_dir: Path, stop_at: int | None = None) -> Record:
@@ -114,6 +117,8 @@ def _rank(rank: int, world: int, port: int, jobs: list[Job], queue: Any) -> None
 
 
 def _train(job: Job) -> Record:
+    import torch
+
     from orpo_ray import loop
 
     record = Record()
@@ -125,7 +130,20 @@ def _train(job: Job) -> Record:
     def on_start(step: int, max_steps: int, facts: dict[str, Any]) -> None:
         record.started_at, record.facts = step, facts
 
-    ctx = loop.RankContext(job.trial_dir, on_start=on_start, on_log=record.logs.__setitem__, on_eval=on_eval)
+    steps = iter(range(10**6))
+
+    def is_preempted() -> bool:
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        return last and next(steps) + 1 == job.preempted_at
+
+    ctx = loop.RankContext(
+        job.trial_dir,
+        on_start=on_start,
+        on_log=record.logs.__setitem__,
+        on_eval=on_eval,
+        on_problem=record.problems.append,
+        is_preempted=is_preempted,
+    )
     record.result = loop.train(job.config, ctx)
     return record
 

@@ -38,11 +38,12 @@ class Sweeps:
         file.write_text(yaml.safe_dump(tree), encoding="utf-8")
         return file
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """`orpo-ray ARGUMENTS` in a process group of its own."""
+    def start(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """`orpo-ray ARGUMENTS` in a process group of its own, with further environment variables."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment |= {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
         environment.pop("MLFLOW_TRACKING_URI", None)
+        environment |= env or {}
         process = subprocess.Popen(
             [sys.executable, "-m", "orpo_ray.cli", *arguments],
             cwd=self.folder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -53,24 +52,59 @@ def test_full_fine_tuning_resumes_exactly_in_another_process(cache: Path, tmp_pa
     _same(second, whole, range(11, 21), rel=0)
 
 
-def test_damaged_checkpoint_is_passed_over(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "missing"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(damage: str, cache: Path, tmp_path: Path) -> None:
+    config = experiment(cache, **{"train.max_steps": 8, "train.eval_every": 2})
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "cut", stop_at=6)
+    assert sorted(p.name for p in (tmp_path / "cut").glob("step-*")) == ["step-00000004", "step-00000006"]
+    victim = tmp_path / "cut" / "step-00000006" / "engine" / "mp_rank_00_model_states.pt"
+    content = bytearray(victim.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "truncated":
+        victim.write_bytes(content[:-7])
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    record = train(config, tmp_path / "cut")
+    assert record.started_at == 4
+    assert "step-00000006: mp_rank_00_model_states.pt" in record.problems[0]
+    assert "going on from step 4" in record.problems[0]
+    _same(record, whole, range(5, 9), rel=0)
+    assert record.result.metrics == whole.result.metrics
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)], ids=["2 to 1 workers", "1 to 2 workers"])
+def test_another_number_of_workers_goes_on(before: int, after: int, stage: int, cache: Path, tmp_path: Path) -> None:
+    settings = {"deepspeed.zero_stage": stage, "train.max_steps": 6, "train.eval_every": 3}
+    whole = train(experiment(cache, **settings, **{"scaling.num_workers": after}), tmp_path / "whole")
+    train(experiment(cache, **settings, **{"scaling.num_workers": before}), tmp_path / "cut", stop_at=3)
+    record = train(experiment(cache, **settings, **{"scaling.num_workers": after}), tmp_path / "cut")
+    assert record.started_at == 3
+    _same(record, whole, range(4, 7), rel=1e-4)
+    assert record.result.metrics == pytest.approx(whole.result.metrics, rel=1e-4)
+
+
+def test_another_zero_stage_is_refused(cache: Path, tmp_path: Path) -> None:
     settings = {"train.max_steps": 4, "train.eval_every": 2}
     train(experiment(cache, **settings), tmp_path, stop_at=2)
-    (folder,) = tmp_path.glob("step-*")
-    victim = folder / "engine" / "mp_rank_00_model_states.pt"
-    victim.write_bytes(victim.read_bytes()[:-7])
-    record = train(experiment(cache, **settings), tmp_path)
-    assert record.started_at == 0
-    assert record.result.status == "finished"
+    with pytest.raises(AssertionError, match=r"CheckpointError.*zero_stage 0, this run has 1"):
+        train(experiment(cache, **settings, **{"deepspeed.zero_stage": 1}), tmp_path)
 
 
-def test_other_number_of_workers_is_refused(cache: Path, tmp_path: Path) -> None:
-    train(experiment(cache, **{"deepspeed.zero_stage": 1}), tmp_path, stop_at=10)
-    (manifest,) = tmp_path.glob("step-*/manifest.json")
-    content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(content | {"num_workers": 2}))
-    with pytest.raises(AssertionError, match=r"CheckpointError.*num_workers 2, this run has 1"):
-        train(experiment(cache, **{"deepspeed.zero_stage": 1}), tmp_path)
+def test_preemption_between_two_reports_loses_nothing(cache: Path, tmp_path: Path) -> None:
+    config = experiment(
+        cache, **{"train.max_steps": 12, "train.eval_every": 6, "train.log_every": 4, "scaling.num_workers": 2}
+    )
+    whole = train(config, tmp_path / "whole")
+    jobs = [Job(config, tmp_path / "cut", preempted_at=7), Job(config, tmp_path / "cut")]
+    first, second = train_all(jobs)
+    assert (first.result.status, first.result.steps) == ("preempted", 7)
+    assert second.started_at == 7
+    assert sorted(second.logs) == [8, 12]
+    _same(second, whole, range(8, 13, 4))
 
 
 def test_divergence_ends_the_trial_with_step_and_pairs(cache: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ async def submit(broker: Broker, *trial_ids: str, bundle: str = "") -> None:
 
 
 async def group(broker: Broker, name: str = "g", lane: str = LANE) -> str:
-    await broker.join(name, lane, ["host:1"])
+    await broker.join(name, lane, ["host:1"], ["node"])
     return name
 
 
@@ -97,7 +97,7 @@ def test_an_interrupted_trial_is_handed_out_again_until_it_failed_too_often(tmp_
         worker = await group(broker)
         await take(broker, worker)
         await broker.log("a", 0, 5, {"train/loss": 3.0})
-        await broker.join(worker, LANE, ["host:2"])  # the group's processes are new
+        await broker.join(worker, LANE, ["host:2"], ["node"])  # the group's processes are new
         again = await take(broker, worker)
         assert (again.trial_id, again.attempt) == ("a", 1), "before b, which came later"
         await broker.log("a", 0, 10, {"train/loss": 2.0})  # a message of the dead process
@@ -139,6 +139,7 @@ def test_the_next_broker_goes_on_from_the_journal(tmp_path: Path) -> None:
         await broker.finished("b", 0, *end(20))
         await broker.stop("c")  # it is not to go on
         assert (await broker.next_result("c", "driver"))["status"] == "stopped_early"
+        await broker.flushed()
         drained = await broker.drain()
         assert [e["event"] for e in drained if e["trial_id"] == "b"] == ["submitted", "log", "eval", "finished"]
 

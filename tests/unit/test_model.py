@@ -365,13 +365,13 @@ def test_a_model_that_is_not_there_is_refused(
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"cannot load it as a causal language model.*Unrecognized model"):
+    with pytest.raises(ModelError, match=r"cannot read its causal language model.*Unrecognized model"):
         build_model(ModelConfig(path=str(tmp_path)), seed=0)
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     T5Config(vocab_size=8, d_model=8, num_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"(?s)cannot load it as a causal language model.*T5Config"):
+    with pytest.raises(ModelError, match=r"(?s)cannot read its causal language model.*T5Config"):
         build_model(ModelConfig(path=str(tmp_path)), seed=0)
 
 

@@ -1,7 +1,7 @@
 import pytest
 
+from orpo_ray.capacity import Resources, fits, most_groups
 from orpo_ray.config import ScalingConfig
-from orpo_ray.trainer import Resources, fits, most_groups
 
 TWO_CPUS = [{"CPU": 2.0}]
 GPU_NODES = [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}]
