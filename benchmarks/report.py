@@ -58,6 +58,7 @@ def render(text: str, results: Path, folder: Path) -> str:
         "limit": limit_part,
         "optimizer": optimizer_part,
         "search-quality": search_quality_part,
+        "checkpoint": checkpoint_part,
         "sweep-overhead": sweep_overhead_part,
         "sweep-scale": sweep_scale_part,
         "mlflow-delivery": mlflow_delivery_part,
@@ -155,6 +156,25 @@ def optimizer_part(sections: dict[str, Any], folder: Path, device: str) -> str:
     rows = [(r["optimizer"], f"{r['median_seconds']:.3f}", f"{r['largest_difference']:.0e}") for r in content["rows"]]
     header = [f"one update of {content['parameters'] / 1e6:.0f}M parameters", "seconds, median", "largest difference"]
     return "\n".join([f"{about(content)}", "", *markdown(header, rows)])
+
+
+def checkpoint_part(sections: dict[str, Any], folder: Path, device: str) -> str:
+    """A table of the ways to save, for each ZeRO stage."""
+    header = ["ZeRO", "way", "blocked, s", "whole cost, s", "committed after, s", "MiB"]
+    rows = [
+        (
+            name.removeprefix("zero-"),
+            way,
+            *(f"{m[key]['median']:.2f} ({m[key]['min']:.2f} to {m[key]['max']:.2f})" for key in ("blocked_s", "cost_s")),
+            f"{m['committed_s']['median']:.1f}",
+            f"{m['bytes'] / 2**20:.0f}",
+        )
+        for name, content in sections.items()
+        for way, m in content["ways"].items()
+    ]
+    first = next(iter(sections.values()))
+    facts = f"{first['parameters'] / 1e6:.0f}M parameters, {first['workers']} ranks, a step takes {first['step_s']:.1f} s"
+    return "\n".join([f"{about(first)}. {facts}; medians, least and most.", "", *markdown(header, rows)])
 
 
 def sweep_overhead_part(sections: dict[str, Any], folder: Path, device: str) -> str:

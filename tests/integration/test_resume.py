@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orpo_ray.config import ExperimentConfig
 from tests.golden.make_golden import CONFIG, METRICS, read
 from tests.ranks import Job, Record, experiment, train, train_all
 
@@ -52,39 +53,46 @@ def test_full_fine_tuning_resumes_exactly_in_another_process(cache: Path, tmp_pa
     _same(second, whole, range(11, 21), rel=0)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "missing"])
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(damage: str, cache: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(cache: Path, tmp_path: Path) -> None:
     config = experiment(cache, **{"train.max_steps": 8, "train.eval_every": 2})
-    whole = train(config, tmp_path / "whole")
-    train(config, tmp_path / "cut", stop_at=6)
-    assert sorted(p.name for p in (tmp_path / "cut").glob("step-*")) == ["step-00000004", "step-00000006"]
-    victim = tmp_path / "cut" / "step-00000006" / "engine" / "mp_rank_00_model_states.pt"
-    content = bytearray(victim.read_bytes())
-    if damage == "missing":
-        victim.unlink()
-    elif damage == "truncated":
-        victim.write_bytes(content[:-7])
-    else:
-        content[len(content) // 2] ^= 1
-        victim.write_bytes(content)
-    record = train(config, tmp_path / "cut")
-    assert record.started_at == 4
-    assert "step-00000006: mp_rank_00_model_states.pt" in record.problems[0]
-    assert "going on from step 4" in record.problems[0]
-    _same(record, whole, range(5, 9), rel=0)
-    assert record.result.metrics == whole.result.metrics
+    damages = ("truncated", "bit flipped", "missing")
+    cut = [Job(config, tmp_path / damage, stop_at=6) for damage in damages]
+    whole, *_ = train_all([Job(config, tmp_path / "whole"), *cut])
+    for damage in damages:
+        assert sorted(p.name for p in (tmp_path / damage).glob("step-*")) == ["step-00000004", "step-00000006"]
+        victim = tmp_path / damage / "step-00000006" / "engine" / "mp_rank_00_model_states.pt"
+        content = bytearray(victim.read_bytes())
+        if damage == "missing":
+            victim.unlink()
+        elif damage == "truncated":
+            victim.write_bytes(content[:-7])
+        else:
+            content[len(content) // 2] ^= 1
+            victim.write_bytes(content)
+    for record in train_all([Job(config, tmp_path / damage) for damage in damages]):
+        assert record.started_at == 4
+        assert "step-00000006: mp_rank_00_model_states.pt" in record.problems[0]
+        assert "going on from step 4" in record.problems[0]
+        _same(record, whole, range(5, 9), rel=0)
+        assert record.result.metrics == whole.result.metrics
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)], ids=["2 to 1 workers", "1 to 2 workers"])
-def test_another_number_of_workers_goes_on(before: int, after: int, stage: int, cache: Path, tmp_path: Path) -> None:
-    settings = {"deepspeed.zero_stage": stage, "train.max_steps": 6, "train.eval_every": 3}
-    whole = train(experiment(cache, **settings, **{"scaling.num_workers": after}), tmp_path / "whole")
-    train(experiment(cache, **settings, **{"scaling.num_workers": before}), tmp_path / "cut", stop_at=3)
-    record = train(experiment(cache, **settings, **{"scaling.num_workers": after}), tmp_path / "cut")
-    assert record.started_at == 3
-    _same(record, whole, range(4, 7), rel=1e-4)
-    assert record.result.metrics == pytest.approx(whole.result.metrics, rel=1e-4)
+def test_another_number_of_workers_goes_on(before: int, after: int, cache: Path, tmp_path: Path) -> None:
+    def config(stage: int, workers: int) -> ExperimentConfig:
+        settings = {"deepspeed.zero_stage": stage, "scaling.num_workers": workers}
+        return experiment(cache, **settings, **{"train.max_steps": 6, "train.eval_every": 3})
+
+    stages = range(4)
+    train_all([Job(config(stage, before), tmp_path / f"cut-{stage}", stop_at=3) for stage in stages])
+    jobs = [
+        (Job(config(s, after), tmp_path / f"whole-{s}"), Job(config(s, after), tmp_path / f"cut-{s}")) for s in stages
+    ]
+    records = train_all([job for pair in jobs for job in pair])
+    for whole, record in zip(records[::2], records[1::2], strict=True):
+        assert record.started_at == 3
+        _same(record, whole, range(4, 7), rel=1e-4)
+        assert record.result.metrics == pytest.approx(whole.result.metrics, rel=1e-4)
 
 
 def test_another_zero_stage_is_refused(cache: Path, tmp_path: Path) -> None:
