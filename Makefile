@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-fast check format golden bench screenshots lock clean help
+.PHONY: quickstart test test-fast check format golden bench faults screenshots lock clean help
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,8 +38,13 @@ bench: $(STAMP) ## Speed and memory against TRL, Liger, LLaMA-Factory's loss (ho
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.limit --precision fp32
 	$(BIN)/python -m benchmarks.limit --precision bf16
+	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.search_quality
 	$(BIN)/python -m benchmarks.report
+
+faults: $(STAMP) ## Faults done to real sweeps, then 200 at random (hours), into docs/reliability.md
+	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.faults.soak
 
 screenshots: $(STAMP) ## Pictures of the README from a finished quickstart (needs chromium and chromium-driver)
 	$(BIN)/python -m docs.make_screenshots runs/quickstart

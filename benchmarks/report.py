@@ -165,7 +165,10 @@ def checkpoint_part(sections: dict[str, Any], folder: Path, device: str) -> str:
         (
             name.removeprefix("zero-"),
             way,
-            *(f"{m[key]['median']:.2f} ({m[key]['min']:.2f} to {m[key]['max']:.2f})" for key in ("blocked_s", "cost_s")),
+            *(
+                f"{m[key]['median']:.2f} ({m[key]['min']:.2f} to {m[key]['max']:.2f})"
+                for key in ("blocked_s", "cost_s")
+            ),
             f"{m['committed_s']['median']:.1f}",
             f"{m['bytes'] / 2**20:.0f}",
         )
@@ -173,7 +176,9 @@ def checkpoint_part(sections: dict[str, Any], folder: Path, device: str) -> str:
         for way, m in content["ways"].items()
     ]
     first = next(iter(sections.values()))
-    facts = f"{first['parameters'] / 1e6:.0f}M parameters, {first['workers']} ranks, a step takes {first['step_s']:.1f} s"
+    facts = (
+        f"{first['parameters'] / 1e6:.0f}M parameters, {first['workers']} ranks, a step takes {first['step_s']:.1f} s"
+    )
     return "\n".join([f"{about(first)}. {facts}; medians, least and most.", "", *markdown(header, rows)])
 
 

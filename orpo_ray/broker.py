@@ -103,6 +103,7 @@ class Broker:
         self._lanes: dict[str, str] = {}  # group -> lane
         self._processes: dict[str, list[str]] = {}  # group -> host:pid of each rank
         self._nodes: dict[str, list[str]] = {}  # group -> node id of each rank
+        self._controllers: dict[str, ray.actor.ActorHandle] = {}  # group -> Ray Train's actor for it
         self._last_bundle: dict[str, str] = {}  # group -> bundle of its latest trial
         self._assigned: dict[str, int] = {}  # group -> number of trials
         self._busy: dict[str, str] = {}  # group -> trial
@@ -274,6 +275,14 @@ class Broker:
         self._idle_since[group] = time.monotonic()
         self._interrupted(group, self._complaints.pop(group, "a worker process died"))
         await self._notify()
+
+    async def controlled(self, group: str, controller: ray.actor.ActorHandle) -> None:
+        """The group has begun to start, under this actor of Ray Train's."""
+        self._controllers[group] = controller
+
+    async def controller(self, group: str) -> ray.actor.ActorHandle | None:
+        """The actor that starts and watches the group; None before there is one."""
+        return self._controllers.get(group)
 
     async def complain(self, group: str, reason: str) -> None:
         """A rank says why it is about to bring its group down."""

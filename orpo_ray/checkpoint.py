@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import random
 import re
 import shutil
@@ -32,6 +33,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from orpo_ray.config import METRIC_MODES, CheckpointConfig
@@ -43,6 +47,8 @@ MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
 _STEP = re.compile(r"step-\d{8}")
 _OF_A_RANK = re.compile(r"(?:zero_pp_rank_|random-rank-|/rank)0*(\d+)")
+_STATE_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
+"""What DeepSpeed's files hold besides tensors and plain values: two numbers, and the name of a stage."""
 _PAUSES_S = (1.0, 5.0, 15.0, 40.0)
 """Between the attempts at a checkpoint that a trial must not go on without."""
 _COMMIT_TIMEOUT = timedelta(hours=4)
@@ -144,7 +150,7 @@ class Checkpoints:
             Optimizer steps done, and the loop's progress as saved.
 
         Raises:
-            CheckpointError: it was written at another ZeRO stage.
+            CheckpointError: it was written at another ZeRO stage, or holds more than tensors.
         """
         manifest, stage = found.manifest, engine.zero_optimization_stage()
         if manifest["zero_stage"] != stage:
@@ -155,12 +161,14 @@ class Checkpoints:
             )
         frozen = any(not p.requires_grad for p in engine.module.parameters())
         same_cut = manifest["num_workers"] == self._world
-        with contextlib.nullcontext(_TAG) if same_cut or stage == 0 else self._recut(engine, found, stage) as tag:
+        recut = contextlib.nullcontext(_TAG) if same_cut or stage == 0 else self._recut(engine, found, stage)
+        with _tensors_only(found.path), recut as tag:
             loaded, _ = engine.load_checkpoint(str(found.path), tag=tag, load_module_strict=not frozen)
         if loaded is None:
             raise CheckpointError(f"{found.path}: DeepSpeed found no engine state in it; remove this folder")
         if same_cut:
-            state = torch.load(found.path / f"random-rank-{self._rank}.pt", weights_only=True)
+            with _tensors_only(found.path):
+                state = torch.load(found.path / f"random-rank-{self._rank}.pt", weights_only=True)
             _restore_random_state(state)
         return found.step, dict(manifest["progress"])
 
@@ -255,7 +263,7 @@ class Checkpoints:
             own = [p for p in self._folder.glob("step-*") if _STEP.fullmatch(p.name)]
             return {p.name: _metrics((p / MANIFEST).read_bytes() if (p / MANIFEST).exists() else b"") for p in own}
         names = self._remote.list()
-        folders = {name.partition("/")[0] for name in names if _STEP.match(name)}
+        folders = {folder for name in names if _STEP.fullmatch(folder := name.partition("/")[0])}
         for folder in folders:
             if f"{folder}/{MANIFEST}" not in names:
                 self._remote.delete(folder)  # an upload that a crash cut off
@@ -272,17 +280,7 @@ class Checkpoints:
             return _damage(here, share=(self._rank, self._world))
         if not self._leads:
             return None
-        try:
-            content = self._remote.read(f"{name}/{MANIFEST}")
-            files = json.loads(content or b"")["files"]
-            missing = {f: here / f for f, facts in files.items() if _difference(here / f, facts) is not None}
-            self._remote.download_all({f"{name}/{f}": path for f, path in missing.items()})
-            _write_durably(here / MANIFEST, (content or b"").decode())
-        except FileNotFoundError as error:
-            return f"a file is missing ({error})"
-        except (ValueError, KeyError, TypeError):
-            return "its manifest is unreadable"
-        return _damage(here)
+        return _bring(self._remote, here)
 
     @contextlib.contextmanager
     def _recut(self, engine: deepspeed.DeepSpeedEngine, found: Found, stage: int) -> Iterator[str]:
@@ -386,7 +384,8 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
         if self._remote is not None and self._rank == 0:
             try:
-                there = {name.partition("/")[0] for name in self._remote.list() if _STEP.match(name)}
+                names = [name.partition("/")[0] for name in self._remote.list()]
+                there = {name for name in names if _STEP.fullmatch(name)}
                 for name in there:
                     if int(name[5:]) < newest and int(name[5:]) not in wanted:
                         self._remote.delete(f"{name}/{MANIFEST}")  # first: what is half deleted is no checkpoint
@@ -424,10 +423,36 @@ def _tolerant(engine: deepspeed.DeepSpeedEngine) -> Iterator[_Writer]:
         del engine._copy_recovery_script
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a trial's folder; None if there is none. No process group is needed."""
-    names = sorted((p.name for p in folder.glob("step-*") if _STEP.fullmatch(p.name)), reverse=True)
-    return next((folder / name for name in names if _damage(folder / name) is None), None)
+def chosen(folder: Path, metric: str | None = None, remote: Storage | None = None) -> Path | None:
+    """The whole checkpoint of a trial that stands for it: where a held-out metric was best; without one, the newest.
+
+    No process group is needed. Where that one is damaged, the newest whole one is taken.
+
+    Args:
+        folder: the trial's.
+        metric: `checkpoint.keep_best`.
+        remote: the trial's folder in an object store; the checkpoint is brought from there into `folder`.
+
+    Returns:
+        The checkpoint's folder; None if there is none.
+
+    Raises:
+        StorageError: the store cannot be read.
+    """
+    if remote is None:
+        here = {p.name: p / MANIFEST for p in folder.glob("step-*") if _STEP.fullmatch(p.name)}
+        manifests = {name: file.read_bytes() for name, file in here.items() if file.is_file()}
+    else:
+        there = {name.partition("/")[0] for name in remote.list() if name.endswith(f"/{MANIFEST}")}
+        manifests = {name: remote.read(f"{name}/{MANIFEST}") or b"" for name in there if _STEP.fullmatch(name)}
+    names = sorted(manifests, reverse=True)
+    best = best_step({int(name[5:]): _metrics(content) for name, content in manifests.items()}, metric)
+    if best is not None:
+        names.insert(0, _name(best))
+    for name in names:
+        if (_damage(folder / name) if remote is None else _bring(remote, folder / name)) is None:
+            return folder / name
+    return None
 
 
 def best_step(metrics: dict[int, dict[str, float]], metric: str | None) -> int | None:
@@ -450,17 +475,44 @@ def full_state_dict(path: Path) -> dict[str, torch.Tensor]:
         model). Tied weights stand under all of their names; frozen ones are left out, as `save` does.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, or holds more than tensors.
     """
     if (damage := _damage(path)) is not None:
         raise CheckpointError(f"{path}: {damage}; its weights cannot be read")
     if read_manifest(path)["zero_stage"] == 3:
         # The weights are cut over the ranks' files. DeepSpeed tells the terminal about each of its steps.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with _tensors_only(path), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_TAG, exclude_frozen_parameters=True))
     # Up to stage 2 every rank has all weights, and they are the fp32 ones (`engine.build_engine`).
     file = path / _TAG / "mp_rank_00_model_states.pt"
-    return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"])
+    with _tensors_only(path):
+        return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True)["module"])
+
+
+@contextlib.contextmanager
+def _tensors_only(path: Path) -> Iterator[None]:
+    """No pickle that is loaded within may run code: it may hold tensors, plain values and `_STATE_CLASSES`.
+
+    DeepSpeed asks torch for whatever a pickle says (`weights_only=False`), everywhere; torch has a variable that
+    overrules it.
+
+    Raises:
+        CheckpointError: one holds more. Nothing of it was run.
+    """
+    forced, unforced = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (forced, unforced)}
+    os.environ[forced] = "1"
+    try:
+        with torch.serialization.safe_globals(list(_STATE_CLASSES)):
+            yield
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: a file of it holds more than tensors and could run code; nothing of it was run. Who can write "
+            f"there? Remove the folder, and training goes on from the checkpoint before it ({error!s:.300})"
+        ) from error
+    finally:
+        del os.environ[forced]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -502,6 +554,18 @@ def _difference(path: Path, facts: dict[str, Any]) -> str | None:
     return None
 
 
+class _Outside(ValueError):
+    """A manifest names a file that would not lie in its checkpoint."""
+
+
+def _files_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    files = dict(manifest["files"])
+    for name in files:
+        if Path(name).is_absolute() or any(part in ("", ".", "..") for part in name.split("/")):
+            raise _Outside(f"its manifest names {name!r:.100}, which is not a file inside of it")
+    return files
+
+
 def _damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a checkpoint; every world-th file is looked at.
 
@@ -510,11 +574,30 @@ def _damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         share: (rank, world).
     """
     try:
-        files = dict(read_manifest(path)["files"])
-        mine = sorted(files.items())[share[0] :: share[1]]
+        mine = sorted(_files_of(read_manifest(path)).items())[share[0] :: share[1]]
         return next((problem for name, facts in mine if (problem := _difference(path / name, facts))), None)
+    except _Outside as error:
+        return str(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is missing or unreadable"
+
+
+def _bring(remote: Storage, here: Path) -> str | None:
+    """Have a checkpoint of a trial's folder in an object store on this node. Returns what is wrong with it."""
+    name = here.name
+    try:
+        content = remote.read(f"{name}/{MANIFEST}")
+        files = _files_of(json.loads(content or b""))
+        missing = {f: here / f for f, facts in files.items() if _difference(here / f, facts) is not None}
+        remote.download_all({f"{name}/{f}": path for f, path in missing.items()})
+        _write_durably(here / MANIFEST, (content or b"").decode())
+    except FileNotFoundError as error:
+        return f"a file is missing ({error})"
+    except _Outside as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError):
+        return "its manifest is unreadable"
+    return _damage(here)
 
 
 def _metrics(manifest: bytes) -> dict[str, float]:

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     then.add_argument("--no-wait", action="store_true", help="do not follow the job, leave once it is submitted")
     then.add_argument("--stop", action="store_true", help="stop the job that runs FILE, as Ctrl-C stops a local sweep")
     report = command("report", _report, "Report on a sweep that has ended, or on one under way.", overrides=False)
-    report.add_argument("run_dir", metavar="NAME", help="of the sweep, or its run directory, e.g. runs/quickstart")
+    report.add_argument("run_dir", metavar="NAME", help="of the sweep, its run directory (runs/NAME), or s3://.../NAME")
     report.add_argument("--output-dir", default="runs", help="where sweeps were run (default: runs)")
     report.add_argument(
         "--format",
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "source",
         metavar="RUN",
-        help="run directory or name (its best trial), a trial's directory (runs/NAME/trials/ID), MLflow run id",
+        help="run directory, name or s3://.../NAME (its best trial); a trial's directory; MLflow run id",
     )
     export.add_argument("--to", type=Path, metavar="DIR", help="folder to write (default: RUN_DIR/export/TRIAL_ID)")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")

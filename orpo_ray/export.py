@@ -34,6 +34,7 @@ from orpo_ray.results import EVENTS_FILE, SWEEP_FILE, current, read_events
 from orpo_ray.rows import TextPair
 from orpo_ray.runs import find_run_dir
 from orpo_ray.space import describe
+from orpo_ray.storage import Storage
 from orpo_ray.tokens import PairTokenizer
 
 Dtype = Literal["float32", "bfloat16"]
@@ -103,11 +104,11 @@ class Registered:
 
 
 def find(run: str, tracking_uri: str | None = None) -> Candidate:
-    """The trial that `run` means, with its newest whole checkpoint.
+    """The trial that `run` means, with its newest whole checkpoint or, with `checkpoint.keep_best`, its best.
 
     Args:
-        run: a run directory or a sweep's name (its best trial), a trial's directory (`runs/NAME/trials/ID`), or an
-            MLflow run id: of a child run (that trial) or of a parent (its best trial).
+        run: a run directory, a sweep's name or its place in an object store (its best trial), a trial's directory
+            (`runs/NAME/trials/ID`), or an MLflow run id: of a child run (that trial) or of a parent (its best trial).
         tracking_uri: where that MLflow run is; by default MLFLOW_TRACKING_URI, else `runs/mlflow.db`.
 
     Raises:
@@ -158,18 +159,19 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
             f"trial {trial['trial_id']} was not trained here: its result was taken over from MLflow run "
             f"{trial['reused_from']}. Export that one: orpo-ray export {trial['reused_from']}"
         )
-    folder = run_dir / "trials" / trial["trial_id"]
-    newest = checkpoint.latest(folder)
-    if newest is None:
-        raise ExportError(
-            f"trial {trial['trial_id']} ({describe(trial['params'])}, {trial['status'].replace('_', ' ')} after "
-            f"{trial['steps']} steps) has no whole checkpoint in {folder}. One is written every train.checkpoint_every "
-            "steps (by default at each evaluation, train.eval_every) and after the last step, and only the newest of a "
-            "trial is kept: set train.checkpoint_every to fewer steps and train it again, or export another trial"
-        )
-    manifest = checkpoint.read_manifest(newest)
     known = _sweep_file(run_dir)
     config = parse(as_given(known["config"]), source=SWEEP_FILE).trial(trial["params"])
+    folder = run_dir / "trials" / trial["trial_id"]
+    remote = None if config.storage is None else Storage(config.storage) / config.name / "trials" / trial["trial_id"]
+    taken = checkpoint.chosen(folder, config.checkpoint.keep_best, remote)
+    if taken is None:
+        raise ExportError(
+            f"trial {trial['trial_id']} ({describe(trial['params'])}, {trial['status'].replace('_', ' ')} after "
+            f"{trial['steps']} steps) has no whole checkpoint in {remote or folder}. One is written every "
+            "train.checkpoint_every steps (by default at each evaluation, train.eval_every) and after the last step: "
+            "set train.checkpoint_every to fewer steps and train it again, or export another trial"
+        )
+    manifest = checkpoint.read_manifest(taken)
     logged: dict[str, float | None] = {}
     products = name_of(product_type(config.train.precision))
     of_others: dict[str, dict[str, float | None]] = {}
@@ -183,7 +185,7 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
             logged = of_others.get(event["donor"], {})  # the checkpoint is the donor's
         elif event["event"] == "started" and is_own:
             products = event.get("facts", {}).get("forward/products", products)
-    return Candidate(run_dir, known["sweep_id"], results, trial, config, newest, manifest, logged, products)
+    return Candidate(run_dir, known["sweep_id"], results, trial, config, taken, manifest, logged, products)
 
 
 def _sweep_file(run_dir: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
+from orpo_ray import mirror
 from orpo_ray.config import METRIC_MODES
 from orpo_ray.results import EVENTS_FILE, FITTED_FILE, RESULTS_FILE, SWEEP_FILE, current, read_events
 from orpo_ray.sections import LossConfig
@@ -108,15 +109,20 @@ class SweepRecord:
 
 
 def find_run_dir(name_or_path: str | Path, output_dir: str | Path = "runs") -> Path:
-    """The run directory of a sweep, given as a path or by the sweep's name.
+    """The run directory of a sweep, given as a path, by the sweep's name, or as a place in an object store.
 
     Args:
-        name_or_path: a run directory, or the `name` of a sweep whose directory is `<output_dir>/<name>`.
+        name_or_path: a run directory; the `name` of a sweep whose directory is `<output_dir>/<name>`; or `storage` of a
+            sweep's config and its name, `s3://bucket/sweeps/NAME`: then its files, without checkpoints, are brought to
+            `<output_dir>/<name>`.
         output_dir: where sweeps were run.
 
     Raises:
         FileNotFoundError: there is no such sweep; lists the sweeps there with the nearest names.
+        StorageError: the object store cannot be read.
     """
+    if "://" in str(name_or_path):
+        return mirror.fetched(str(name_or_path), Path(output_dir))
     for candidate in (Path(name_or_path), Path(output_dir) / name_or_path):
         if _is_run_dir(candidate):
             return candidate

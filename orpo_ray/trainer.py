@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from orpo_ray.broker import Load
 from orpo_ray.capacity import Capacity, Resources, look, place
@@ -28,12 +29,27 @@ _IDLE_GRACE_S = 3.0
 """A group without work is kept this long before it makes room for another lane's."""
 _LOOK_S = 2.0
 """How often the cluster is looked at: nodes come and go."""
+_END_S = 10.0
+"""How long the end of a group's controller takes at most to get here."""
+
+
+class _Introduction(ControllerCallback):
+    """Makes a group's controller known to the broker: Ray Train shows it to nobody, and it alone can be told to end a
+    group that waits for nodes."""
+
+    def __init__(self, broker: Any, group: str) -> None:
+        self._broker, self._group = broker, group
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """In the controller's process."""
+        me = ray.get_runtime_context().current_actor
+        self._broker.controlled.remote(self._group, me)
 
 
 class WorkerGroup:
     """A running group. `fit()` blocks, so it lives in a thread of the sweep process."""
 
-    def __init__(self, spec: GroupSpec, resources: Resources, groups_dir: Path) -> None:
+    def __init__(self, spec: GroupSpec, resources: Resources, groups_dir: Path, broker: Any) -> None:
         """Start at once; processes come up in the background."""
         self.spec = spec
         self.resources = resources
@@ -55,6 +71,7 @@ class WorkerGroup:
                 storage_path=str(groups_dir) if spec.remote is None else f"{spec.remote.path}/{groups_dir.name}",
                 storage_filesystem=None if spec.remote is None else spec.remote.filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=_MAX_GROUP_RESTARTS, controller_failure_limit=3),
+                callbacks=[_Introduction(broker, spec.group)],
                 worker_runtime_env={"env_vars": _worker_environment(resources)},
             ),
         )
@@ -175,6 +192,12 @@ class GroupManager:
         for group_id, group in self._groups.items():
             if group_id not in self._waiting:  # such a one hears nothing before there are nodes for it
                 group.join(max(0.0, deadline - time.monotonic()))
+        # A thread that is still in `fit()` when Ray is shut down takes the whole process with it (ray 2.60).
+        for group_id, group in self._groups.items():
+            controller = ray.get(self._broker.controller.remote(group_id)) if group.running else None
+            if controller is not None:
+                ray.kill(controller)
+                group.join(_END_S)
 
     def _left_without(self, group_id: str, nodes: dict[str, list[str]]) -> bool:
         """Whether a node of the group has died. Then its trial may be taken by another group at once: Ray Train starts
@@ -275,4 +298,4 @@ class GroupManager:
             proof=None if self._proof is None else str(self._proof),
             threads=resources.cpus_per_worker,
         )
-        self._groups[spec.group] = WorkerGroup(spec, resources, self._run_dir / "groups")
+        self._groups[spec.group] = WorkerGroup(spec, resources, self._run_dir / "groups", self._broker)

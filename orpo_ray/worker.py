@@ -71,7 +71,7 @@ def run_group(spec: GroupSpec) -> None:
     # Ray sets OMP_NUM_THREADS to the CPUs it reserved, but only where it was not set before.
     torch.set_num_threads(spec.threads)
     rank = ray.train.get_context().get_world_rank()
-    logs = Path(spec.trials_dir).parent if spec.trials_dir is not None else _scratch(spec.group)
+    logs = Path(spec.trials_dir).parent if spec.trials_dir is not None else _scratch(spec)
     structured_logs.configure(
         logs / structured_logs.LOGS_DIR, spec.group, rank, ray.get_runtime_context().get_node_id()
     )
@@ -105,8 +105,9 @@ def _next_assignment(spec: GroupSpec, broker: Any, control: Any, rank: int) -> A
             return box[0]
 
 
-def _scratch(group: str) -> Path:
-    return Path(tempfile.gettempdir()) / "orpo_ray" / group
+def _scratch(spec: GroupSpec) -> Path:
+    """The node's own folder: several nodes may be on one machine."""
+    return Path(tempfile.gettempdir()) / "orpo_ray" / f"{spec.group}-{ray.get_runtime_context().get_node_id()[:8]}"
 
 
 @contextmanager
@@ -117,17 +118,20 @@ def _home(spec: GroupSpec, control: Any) -> Iterator[Path]:
     if spec.trials_dir is not None:
         yield Path(spec.trials_dir)
         return
-    home = _scratch(spec.group)
+    home = _scratch(spec)
     if int(os.environ["LOCAL_RANK"]) != 0:
         dist.barrier(group=control)
         yield home
         return
     home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / _LOCK):  # ends with its process, and says until then that the folder is in use
+    with FileLock(home.parent / _LOCK):  # else a folder could be removed between being made and being locked
+        home.mkdir(exist_ok=True)
+        in_use = FileLock(home / _LOCK).acquire()  # ends with its process, and says until then that somebody is here
         for other in home.parent.iterdir():
             if other != home:
                 with suppress(Timeout, OSError), FileLock(other / _LOCK, timeout=0):
                     shutil.rmtree(other)
+    with in_use:
         dist.barrier(group=control)
         yield home
         shutil.rmtree(home, ignore_errors=True)

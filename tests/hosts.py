@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-_SET_UP = 'hostname "$0"; for d in $PRIVATE; do mount -t tmpfs tmpfs "$d"; done; exec "$@"'
+_SET_UP = 'hostname "$0"; for d in $PRIVATE; do mount --bind "$d.$0" "$d"; done; exec "$@"'
 """Inside the new namespaces: the host's name, and folders that no other host sees."""
 
 
@@ -38,9 +38,10 @@ def require_namespaces() -> None:
 class Hosts:
     """`Hosts("a", "b")`: host a at 10.77.N.1, host b at 10.77.N.2. Use as a context manager.
 
-    They share this machine's file system, except for the folders that `private` names, which are empty on every host
-    and seen by its processes of one `start` only. `cut` and `heal` take a host off the network and back, silently, as
-    when a switch fails: connections do not break, nothing arrives. Ends what it started and removes what it made.
+    They share this machine's file system, except for the folders that `private` names, of which every host has one of
+    its own. They reach this machine at `outside`, and it reaches them. `cut` and `heal` take a host off the network and
+    back, silently, as when a switch fails: connections do not break, nothing arrives. Ends what it started and removes
+    what it made.
     """
 
     def __init__(self, *names: str, subnet: int | None = None, private: dict[str, list[Path]] | None = None) -> None:
@@ -49,15 +50,19 @@ class Hosts:
         Args:
             names: their host names, which they also know each other by.
             subnet: N in 10.77.N.0/24; by default from this process's id.
-            private: host -> folders, which must exist, that are its own.
+            private: host -> folders, which must exist, that are its own; this machine sees those of host a, empty at
+                first, beside them as `FOLDER.a`.
         """
         require_namespaces()
         self._names, self._private = names, private or {}
         self._subnet = os.getpid() % 250 if subnet is None else subnet
         self._prefix = f"o{os.getpid() % 100000}"
         self._bridge = f"{self._prefix}br"
+        self.outside = f"10.77.{self._subnet}.254"
+        """This machine's address in the hosts' network."""
         self._processes: list[subprocess.Popen[str]] = []
         _ip("link", "add", self._bridge, "type", "bridge")
+        _ip("address", "add", f"{self.outside}/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
         table = "127.0.0.1 localhost\n" + "".join(f"{self.address(name)} {name}\n" for name in names)
         for number, name in enumerate(names):
@@ -73,6 +78,8 @@ class Hosts:
             etc = Path("/etc/netns") / space  # `ip netns exec` puts its files over those of /etc
             etc.mkdir(parents=True)
             (etc / "hosts").write_text(table, encoding="utf-8")
+            for folder in self._private.get(name, []):
+                folder.with_name(f"{folder.name}.{name}").mkdir(exist_ok=True)
 
     def __enter__(self) -> Hosts:
         return self

@@ -1,4 +1,5 @@
-"""A Ray cluster as `ray start` makes it: dashboard, job server, several nodes, authentication; all on loopback."""
+"""A Ray cluster as `ray start` makes it: dashboard, job server, several nodes, authentication; on loopback, or on hosts
+in network namespaces."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from tests.hosts import Hosts
 
 _MARK = "ORPO_RAY_TEST_CLUSTER"
 """Variable that every process of a cluster inherits, by which it is found again; the value names the cluster."""
@@ -27,7 +31,16 @@ class RayCluster:
     Nothing of it touches the environment of this process: give `environment` to whatever is to use the cluster.
     """
 
-    def __init__(self, folder: Path, auth: bool, nodes: int = 1, num_cpus: int = 2, **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        auth: bool,
+        nodes: int = 1,
+        num_cpus: int = 2,
+        hosts: Hosts | None = None,
+        head: str = "head",
+        **environment: str,
+    ) -> None:
         """Start it, and wait until the job server answers and all nodes are there.
 
         Args:
@@ -35,10 +48,13 @@ class RayCluster:
             auth: whether it asks for a token, a new one.
             nodes: how many, the head included.
             num_cpus: of each node.
+            hosts: where nodes are; by default all on loopback.
+            head: the head's host among them.
             environment: further variables of the cluster's processes, e.g. credentials that only the nodes have.
         """
         self.folder = folder
         self.token = secrets.token_hex(32) if auth else None
+        self._hosts, self._head = hosts, head
         self._mark = secrets.token_hex(8)
         # Sockets lie below, and their names may have 107 bytes: not in pytest's folder.
         self.temp_dir = Path(tempfile.mkdtemp(prefix="ray-"))
@@ -53,20 +69,23 @@ class RayCluster:
             **({"RAY_AUTH_TOKEN": self.token} if self.token else {}),
             **environment,
         }
-        self.address = f"127.0.0.1:{_free_port()}"
+        place = "127.0.0.1" if hosts is None else hosts.address(head)
+        self.address = f"{place}:{_free_port()}"
         """Of the GCS, what `RAY_ADDRESS` and `ray.init(address=...)` take."""
-        self.dashboard_url = f"http://127.0.0.1:{_free_port()}"
+        self.dashboard_url = f"http://{place}:{_free_port()}"
         """Of the dashboard and job server."""
-        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.nodes: list[subprocess.Popen[Any]] = []
         try:
             self._start(
                 num_cpus,
                 "--head",
                 f"--port={self.address.rpartition(':')[2]}",
                 "--include-dashboard=true",
+                f"--dashboard-host={place}",
                 f"--dashboard-port={self.dashboard_url.rpartition(':')[2]}",
                 f"--ray-client-server-port={_free_port()}",
                 temp_dir="head",
+                host=head,
             )
             self._wait_for_nodes(1)
             for _ in range(nodes - 1):
@@ -84,11 +103,15 @@ class RayCluster:
         }
 
     def add_node(
-        self, num_cpus: int = 2, resources: dict[str, float] | None = None, labels: dict[str, str] | None = None
-    ) -> subprocess.Popen[bytes]:
+        self,
+        num_cpus: int = 2,
+        resources: dict[str, float] | None = None,
+        labels: dict[str, str] | None = None,
+        host: str = "",
+    ) -> subprocess.Popen[Any]:
         """Start one more node, with a folder for its sessions of its own, and wait until the cluster has it.
 
-        Returns its `ray start --block`; `kill_node` ends it.
+        `host` is where, among the cluster's hosts. Returns its `ray start --block`; `kill_node` ends it.
         """
         known = len(self.alive_nodes())
         options = [f"--address={self.address}"]
@@ -96,11 +119,11 @@ class RayCluster:
             options.append(f"--resources={json.dumps(resources)}")
         if labels:
             options.append(f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}")
-        process = self._start(num_cpus, *options, temp_dir=f"node{len(self.nodes)}")
+        process = self._start(num_cpus, *options, temp_dir=f"node{len(self.nodes)}", host=host)
         self._wait_for_nodes(known + 1)
         return process
 
-    def kill_node(self, process: subprocess.Popen[bytes]) -> None:
+    def kill_node(self, process: subprocess.Popen[Any]) -> None:
         """SIGKILL a node and everything on it, as a machine that goes away does."""
         _end([process.pid, *_descendants(process.pid)])
         process.wait(30)
@@ -131,11 +154,12 @@ class RayCluster:
             process.wait(30)
         shutil.rmtree(self.temp_dir, ignore_errors=True)
 
-    def _start(self, num_cpus: int, *options: str, temp_dir: str) -> subprocess.Popen[bytes]:
+    def _start(self, num_cpus: int, *options: str, temp_dir: str, host: str) -> subprocess.Popen[Any]:
         ports = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
-            *("--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}", "--num-gpus=0"),
+            f"--node-ip-address={'127.0.0.1' if self._hosts is None else self._hosts.address(host)}",
+            *(f"--num-cpus={num_cpus}", "--num-gpus=0"),
             f"--object-store-memory={150 * 2**20}",
             f"--temp-dir={self.temp_dir / temp_dir}",
             *(f"--{name}={_free_port()}" for name in ports),
@@ -143,15 +167,12 @@ class RayCluster:
         ]
         self._logs += 1
         with (self.folder / f"ray-{self._logs}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                env=self._environment,
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            how: dict[str, Any] = {"cwd": self.folder, "stdin": subprocess.DEVNULL, "stdout": log}
+            how |= {"env": self._environment, "stderr": subprocess.STDOUT}
+            if self._hosts is None:
+                process: subprocess.Popen[Any] = subprocess.Popen(command, start_new_session=True, **how)
+            else:
+                process = self._hosts.start(host, *command, **how)
         self.nodes.append(process)
         return process
 
