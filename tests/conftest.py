@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-# As workers do: with another ninja DeepSpeed's compiled ops would be out of date for the one or the other, a minute each.
+# As workers do: to another ninja their compiled ops would be out of date, and ours to theirs; a minute each.
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
 
 import pytest
