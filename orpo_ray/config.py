@@ -106,6 +106,9 @@ Searcher = RandomConfig | OptunaConfig | HyperOptConfig | BohbConfig | LadderCon
 
 MAX_FILE_BYTES = 1 << 20
 """Longest experiment file."""
+MAX_TRIALS = 100_000
+"""Of one sweep: all cells of a grid are held in memory."""
+_SHOWN_PROBLEMS = 50
 
 
 class ConfigError(ValueError):
@@ -203,6 +206,16 @@ class SweepConfig(Section):
             )
         if sum(isinstance(axis, Bundle) for axis in self.space.values()) > 1:
             raise ValueError("a sweep has at most one bundle axis; merge them into one, with a label per combination")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_listed(self) -> SweepConfig:
+        if self.num_trials > MAX_TRIALS:
+            cells = "" if self.is_model_based else f" (num_samples {self.num_samples} × {grid_size(self.space)} cells)"
+            raise ValueError(
+                f"the sweep would have {self.num_trials} trials{cells}, more than {MAX_TRIALS}; "
+                "draw some axes at random (choice, uniform, loguniform), or give fewer values"
+            )
         return self
 
     @model_validator(mode="after")
@@ -409,6 +422,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConf
 def parse(tree: dict[str, Any], overrides: list[str] | None = None, source: str = "config") -> ExperimentConfig:
     """Like `load`, from a tree already read.
 
+    Args:
+        tree: overrides are set in it; mappings within it are copied first, for an alias may have made two of them one.
+
     Raises:
         ConfigError: with every broken rule, its path and value.
     """
@@ -417,7 +433,7 @@ def parse(tree: dict[str, Any], overrides: list[str] | None = None, source: str 
     except plain_yaml.NotPlain as error:
         raise ConfigError(f"{source}: {error}") from None
     if tree.get("scaling") == "auto":
-        tree = tree | {"scaling": {"auto": True}}  # so that an override can set one of its keys
+        tree["scaling"] = {"auto": True}  # so that an override can set one of its keys
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -449,14 +465,20 @@ def _validated(tree: dict[str, Any], source: str) -> ExperimentConfig:
     try:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {_describe(item)}" for item in error.errors()]
-        raise ConfigError("\n".join([f"{source}: {len(lines)} problem(s)", *lines])) from None
+        items = error.errors()
+        shown = [_describe(item) for item in items[:_SHOWN_PROBLEMS]]
+        raise ConfigError(_problems(source, len(items), shown)) from None
+
+
+def _problems(source: str, count: int, shown: list[str]) -> str:
+    more = [f"  and {count - len(shown)} more"] if count > len(shown) else []
+    return "\n".join([f"{source}: {count} problem(s)", *(f"  {line}" for line in shown), *more])
 
 
 def _describe(item: Any) -> str:
     # Union tags ("asha", "loguniform") appear in pydantic's location but not in the file.
     location = [str(part) for part in item["loc"]]
-    where = ".".join(location)
+    where = ".".join(f"{part:.100}" for part in location)
     if item["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -499,12 +521,11 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     node = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"{dotted}: {parent} is a value ({child!r}), not a section")
-        node = child
+        child = node.get(parent)
+        if child is not None and not isinstance(child, dict):
+            raise ConfigError(f"{dotted}: {parent} is a value ({without_password(repr(child)):.100}), not a section")
+        # A copy: an alias elsewhere in the file may be the same mapping.
+        node[parent] = node = dict(child or {})
     node[leaf] = value
 
 
@@ -561,7 +582,7 @@ def _with_coerced_space(config: ExperimentConfig, source: str) -> ExperimentConf
             config.model_copy(update={"sweep": sweep.model_copy(update={"space": coerced})})
         )
     if problems:
-        raise ConfigError("\n".join([f"{source}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
+        raise ConfigError(_problems(source, len(problems), problems[:_SHOWN_PROBLEMS]))
     return config.model_copy(update={"sweep": sweep.model_copy(update={"space": coerced})})
 
 

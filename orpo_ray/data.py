@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -227,7 +228,7 @@ def _scan(split: Split, on_bad_rows: str) -> tuple[np.ndarray, list[bytes], Coun
     for position, (pair_id, row) in enumerate(split.read()):
         counts["rows"] += 1
         if position == 0 and isinstance(row, Mapping) and not {"chosen", "rejected"} <= row.keys():
-            raise DataError(f"{pair_id}: columns {', '.join(map(str, row))} hold no pair\n{ACCEPTED_SHAPES}")
+            raise DataError(f"{pair_id}: columns {_named(row)} hold no pair\n{ACCEPTED_SHAPES}")
         try:
             texts = parse_row(row)
         except BadRow as bad:
@@ -241,6 +242,12 @@ def _scan(split: Split, on_bad_rows: str) -> tuple[np.ndarray, list[bytes], Coun
             f"{split.source}, split {split.name}: no pair in it is usable ({_shown(counts)}){first_problem}"
         )
     return np.array(positions), prompts, counts
+
+
+def _named(row: Mapping[object, object]) -> str:
+    """The columns of a row, as many of them and as much of each as can be read."""
+    names = [str(name) if str(name).isprintable() else repr(name) for name in itertools.islice(row, 20)]
+    return ", ".join([f"{name:.40}" for name in names]) + (f" and {len(row) - 20} more" if len(row) > 20 else "")
 
 
 def _shown(counts: Counter[str]) -> str:
@@ -262,9 +269,10 @@ def _write(
                 digest.update(batch[column].flatten().to_numpy().tobytes())
             writer.write_batch(batch)
     if not counts["pairs"]:
+        guess = "are data.max_prompt_tokens and data.max_tokens too small, or every prompt in both sets?"
         raise DataError(
             f"{split.source}, split {split.name}: no pair is left for {name} ({_shown(counts)}); "
-            "are data.max_prompt_tokens and data.max_tokens too small, or every prompt in both sets?"
+            + (tokens.first_refusal if counts["dropped_template_error"] else guess)
         )
     summary = {"digest": digest.hexdigest(), "counts": {name: counts[name] for name in COUNTS}}
     (folder / f"{name}.json").write_text(json.dumps(summary), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import pickle
 from collections.abc import Iterator
 from functools import lru_cache
@@ -122,6 +123,7 @@ def _kept(config: ModelConfig) -> PreTrainedModel:
 
 
 def _pretrained(config: ModelConfig) -> PreTrainedModel:
+    _require_nothing_foreign(config)
     with _problems_of(config, "causal language model"):
         model, found = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -212,6 +214,30 @@ def _gguf(config: ModelConfig) -> dict[str, str]:
     return {"gguf_file": config.gguf_file}
 
 
+def _require_nothing_foreign(config: ModelConfig) -> None:
+    """Refuse a model whose files reach for what is not the model's.
+
+    Raises:
+        ModelError: config.json names an attention kernel on a hub, which is code and would be run, or a folder's index
+            a weight file outside of the folder.
+    """
+    if config.gguf_file is None and not config.trust_remote_code:
+        kernel = str(getattr(_architecture(config, "causal language model"), "_attn_implementation", None))
+        if "/" in kernel:
+            raise ModelError(
+                f"model.path {config.path}: its config.json names the attention {kernel:.100}, code on a hub; take it "
+                "out, or set model.trust_remote_code where you trust its author"
+            )
+    for index in Path(config.path).expanduser().glob("*.index.json"):
+        with _problems_of(config, index.name):
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        astray = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
+        if astray:
+            raise ModelError(
+                f"model.path {config.path}: {index.name} names {astray[0]!r:.100}, which is not a file of this folder"
+            )
+
+
 @contextlib.contextmanager
 def _problems_of(config: ModelConfig, what: str) -> Iterator[None]:
     """Whatever a damaged or hostile file makes transformers raise, as a ModelError that names it."""
@@ -221,7 +247,10 @@ def _problems_of(config: ModelConfig, what: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise ModelError(_not_found(config, what, error)) from error
-    except Exception as error:
+    except BaseException as error:
+        # What panics in tokenizers' Rust code is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if isinstance(error, pickle.UnpicklingError):
             raise ModelError(
                 f"model.path {config.path}: its weights are a pickle that holds more than tensors, and what it holds "
@@ -229,7 +258,8 @@ def _problems_of(config: ModelConfig, what: str) -> Iterator[None]:
             ) from error
         kernel = f" with model.attention {config.attention}" if what == "causal language model" else ""
         raise ModelError(
-            f"model.path {config.path}: transformers cannot read its {what}{kernel}: {type(error).__name__}: {error}"
+            f"model.path {config.path}: transformers cannot read its {what}{kernel}: {type(error).__name__}: "
+            f"{error!s:.500}"
         ) from error
 
 
@@ -240,10 +270,10 @@ def _not_found(config: ModelConfig, what: str, error: Exception) -> str:
     return f"model.path {config.path}: no {what} could be read from {place}: {error}"
 
 
-def _architecture(config: ModelConfig) -> Any:
+def _architecture(config: ModelConfig, what: str = "model configuration") -> Any:
     if config.path in PRESETS:
         return _preset_config(config)
-    with _problems_of(config, "model configuration"):
+    with _problems_of(config, what):
         return AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **_gguf(config)
         )

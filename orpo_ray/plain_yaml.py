@@ -14,6 +14,10 @@ MAX_DEPTH = 32
 """Mappings and lists within each other."""
 MAX_VALUES = 50_000
 """Values, those of aliases counted as often as they are used."""
+MAX_CHARACTERS = 1 << 21
+"""Characters of all texts together, counted in the same way."""
+_MAX_NUMBER = 100
+"""Characters of a number: PyYAML reads `1:1:1:...`, of base 60, in a time that grows with the square of its length."""
 
 
 class NotPlain(ValueError):
@@ -45,6 +49,13 @@ class _Loader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         finally:
             self.depth -= 1
+
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        node = super().compose_scalar_node(anchor)
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _MAX_NUMBER:
+            line = node.start_mark.line + 1
+            raise NotPlain(f"a number of {len(node.value)} characters, on line {line}; if it is text, quote it")
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -87,33 +98,36 @@ def require_plain(tree: Any) -> None:
     """Check what was read, or given as Python values.
 
     Raises:
-        NotPlain: deeper than `MAX_DEPTH`, more than `MAX_VALUES` values, an integer of more than 64 bits, or text with
-            control characters (terminals obey them) or with half a character.
+        NotPlain: deeper than `MAX_DEPTH`, more than `MAX_VALUES` values or `MAX_CHARACTERS` characters, an integer of
+            more than 64 bits, or text with control characters (terminals obey them) or with half a character.
     """
     _count(tree, 0, {})
 
 
-def _count(value: Any, depth: int, known: dict[int, int]) -> int:
-    """Values in `value`, each alias counted again though looked into once; `known` by identity."""
-    if isinstance(value, str):
-        _require_printable(value)
-        return 1
+def _count(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Values and characters in `value`, each alias counted again though looked into once; `known` by identity."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise NotPlain("a whole number needs more than 64 bits")
-    if not isinstance(value, dict | list | tuple):
-        return 1
+    if not isinstance(value, str | dict | list | tuple):
+        return 1, 0
     if id(value) in known:
         return known[id(value)]
+    if isinstance(value, str):
+        _require_printable(value)
+        return known.setdefault(id(value), (1, len(value)))
     if depth > MAX_DEPTH:
         raise NotPlain(f"more than {MAX_DEPTH} levels deep; does an alias contain itself?")
     items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-    count = 1
+    count, characters = 1, 0
     for item in items:
-        count += _count(item, depth + 1, known)
+        more, longer = _count(item, depth + 1, known)
+        count, characters = count + more, characters + longer
         if count > MAX_VALUES:
             raise NotPlain(f"more than {MAX_VALUES} values, aliases written out")
-    known[id(value)] = count
-    return count
+        if characters > MAX_CHARACTERS:
+            raise NotPlain(f"more than {MAX_CHARACTERS} characters, aliases written out")
+    known[id(value)] = count, characters
+    return count, characters
 
 
 def _require_printable(text: str) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orpo_ray import style_pairs
+from orpo_ray import parquet_pages, style_pairs
 from orpo_ray.config import DataConfig
 
 ACCEPTED_SHAPES = """\
@@ -35,13 +36,14 @@ BUILTIN_TRAIN_PAIRS = 4096
 TRAIN_SPLITS = ("train_prefs", "train")
 EVAL_SPLITS = ("test_prefs", "test", "validation")
 PROMPT_COLUMNS = ("prompt", "instruction", "question")
+_COLUMNS = ("chosen", "rejected", *PROMPT_COLUMNS, "input", "system")
 BATCH_ROWS = 1000
 """Rows held in memory as Python objects at a time."""
-BATCH_CHARACTERS = 1 << 26
-"""And fewer, where their texts are longer than this."""
+BATCH_CHARACTERS = 1 << 23
+"""And fewer, where their texts are longer than this: tokenizers need some 250 bytes per character."""
 
-MAX_ROW_BYTES = 16 << 20
-"""Longest row: some four million tokens. What is longer is no row, and would be read into memory whole."""
+MAX_ROW_BYTES = 4 << 20
+"""Longest row: some million tokens. What is longer is no row, and would be read into memory whole."""
 MAX_ARRAY_BYTES = 512 << 20
 """Longest file that is one JSON array: it is read whole, at about ten times its size in memory."""
 MAX_INFLATION = 200
@@ -49,7 +51,9 @@ MAX_INFLATION = 200
 _ANY_INFLATION_BYTES = 64 << 20
 """Up to this size, however compressed."""
 _PARQUET_ROWS = 64
-"""Rows decoded at a time: a page of a few kilobytes may hold one long value for all of them."""
+"""Rows decoded at a time."""
+_MAX_CSV_COLUMNS = 1000
+"""Every row becomes a dict of all of them."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _CUT = reprlib.Repr()
 _CUT.maxstring = _CUT.maxother = 60
@@ -171,11 +175,13 @@ def _readable(file: Path) -> Iterator[None]:
     """What goes wrong in reading a file, as a DataError that names it."""
     try:
         yield
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowException) as error:
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, OverflowError, LookupError, zlib.error, csv.Error, pa.ArrowException) as bad:
         raise DataError(
-            f"{file}: cannot be read as {_format(file)}: {error}; was it cut short, is it another format, or text that "
-            "is not UTF-8?"
-        ) from error
+            f"{file}: cannot be read as {_format(file)}: {bad!s:.300}; was it cut short, is it another format, or text "
+            "that is not UTF-8?"
+        ) from bad
 
 
 def _hub_splits(path: str, subset: str | None) -> dict[str, Split]:
@@ -283,8 +289,9 @@ def _read_json(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _json_array(stream: io.BufferedReader, path: Path) -> list[object]:
-    content = stream.read(MAX_ARRAY_BYTES + 1)
-    if len(content) > MAX_ARRAY_BYTES:
+    is_too_long = path.suffix != ".gz" and path.stat().st_size > MAX_ARRAY_BYTES
+    content = b"" if is_too_long else stream.read(MAX_ARRAY_BYTES + 1)
+    if is_too_long or len(content) > MAX_ARRAY_BYTES:
         raise DataError(
             f"{path}: a JSON array of more than {MAX_ARRAY_BYTES >> 20} MiB, which would be read into memory whole; "
             "write it as .jsonl, a row per line"
@@ -304,6 +311,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, object]]:
         reader = csv.DictReader(cast(Iterator[str], _lines(text, path)))
         if reader.fieldnames is None:
             return
+        if len(reader.fieldnames) > _MAX_CSV_COLUMNS:
+            raise DataError(f"{path}: {len(reader.fieldnames)} columns; at most {_MAX_CSV_COLUMNS} are read")
+        _require_each_once(reader.fieldnames, path)
         line = reader.line_num + 1
         for row in reader:
             yield line, row
@@ -311,23 +321,49 @@ def _read_csv(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
+    inside = parquet_pages.inflated_bytes(path)
+    if inside > max(_ANY_INFLATION_BYTES, MAX_INFLATION * path.stat().st_size):
+        raise DataError(
+            f"{path}: holds {inside} bytes, more than {MAX_INFLATION} times its size on disk, which text is not: a "
+            "decompression bomb? If you know that it is not, write it as .jsonl"
+        )
     with pq.ParquetFile(path) as file:
-        inside = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
-        if inside > max(_ANY_INFLATION_BYTES, MAX_INFLATION * path.stat().st_size):
-            raise DataError(
-                f"{path}: says that it holds {inside} bytes, more than {MAX_INFLATION} times its size on disk, which "
-                "text is not: a decompression bomb? If you know that it is not, write it as .jsonl"
-            )
-        number = 0
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-            if batch.nbytes > MAX_ROW_BYTES:
-                sizes = [batch.slice(row, 1).nbytes for row in range(len(batch))]
-                if max(sizes) > MAX_ROW_BYTES:
-                    at = number + 1 + sizes.index(max(sizes))
-                    raise DataError(f"{path}:{at}: longer than {MAX_ROW_BYTES >> 20} MiB, which no row is")
-            for row in batch.to_pylist():
+        metadata, names = file.metadata, file.schema_arrow.names
+    columns = [name for name in names if name in _COLUMNS] if {"chosen", "rejected"} <= set(names) else names
+    _require_each_once(columns, path)
+    leaves = [metadata.schema.column(number).path for number in range(len(metadata.schema))]
+    number = 0
+    # As dictionaries: one long value may stand in all rows, and is held once until it is known how long they become.
+    with pq.ParquetFile(path, metadata=metadata, read_dictionary=leaves) as file:
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+            if _bytes_written_out(batch) > MAX_ROW_BYTES:
+                for row in range(len(batch)):
+                    if _bytes_written_out(batch.slice(row, 1)) > MAX_ROW_BYTES:
+                        at = number + 1 + row
+                        raise DataError(f"{path}:{at}: longer than {MAX_ROW_BYTES >> 20} MiB, which no row is")
+            for found in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, found
+
+
+def _bytes_written_out(values: Any) -> int:
+    """Bytes of a batch or an array with every value of a dictionary as often as it is used."""
+    if isinstance(values, pa.RecordBatch):
+        return sum(map(_bytes_written_out, values.columns))
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        return pc.sum(pc.take(pc.binary_length(values.dictionary), values.indices)).as_py() or 0
+    if pa.types.is_struct(kind):
+        return sum(map(_bytes_written_out, values.flatten()))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _bytes_written_out(values.flatten())
+    return int(values.nbytes)
+
+
+def _require_each_once(columns: Sequence[str], path: Path) -> None:
+    twice = [name for name, count in Counter(columns).items() if count > 1 and name in _COLUMNS]
+    if twice:
+        raise DataError(f"{path}: {len(columns)} columns, {twice[0]} is among them twice; which of the two is meant?")
 
 
 _FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {

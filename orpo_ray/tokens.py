@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -41,26 +40,57 @@ SCHEMA = pa.schema(
 """Of a tokenised pair on disk; `data.Pair` says what the columns hold."""
 
 
-_PROBE_S = 10
+_PROBE_S = 5
 _PROBE = f"""
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, ({_PROBE_S}, {_PROBE_S}))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+from datetime import datetime
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-given = json.load(sys.stdin)
-template = given.pop("template")
-loops = ["jinja2.ext.loopcontrols"]
-environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
-try:
-    length = sum(map(len, environment.from_string(template).generate(given)))
-except MemoryError:
-    sys.exit("takes more than 1 GiB")
-except Exception:
-    sys.exit(0)
-sys.exit("writes %d characters for a prompt of a word" % length if length > 1 << 20 else 0)
+
+class Generation(Extension):
+    tags = {{"generation"}}
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
+    def _as_it_is(self, caller):
+        return caller()
+
+def raise_exception(message):
+    raise TemplateError(message)
+
+template, talks, given = json.load(sys.stdin)
+extensions = [Generation, "jinja2.ext.loopcontrols"]
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+environment.filters["tojson"] = lambda value, **how: json.dumps(value, **{{"ensure_ascii": False}} | how)
+environment.globals |= dict(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
+longest = 0
+for messages in talks:
+    for add in (True, False):
+        try:
+            written = environment.from_string(template).generate(given, messages=messages, add_generation_prompt=add)
+            longest = max(longest, sum(map(len, written)))
+        except MemoryError:
+            sys.exit("takes more than 1 GiB")
+        except SecurityError as error:
+            sys.exit("reaches for what no template may have (%.200s)" % error)
+        except Exception:
+            continue
+sys.exit("writes %d characters for short conversations" % longest if longest > 1 << 20 else 0)
 """
-"""Renders a template where it can do no harm; whatever else is wrong with it, the first pair tells better."""
+"""Renders a template where it can do no harm, in what transformers gives one to use; of whatever else is wrong with it
+the first pair tells better."""
+_TALKS = [
+    [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}],
+    [{"role": "system", "content": "Be kind. " * 50}]
+    + [{"role": role, "content": "One, two, three. " * 50} for role in ("user", "assistant") * 4],
+]
+"""What the probe renders: a short conversation, and one of all roles and several turns."""
 
 
 class PairTokenizer:
@@ -78,10 +108,11 @@ class PairTokenizer:
         self.template = _chat_template(config, tokenizer)
         self.bos_id = _added_bos(tokenizer)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        # Longest first, or one token that begins another would hide it.
-        ends = "|".join(map(re.escape, sorted({*special, tokenizer.eos_token}, key=lambda token: (-len(token), token))))
-        self.end_of_answer = re.compile(rf"(?P<end>{ends})(?:\s*(?:{ends}))*\s*\Z")
+        # Longest first, or one token that ends another would hide it.
+        self.ends = tuple(sorted({*special, tokenizer.eos_token} - {""}, key=lambda token: (-len(token), token)))
         self.newline_ids = self._ids(["\n"])[0]
+        self.first_refusal = ""
+        """What the chat template says against the first pair that it refuses."""
 
     def identity(self) -> dict[str, object]:
         """What of template and tokenizer decides on the ids, as JSON."""
@@ -92,15 +123,15 @@ class PairTokenizer:
         }
 
     def require_bounded_template(self) -> None:
-        """Render a short conversation in a process of its own, which may take 10 s and 1 GiB.
+        """Render two conversations in a process of its own, which may take 5 s and 1 GiB.
 
         transformers renders templates in Jinja's sandbox, which keeps them from files and code, but not from looping
         for ever or writing gigabytes; and a model from the hub brings its own.
 
         Raises:
-            DataError: it takes longer, more memory, or writes more than 1 MiB.
+            DataError: it takes longer, more memory, writes more than 1 MiB, or tries what the sandbox refuses.
         """
-        problem = _unbounded(self.template)
+        problem = _unbounded(self.template, json.dumps(self.tokenizer.special_tokens_map))
         if problem:
             raise DataError(f"the chat template {problem}: mend data.chat_template, or the tokenizer's own")
 
@@ -125,7 +156,8 @@ class PairTokenizer:
                 prompt = self._apply(texts.prompt, add_generation_prompt=True)
                 answers = [self._answer(prompt, texts.prompt, side, counts) for side in (texts.chosen, texts.rejected)]
             except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-                bad = BadRow("template_error", f"the chat template refuses it: {error}")
+                bad = BadRow("template_error", f"the chat template refuses it: {error!s:.300}")
+                self.first_refusal = self.first_refusal or f"{pair_id}: {bad.detail}"
                 drop(bad, pair_id, self.config.on_bad_rows, counts)
                 continue
             rendered.append((pair_id, prompt))
@@ -155,10 +187,22 @@ class PairTokenizer:
         answer = whole[len(prompt) :]
         # Of what the template puts behind the answer (`<|im_end|>\n`, `</s>\n`) the first special token ends the turn:
         # it is the last one a generating model has to say.
-        end = self.end_of_answer.search(answer)
+        start, end = self._turn_end(answer)
         if end is None:
             return answer.rstrip(), self.tokenizer.eos_token_id
-        return answer[: end.start()], self.tokenizer.convert_tokens_to_ids(end["end"])
+        return answer[:start], self.tokenizer.convert_tokens_to_ids(end)
+
+    def _turn_end(self, answer: str) -> tuple[int, str | None]:
+        """Where the special tokens begin that the answer ends with, and the first of them. In one pass from the end:
+        an answer of nothing but such tokens would take a regular expression hours."""
+        start, end, at = len(answer), None, len(answer)
+        while True:
+            while at and answer[at - 1].isspace():
+                at -= 1
+            if not answer.endswith(self.ends, 0, at):
+                return start, end
+            end = next(token for token in self.ends if answer.endswith(token, 0, at))
+            start = at = at - len(end)
 
     def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
         return str(
@@ -216,23 +260,17 @@ class PairTokenizer:
 
 
 @functools.lru_cache(maxsize=4)
-def _unbounded(template: str) -> str:
+def _unbounded(template: str, special_tokens: str) -> str:
     """What of its limits the template exceeds; "" if none."""
-    messages = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}]
-    given = {
-        "template": template,
-        "messages": messages,
-        "add_generation_prompt": True,
-        "bos_token": "",
-        "eos_token": "",
-    }
+    given = {"tools": None, "documents": None} | json.loads(special_tokens)
     command = [sys.executable, "-I", "-c", _PROBE]
+    probed = json.dumps([template, _TALKS, given])
     try:
-        ran = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, timeout=3 * _PROBE_S)
+        ran = subprocess.run(command, input=probed, capture_output=True, text=True, timeout=6 * _PROBE_S)
     except subprocess.TimeoutExpired:
-        return f"takes more than {3 * _PROBE_S} s for two messages"
+        return f"takes more than {6 * _PROBE_S} s for two conversations"
     if ran.returncode < 0:
-        return f"takes more than {_PROBE_S} s for two messages"
+        return f"takes more than {_PROBE_S} s for two conversations"
     return ran.stderr.strip() if ran.returncode == 1 else ""
 
 
