@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-fast check format golden bench faults screenshots lock clean help
+.PHONY: quickstart test test-fast test-faults check format golden bench faults screenshots lock clean help
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -13,11 +13,14 @@ help: ## This list
 quickstart: $(STAMP) ## Install, then sweep λ × learning rate × model size on the built-in pairs (minutes on 2 cores)
 	$(BIN)/orpo-ray sweep experiments/quickstart.yaml
 
-test: $(STAMP) ## Install, then run all tests
+test: $(STAMP) ## Install, then run all tests but test-faults
 	$(BIN)/python -m pytest
 
-test-fast: $(STAMP) ## The tests that need neither Ray nor several processes, under 2 minutes
+test-fast: $(STAMP) ## The tests that need neither Ray nor several processes, in minutes
 	$(BIN)/python -m pytest -m "not slow"
+
+test-faults: $(STAMP) ## The tests of kills and lost nodes, some as root (15 minutes)
+	$(BIN)/python -m pytest -m faults
 
 check: $(STAMP) ## Lint, format, types, import rules
 	$(BIN)/ruff check .

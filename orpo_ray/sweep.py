@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from filelock import FileLock, Timeout
 from ray import tune
+from ray.tune.execution import class_cache
 
 from orpo_ray import broker, control, mirror, provenance, report, results, sources, warm_start, winners
 from orpo_ray.capacity import Capacity, Resources, SharedFolder, look
@@ -342,6 +343,8 @@ def _fit(config: ExperimentConfig, conductor: Conductor, broker_name: str, lanes
     """Let Tune run the sweep to its end. Returns whether it came there, and was not interrupted."""
     # Tune would warn that it finds no result files of its own, which would only repeat the journal.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    # Tune puts these into the drivers' runtime environment, which Ray writes to command lines and logs (ray 2.60).
+    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     sweep = conductor.proposals.sweep
     trainable = tune.with_resources(
         tune.with_parameters(

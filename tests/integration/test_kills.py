@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.conftest import Sweeps
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(1500)]
 
 SETTINGS = {"train.max_steps": 16, "train.eval_every": 4, "train.log_every": 4}
 ASHA = {"type": "asha", "grace_steps": 4, "reduction_factor": 2}

@@ -24,7 +24,7 @@ from tests.integration.conftest import Sweeps
 from tests.ray_clusters import RayCluster
 from tests.s3 import S3
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(400)]
 
 SHORT = {
     "train.max_steps": 8,
