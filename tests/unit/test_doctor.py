@@ -23,7 +23,7 @@ FACTS: dict[str, Any] = {
     "auth": "token",
     "compiler": "/usr/bin/c++",
     "ninja": "/usr/bin/ninja",
-    "extensions": "/root/.cache/torch_extensions",
+    "extensions": "/home/me/.cache/torch_extensions",
     "locks": [],
     "gpus": {"names": ["H200", "H200"], "cuda": "12.6", "error": None},
     "cpus": 16,
