@@ -31,16 +31,19 @@ class Seen:
     """Of all processes below a sweep, while it ran."""
 
     command_lines: set[str] = field(default_factory=set)
-    listening: set[tuple[str, int, str]] = field(default_factory=set)
-    """Address, port, title of the process."""
+    listening: set[tuple[str, int, int]] = field(default_factory=set)
+    """Address, port, process."""
+    titles: dict[int, set[str]] = field(default_factory=dict)
+    """Process -> what it called itself while it was seen; a Ray worker's title changes with each call."""
 
     def look(self, process: psutil.Process) -> None:
         try:
             line = " ".join(process.cmdline())
             self.command_lines.add(line)
+            self.titles.setdefault(process.pid, set()).add(line.split(".")[0].strip())
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
-                    self.listening.add((connection.laddr.ip, connection.laddr.port, line.split(".")[0].strip()))
+                    self.listening.add((connection.laddr.ip, connection.laddr.port, process.pid))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return
 
@@ -69,8 +72,8 @@ def test_a_sweep_listens_on_loopback_and_keeps_its_secrets(sweeps: Sweeps) -> No
     assert len({port for _, port, _ in seen.listening}) > 5, "nothing was seen"
 
     # torch's TCPStore, where the ranks of a group meet, cannot be told an address: one port per group (security.md).
-    beyond = {(port, title) for address, port, title in seen.listening if address not in LOOPBACK}
-    assert {title for _, title in beyond} <= {"ray::RayTrainWorker"}
+    beyond = {(port, pid) for address, port, pid in seen.listening if address not in LOOPBACK}
+    assert all("ray::RayTrainWorker" in seen.titles[pid] for _, pid in beyond), seen.titles
     assert len({port for port, _ in beyond}) <= 1
 
     assert seen.ray_sessions, seen.command_lines

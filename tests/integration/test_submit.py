@@ -26,7 +26,7 @@ SHORT = {"train.max_steps": 4, "train.eval_every": 2, "generation.prompts": 0}
 
 @pytest.fixture(scope="module")
 def open_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """No authentication; two nodes with one CPU each, so that two trials at once need both."""
+    """No authentication; two nodes with one CPU each, so that a trial of two workers needs both."""
     secrets = {"HF_TOKEN": "of-the-nodes"}
     cluster = RayCluster(tmp_path_factory.mktemp("open"), auth=False, nodes=2, num_cpus=1, **secrets)
     yield cluster
@@ -94,7 +94,7 @@ def test_ray_job_submit_works_as_it_stands(open_cluster: RayCluster, sweeps: Swe
 
 def test_the_code_that_is_here_runs_on_every_node(open_cluster: RayCluster, sweeps: Sweeps) -> None:
     """A working directory with a package of its own: every process of the job imports that one."""
-    sweeps.write("marked", TWO_TRIALS, **SHORT)
+    sweeps.write("marked", TWO_TRIALS, **SHORT, **{"scaling.num_workers": 2})
     marks = sweeps.folder / "marks"
     marks.mkdir()
     copy = shutil.copytree(PACKAGE, sweeps.folder / "orpo_ray", ignore=shutil.ignore_patterns("__pycache__"))
@@ -114,7 +114,7 @@ def test_the_code_that_is_here_runs_on_every_node(open_cluster: RayCluster, swee
     assert {name.partition("-")[0] for name in files} == {"sweep", "driver", "broker", "loop"}
     unpacked = {name: Path(path).relative_to(open_cluster.temp_dir).parts for name, path in files.items()}
     assert all("working_dir_files" in parts for parts in unpacked.values()), files
-    # Trials trained on both nodes, each with a copy of its own; the sweep itself ran on the head.
+    # Each trial trained on both nodes, each with a copy of its own; the sweep itself ran on the head.
     assert {parts[0] for name, parts in unpacked.items() if name.startswith("loop")} == {"head", "node1"}
     assert {parts[0] for name, parts in unpacked.items() if name.startswith("sweep")} == {"head"}
     (copies,) = {
