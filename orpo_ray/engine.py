@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import platform
 import time
 from functools import cache
 from pathlib import Path
@@ -131,6 +133,8 @@ def destroy(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.optimizer = engine.basic_optimizer = engine.module = None
     gc.collect()  # what remains refers to each other in cycles
     get_accelerator().empty_cache()
+    if platform.libc_ver()[0] == "glibc":  # it keeps freed memory, per thread; every trial saves in a new thread
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _adam(optim: OptimConfig) -> dict[str, Any]:
