@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import platform
 import time
 from functools import cache
 from pathlib import Path
@@ -120,21 +118,21 @@ def step(engine: deepspeed.DeepSpeedEngine, lr: float, max_grad_norm: float | No
 def destroy(engine: deepspeed.DeepSpeedEngine) -> None:
     """Free what the engine holds; the process group stays for the next one."""
     optimizers = (engine.basic_optimizer, engine.optimizer)
-    parameters = list(engine.module.parameters())
+    modules, parameters = list(engine.module.modules()), list(engine.module.parameters())
     engine.destroy()
     # ZeRO-3 leaves hooks in autograd's nodes, where Python's collector cannot see that they and what they refer to
-    # form cycles. So what is heavy is taken away from it: otherwise every engine leaves all of its state behind.
+    # form cycles. So everything is taken from what they reach, the modules' own hooks and DeepSpeed's classes of
+    # autograd functions included: otherwise every engine leaves all of its state behind.
     for optimizer in optimizers:
         vars(optimizer).clear()
     for parameter in parameters:
         vars(parameter).clear()
         parameter.data = torch.empty(0)
         parameter.grad = None
-    engine.optimizer = engine.basic_optimizer = engine.module = None
+    for module in (*modules, engine):
+        vars(module).clear()
     gc.collect()  # what remains refers to each other in cycles
     get_accelerator().empty_cache()
-    if platform.libc_ver()[0] == "glibc":  # it keeps freed memory, per thread; every trial saves in a new thread
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _adam(optim: OptimConfig) -> dict[str, Any]:
