@@ -119,6 +119,7 @@ class SweepMetrics:
                 trial.state, trial.values = "waiting", None
             case "finished":
                 trial.state, trial.values = event["status"], None
+                self._due_at = 0.0  # at once: after the last trial there may be no other occasion
                 self._seconds.observe(event["train_seconds"], {**self._label, "state": trial.state})
 
     @property

@@ -139,7 +139,7 @@ def test_a_job_that_fails_says_so(open_cluster: RayCluster, sweeps: Sweeps) -> N
 
 def test_a_stopped_sweep_continues(guarded_cluster: RayCluster, sweeps: Sweeps) -> None:
     """Followed by two, stopped in the middle, submitted again: no trial twice, and the exit codes tell the truth."""
-    settings = {"train.max_steps": 60, "train.eval_every": 5, "generation.prompts": 0}
+    settings = {"train.max_steps": 150, "train.eval_every": 5, "generation.prompts": 0}
     sweeps.write("stopped", {**TWO_TRIALS, "max_concurrent": 1}, **settings)
     client = {"cluster": guarded_cluster, "folder": sweeps.folder}
     printed = submit("stopped.yaml", "--no-wait", **client)
@@ -147,13 +147,14 @@ def test_a_stopped_sweep_continues(guarded_cluster: RayCluster, sweeps: Sweeps) 
     command = (sys.executable, "-m", "orpo_ray.cli", "submit", "stopped.yaml")
     leaving, staying = start(*command, **client), start(*command, **client)  # type: ignore[arg-type]
     try:
-        sweeps.wait_for("stopped", "finished")
+        sweeps.wait_for("stopped", "started")
         submit("stopped.yaml", "optim.weight_decay=0.2", code=2, **client)  # type: ignore[arg-type]
         leaving.send_signal(signal.SIGINT)
         assert leaving.wait(30) == 130
         left = leaving.communicate()[0]
         assert "stopped-1 runs this sweep already" in left
         assert "job stopped-1 goes on; the same command follows it" in left
+        sweeps.wait_for("stopped", "finished")
         began = time.monotonic()
         assert "job stopped-1 was stopped" in submit("stopped.yaml", "--stop", **client)  # type: ignore[arg-type]
         assert time.monotonic() - began < 60
@@ -175,7 +176,7 @@ def test_a_stopped_sweep_continues(guarded_cluster: RayCluster, sweeps: Sweeps) 
     assert [event["event"] for event in events].count("finished") == 2
     assert [event["event"] for event in events].count("submitted") == 2
     results = sweeps.results("stopped")
-    assert [(trial["status"], trial["steps"]) for trial in results["trials"]] == [("finished", 60)] * 2
+    assert [(trial["status"], trial["steps"]) for trial in results["trials"]] == [("finished", 150)] * 2
     assert "no job runs this sweep" in submit("stopped.yaml", "--stop", code=1, **client)  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -122,6 +123,11 @@ def test_killed_sweep_goes_on_where_it_was(sweeps: Sweeps) -> None:
     file = sweeps.write("machine", {**TWO_RUNS, "max_concurrent": 1}, **settings)
     process = sweeps.start("sweep", str(file))
     second = sweeps.wait_for("machine", "eval", step=20, trial_id=_second_trial(sweeps, "machine"))
+    manifest = sweeps.folder / "runs" / "machine" / "trials" / second["trial_id"] / "step-00000020" / "manifest.json"
+    deadline = time.monotonic() + 60
+    while not manifest.exists():  # checkpoints are committed in the background
+        assert time.monotonic() < deadline, "no checkpoint of step 20"
+        time.sleep(0.05)
     sweeps.kill(process)
     before = sweeps.events("machine")
 

@@ -181,11 +181,12 @@ def test_measured_time_is_taken_where_the_sweep_has_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["quickstart", "hh_smollm2"])
-def test_reads_well_at_100_columns(name: str) -> None:
+def test_reads_well_at_100_columns(name: str, tmp_path: Path) -> None:
     from orpo_ray.config import load
 
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     overrides = ["model.path=tiny-llama-8m", "data.path=builtin://style-pairs"] if name == "hh_smollm2" else []
+    overrides.append(f"output_dir={tmp_path}")  # in runs/ the sweep may have run, and its time be known
     console.print(plan(load(EXPERIMENTS / f"{name}.yaml", overrides), LAPTOP, 1e11))
     text = console.export_text()
     assert "…" not in text
