@@ -439,7 +439,7 @@ def _require_room(resources: dict[str, Resources], capacity: Capacity) -> None:
 def _require_shared(config: ExperimentConfig, blind: list[str]) -> None:
     """On several nodes, all must see what is written here."""
     if blind:
-        where = ", ".join(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in blind)
+        where = ", ".join(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in blind))
         raise SweepError(
             f"output_dir {config.output_dir}: {config.run_dir} is not seen by {where}; on several nodes it must be on "
             "a file system that all of them mount, or set storage to an object store"

@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 _POLL_S = 10.0
 """How long rank 0 waits for work before it tells the others that it still waits."""
 _LOCK = ".lock"
+_LOG_PATIENCE_S = 10.0
+"""Log lines are not worth keeping a group waiting for an object store that is away."""
 _PEER_TIMEOUT_S = 60.0
 """A rank that failed alone waits this long for the others, which hang in a collective, then brings the group down."""
 
@@ -71,24 +73,23 @@ def run_group(spec: GroupSpec) -> None:
     # Ray sets OMP_NUM_THREADS to the CPUs it reserved, but only where it was not set before.
     torch.set_num_threads(spec.threads)
     rank = ray.train.get_context().get_world_rank()
-    logs = Path(spec.trials_dir).parent if spec.trials_dir is not None else _scratch(spec)
-    structured_logs.configure(
-        logs / structured_logs.LOGS_DIR, spec.group, rank, ray.get_runtime_context().get_node_id()
-    )
+    node = ray.get_runtime_context().get_node_id()
     broker = ray.get_actor(spec.broker, namespace=spec.namespace)
     # Host-side messages need gloo: over NCCL they would spin the GPU while rank 0 waits for work.
     control = dist.new_group(backend="gloo")
     roll_call = dist.new_group(backend="gloo", timeout=timedelta(seconds=_PEER_TIMEOUT_S))
-    here = f"{socket.gethostname()}:{os.getpid()}", ray.get_runtime_context().get_node_id()
-    ranks: list[tuple[str, str]] = [here] * dist.get_world_size()
-    dist.all_gather_object(ranks, here, group=control)
-    if rank == 0:
-        processes, nodes = [process for process, _ in ranks], [node for _, node in ranks]
-        ray.get(broker.join.remote(spec.group, spec.lane, processes, nodes))
     with _home(spec, control) as home:
+        logs = home if spec.trials_dir is None else home.parent
+        log_file = structured_logs.configure(logs / structured_logs.LOGS_DIR, spec.group, rank, node)
+        here = f"{socket.gethostname()}:{os.getpid()}", node
+        ranks: list[tuple[str, str]] = [here] * dist.get_world_size()
+        dist.all_gather_object(ranks, here, group=control)
+        if rank == 0:
+            processes, nodes = [process for process, _ in ranks], [node for _, node in ranks]
+            ray.get(broker.join.remote(spec.group, spec.lane, processes, nodes))
         while (assignment := _next_assignment(spec, broker, control, rank)) is not None:
             with preemption.at_work(), structured_logs.trial(assignment.trial_id, assignment.attempt):
-                goes_on = _run_trial(assignment, spec, home, broker, control, roll_call, rank)
+                goes_on = _run_trial(assignment, spec, home, log_file, broker, control, roll_call, rank)
             if not goes_on:
                 return
 
@@ -138,7 +139,14 @@ def _home(spec: GroupSpec, control: Any) -> Iterator[Path]:
 
 
 def _run_trial(
-    assignment: Assignment, spec: GroupSpec, home: Path, broker: Any, control: Any, roll_call: Any, rank: int
+    assignment: Assignment,
+    spec: GroupSpec,
+    home: Path,
+    log_file: Path,
+    broker: Any,
+    control: Any,
+    roll_call: Any,
+    rank: int,
 ) -> bool:
     """Run one trial. An exception that every rank meets is its result; one that only some meet breaks the group.
 
@@ -190,6 +198,8 @@ def _run_trial(
     if outcome.status is Status.FAILED:
         gc.collect()  # the traceback that held the engine's tensors is gone only now
         torch.cuda.empty_cache()
+    if spec.remote is not None:
+        _keep_log(log_file, spec.remote)  # before the sweep can hear of the end and look for what there is
     outcomes: list[TrialResult | None] = [None] * dist.get_world_size()
     try:
         dist.all_gather_object(outcomes, outcome, group=roll_call)
@@ -210,6 +220,18 @@ def _run_trial(
     if spec.remote is not None and outcome.status is not Status.PAUSED and int(os.environ["LOCAL_RANK"]) == 0:
         shutil.rmtree(trial_dir, ignore_errors=True)  # the object store has it
     return outcome.status is not Status.PREEMPTED
+
+
+def _keep_log(file: Path, remote: Storage) -> None:
+    """Put this rank's lines so far into the object store, as `GROUP-rank-N-NODE.jsonl`: its own disk is scratch.
+
+    A group that is restarted on another node begins a new file there; hence the node in the name.
+    """
+    name = f"{file.stem}-{ray.get_runtime_context().get_node_id()[:8]}{file.suffix}"
+    try:
+        Storage(remote.uri, _LOG_PATIENCE_S).upload(file, f"{structured_logs.LOGS_DIR}/{name}")
+    except (StorageError, FileNotFoundError) as error:
+        _log.warning("log lines stay on this node for now: %s", error)
 
 
 def _reason(error: str | None) -> str:

@@ -306,6 +306,14 @@ def test_hosts_that_share_nothing_but_an_object_store(tmp_path: Path, undisturbe
     (started,) = [e for e in map(json.loads, journal.splitlines()) if e["event"] == "started"]
     assert sorted(process.partition(":")[0] for process in started["processes"]) == ["one", "two"]
     assert any(name.startswith("groups/") for name in objects)  # Ray Train's
+    kept = {name: content for name, content in objects.items() if name.startswith("logs/")}
+    last = [json.loads(content.splitlines()[-1]) for _, content in sorted(kept.items())]
+    assert [(line["trial_id"], line["rank"], line["message"]) for line in last] == [
+        ("00000", rank, "the trial is finished at step 8") for rank in (0, 1)
+    ]
+    assert {line["host"] for line in last} == {"one", "two"}
+    for name, content in kept.items():
+        assert (of_head / "kept" / name).read_bytes() == content
     assert [path.name for path in (tmp_path / "runs.one").iterdir()] == []
 
 

@@ -58,11 +58,12 @@ def entries(file: Path) -> list[dict[str, object]]:
 
 
 def test_a_sweep_can_be_followed_by_its_logs_and_metrics(cluster: Cluster, sweeps: Sweeps) -> None:
+    # Long enough (20 s) to be seen: gauges are set every 5 s and reported every 3 s.
     sizes = {"good": {"model.path": "tiny-llama-1m"}, "missing": {"model.path": "no/such-folder"}}
     file = sweeps.write(
         "seen",
         {"metric": "eval/nll", "space": {"model": {"type": "bundle", "values": sizes}}},
-        **{"train.max_steps": 45, "train.eval_every": 15, "scaling.num_workers": 2},
+        **{"train.max_steps": 200, "train.eval_every": 100, "scaling.num_workers": 2},
     )
     output = sweeps.folder / "output.txt"
     with output.open("w") as sink:
@@ -92,8 +93,8 @@ def test_a_sweep_can_be_followed_by_its_logs_and_metrics(cluster: Cluster, sweep
     assert running == {trials["good"]}
     assert seen["ray_orpo_ray_trials"]["failed"] == 1
     assert seen["ray_orpo_ray_trials"].keys() >= {"waiting", "training", "finished", "diverged"}
-    assert seen["ray_orpo_ray_trial_max_steps"][trials["good"]] == 45
-    assert 0 < seen["ray_orpo_ray_trial_step"][trials["good"]] <= 45
+    assert seen["ray_orpo_ray_trial_max_steps"][trials["good"]] == 200
+    assert 0 < seen["ray_orpo_ray_trial_step"][trials["good"]] <= 200
     assert seen["ray_orpo_ray_trial_tokens_per_second"][trials["good"]] > 0
     assert seen["ray_orpo_ray_trial_loss"][trials["good"]] > 0
     assert seen["ray_orpo_ray_worker_groups"]["busy"] in (0, 1)
@@ -108,7 +109,7 @@ def test_a_sweep_can_be_followed_by_its_logs_and_metrics(cluster: Cluster, sweep
         assert {line["rank"] for line in lines} == {rank}
         assert {"time", "level", "logger", "message", "group", "node", "host", "pid"} <= lines[0].keys()
         of_trial = {model: [x for x in lines if x.get("trial_id") == trial] for model, trial in trials.items()}
-        assert of_trial["good"][-1]["message"] == "the trial is finished at step 45"
+        assert of_trial["good"][-1]["message"] == "the trial is finished at step 200"
         (failed,) = [line for line in of_trial["missing"] if line["level"] == "ERROR"]
         assert failed["attempt"] == 0
         assert "ModelError: model.path no/such-folder" in str(failed["exception"])
