@@ -14,6 +14,10 @@ from typing import Any
 
 import ray
 import yaml
+from ray import ActorID, PlacementGroupID
+from ray._private.state import state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from orpo_ray.config import ScalingConfig
 
@@ -132,6 +136,23 @@ def look() -> Capacity:
     if cluster.get("head_node_type") == head:
         return Capacity(nodes, *_addable(cluster, types))
     return Capacity(nodes, None) if _has_autoscaler() else Capacity(nodes)
+
+
+def give_back_abandoned() -> None:
+    """Remove what actors of this job had reserved that are no more.
+
+    A killed controller of Ray Train leaves its placement group behind. Ray Train's own cleaner asks the dashboard
+    whether the controller lives; without a dashboard the group would keep its CPUs and GPUs until the job ends (ray
+    2.60). The GCS knows too, but shows it only in its own records.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for record in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(record)
+        if group.creator_job_id.hex() != job or group.state == PlacementGroupTableData.REMOVED:
+            continue
+        # Those that the job's own process has made, Tune's, have no actor; it too is said to be dead.
+        if group.creator_actor_dead and not ActorID(group.creator_actor_id).is_nil():
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
 def fits(requests: Sequence[Resources], nodes: Sequence[Mapping[str, float]]) -> bool:

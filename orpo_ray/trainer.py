@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from orpo_ray.broker import Load
-from orpo_ray.capacity import Capacity, Resources, look, place
+from orpo_ray.capacity import Capacity, Resources, give_back_abandoned, look, place
 from orpo_ray.preemption import NoticingTorchConfig
 from orpo_ray.storage import Storage
 from orpo_ray.worker import GroupSpec, run_group
@@ -29,6 +29,8 @@ _IDLE_GRACE_S = 3.0
 """A group without work is kept this long before it makes room for another lane's."""
 _LOOK_S = 2.0
 """How often the cluster is looked at: nodes come and go."""
+_AFTERMATH_S = 30.0
+"""For so long after a group has ended with an error, what its controller had reserved is looked for."""
 _END_S = 10.0
 """How long the end of a group's controller takes at most to get here."""
 
@@ -144,6 +146,8 @@ class GroupManager:
         self._waiting: set[str] = set()
         """Groups that need nodes which are not there."""
         self._told: tuple[str, ...] = ()
+        self._broken_at = float("-inf")
+        """When a group last ended with an error."""
         self._started = 0
         self._failed_starts: dict[str, int] = {}
         # Names are never reused: Ray Train would take up the state of an earlier group of the same name.
@@ -165,6 +169,8 @@ class GroupManager:
         load: Load = ray.get(self._broker.load.remote())
         if time.monotonic() - self._looked_at > _LOOK_S:
             self.capacity, self._looked_at = look(), time.monotonic()
+            if self._looked_at - self._broken_at < _AFTERMATH_S:
+                give_back_abandoned()
             if any(self._left_without(group_id, load.nodes) for group_id in list(self._groups)):
                 load = ray.get(self._broker.load.remote())
         self._reap(load)
@@ -218,6 +224,8 @@ class GroupManager:
                 self._retiring.discard(group_id)
                 if group.error is None:
                     continue
+            if group.error is not None:
+                self._broken_at = time.monotonic()
             lane, reason = group.spec.lane, group.error or "the worker group ended by itself"
             ray.get(self._broker.lost.remote(group_id, reason))
             if group_id in self._waiting:

@@ -154,7 +154,8 @@ class Hosts:
         for process in self._processes:
             process.wait(30)
         for name in self._names:
-            _ip("netns", "del", self._space(name))  # the link goes with it
+            _ip("link", "del", self._link(name))  # the namespace's end would take it along, but some time later
+            _ip("netns", "del", self._space(name))
             shutil.rmtree(Path("/etc/netns") / self._space(name))
         _ip("link", "del", self._bridge)
 

@@ -73,7 +73,11 @@ def _try(run: Callable[[Bench], Outcome], bench: Bench) -> dict[str, Any]:
 def _in_a_word(result: dict[str, Any]) -> str:
     if "damage" not in result:
         return str(result.get("not_run") or result["error"])
-    return f"{'nothing lost' if result['good'] else 'NOT AS IT SHOULD BE'} {result['damage']} {result['notes']}"
+    if not result["good"]:
+        return f"NOT AS IT SHOULD BE: {result['damage']} {result['notes']}"
+    damage = result["damage"]
+    again, difference = damage["steps_again"], damage["loss_difference"]
+    return f"nothing lost; largest difference {difference:g}, {again} steps trained again"
 
 
 if __name__ == "__main__":

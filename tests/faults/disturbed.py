@@ -47,8 +47,9 @@ class Fault:
 
     name: str
     point: Literal["forward", "backward", "save"]
-    action: Literal["kill", "terminate", "allocate", "swell"]
-    """`allocate` asks for more than its limit of address space, `swell` takes more than its control group may have."""
+    action: Literal["kill", "terminate", "wait", "allocate", "swell"]
+    """`wait` takes a second, `allocate` asks for more than its limit of address space, `swell` takes more than its
+    control group may have."""
     step: int
     rank: int = 1
     trial: str = "00000"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.damage import Damage, Left, damage, left_by, without
-from tests.faults.disturbed import RANKS, SWEEP, Disturbed, Fault, Hung, fill, memory_group, small_disk
+from tests.faults.disturbed import RANKS, STEPS, SWEEP, Disturbed, Fault, Hung, fill, memory_group, small_disk
 from tests.integration.test_mlflow_server import Server
 from tests.s3 import S3
 
@@ -117,6 +117,11 @@ def in_worker(bench: Bench, name: str, *faults: Fault) -> Outcome:
         return run.outcome(*(fault.name for fault in faults))
 
 
+def slow_from(step: int) -> list[Fault]:
+    """Make every step from this one on take a second longer, so that there is time for something to happen."""
+    return [Fault(f"slow-{number}", "forward", "wait", step=number) for number in range(step, STEPS + 1)]
+
+
 def worker_in_forward(bench: Bench) -> Outcome:
     return in_worker(bench, "worker_in_forward", Fault("forward", "forward", "kill", step=6))
 
@@ -166,8 +171,10 @@ def killed_for_memory(bench: Bench) -> Outcome:
 
 
 def from_outside(bench: Bench, name: str, title: str, step: int = 6) -> Outcome:
-    """SIGKILL a process by what Ray calls it."""
+    """SIGKILL a process by what Ray calls it. The trial takes seconds from then on: it must not be over before the
+    death is noticed."""
     with Run(bench, name) as run:
+        run.sweeps.plan(*slow_from(step + 1))
         process = run.start()
         run.sweeps.reached(name, step)
         run.when.append(run.sweeps.kill_titled(process, title))
@@ -271,6 +278,7 @@ def storage_refuses(bench: Bench) -> Outcome:
         store = S3(run.sweeps.folder, refuse)
         try:
             run.settings["storage"], run.sweeps.environment = store.uri, store.environment
+            run.sweeps.plan(*slow_from(6))
             process = run.start()
             run.sweeps.reached(run.name, 5)
             run.when.append(time.time())
@@ -300,24 +308,17 @@ def disk_full(bench: Bench) -> Outcome:
 
 
 def clock_jump(bench: Bench) -> Outcome:
-    """The clock of every process goes an hour forward, then two back."""
-    library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
-    if library is None:
-        raise PermissionError("needs libfaketime (package faketime)")
+    """The clock of every Python process goes an hour forward, then two back."""
     with Run(bench, "clock_jump") as run:
         clock = run.sweeps.folder / "clock"
-        clock.write_text("+0")
-        run.sweeps.environment = {
-            "LD_PRELOAD": str(library),
-            "FAKETIME_TIMESTAMP_FILE": str(clock),
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "FAKETIME_CACHE_DURATION": "1",
-        }
+        clock.write_text("0", encoding="utf-8")
+        run.sweeps.environment = {"ORPO_RAY_TEST_CLOCK": str(clock)}
+        run.sweeps.plan(*slow_from(4))
         process = run.start()
         run.sweeps.reached(run.name, 3)
-        clock.write_text("+3600")
+        clock.write_text("3600", encoding="utf-8")
         run.sweeps.reached(run.name, 9)
-        clock.write_text("-3600")
+        clock.write_text("-3600", encoding="utf-8")
         run.complete(process)
         times = [e["time"] for e in run.sweeps.events(run.name)]
         jumped = max(times) - min(times) > 3_000_000

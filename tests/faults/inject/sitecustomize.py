@@ -19,7 +19,23 @@ from typing import Any
 
 FOLDER = Path(os.environ["ORPO_RAY_TEST_FAULTS"])
 PLAN: list[dict[str, Any]] = json.loads((FOLDER / "plan.json").read_text(encoding="utf-8"))
+CLOCK = os.environ.get("ORPO_RAY_TEST_CLOCK")
 _now_training = ""  # id of the trial
+
+
+def _patch_clock(file: Path) -> None:
+    """Let Python's clock be wrong by the seconds that stand in the file; steady clocks and those of C++ stay right."""
+    right, right_ns, steady = time.time, time.time_ns, time.monotonic
+    read_at, wrong_by = float("-inf"), 0
+
+    def seconds() -> int:
+        nonlocal read_at, wrong_by
+        if steady() - read_at > 0.2:
+            read_at, wrong_by = steady(), int(file.read_text(encoding="utf-8"))
+        return wrong_by
+
+    time.time = lambda: right() + seconds()
+    time.time_ns = lambda: right_ns() + seconds() * 10**9
 
 
 def _is_due(point: str, step: int) -> list[dict[str, Any]]:
@@ -50,6 +66,8 @@ def _act(fault: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "terminate":
             os.kill(os.getpid(), signal.SIGTERM)
+        case "wait":
+            time.sleep(1.0)
         case "allocate":  # more than the process may have
             import resource
 
@@ -166,5 +184,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+if CLOCK:
+    _patch_clock(Path(CLOCK))
 if PLAN:
     sys.meta_path.insert(0, _Finder())
