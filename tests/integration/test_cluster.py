@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from orpo_ray.capacity import give_back_abandoned
 from tests.integration.conftest import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -52,3 +54,34 @@ def test_early_stops_leak_no_placement_group(cluster: Cluster, sweeps: Sweeps) -
     assert groups, "the sweep ran elsewhere"
     assert {group["state"] for group in groups} == {"REMOVED"}
     assert ray.available_resources()["CPU"] == 2.0
+
+
+@pytest.mark.parametrize("cluster", [False], indirect=True, ids=["no dashboard"])
+def test_what_a_killed_controller_had_reserved_is_given_back(cluster: Cluster) -> None:
+    """Without a dashboard Ray Train does not do so, and its next group would wait for ever."""
+    ray.init(address=cluster.address, log_to_driver=False)
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def reserve(self) -> object:
+            group = ray.util.placement_group([{"CPU": 1}])
+            ray.get(group.ready())
+            return group
+
+    killed, alive = Controller.remote(), Controller.remote()
+    reserved = {"killed": ray.get(killed.reserve.remote()), "alive": ray.get(alive.reserve.remote())}
+    reserved["of this process"] = ray.util.placement_group([{"CPU": 0.001, "memory": 1}])
+    ray.kill(killed)
+
+    def states() -> dict[str, str]:
+        return {name: ray.util.placement_group_table(group)["state"] for name, group in reserved.items()}
+
+    deadline = time.monotonic() + 30
+    while states()["killed"] == "CREATED":
+        assert time.monotonic() < deadline, "it was not given back"
+        time.sleep(0.2)
+        give_back_abandoned()
+    assert states()["killed"] == "REMOVED"
+    give_back_abandoned()
+    assert states()["alive"] == "CREATED"
+    assert states()["of this process"] != "REMOVED"
