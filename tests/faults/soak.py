@@ -22,7 +22,7 @@ from rich.progress import Progress
 from benchmarks.rounds import described, save
 from tests.faults.__main__ import names
 from tests.faults.damage import Damage, Left, damage, left_by
-from tests.faults.disturbed import RANKS, SWEEP, Disturbed
+from tests.faults.disturbed import RANKS, SWEEP, Disturbed, Fault
 from tests.faults.page import SOAK, write_page
 
 STEPS = 16
@@ -45,6 +45,12 @@ KINDS: dict[str, tuple[int, str, signal.Signals]] = {
     "machine: every process killed": (1, "*", signal.SIGKILL),
 }
 """How often of 17, which processes, which signal."""
+_SLOW = [
+    Fault(f"slow-{trial}-{step}", "forward", "wait", step=step, trial=f"{trial:05d}", times=1_000_000)
+    for trial in range(4)
+    for step in range(1, STEPS + 1)
+]
+"""Every step takes a second longer, or most faults would meet processes that only start."""
 _SILENT_S = 240.0
 """A sweep whose journal has not grown for so long, without a fault, hangs."""
 
@@ -134,6 +140,7 @@ def main() -> int:
             file = sweeps.write("whole", TABLE, **SETTINGS)
             assert sweeps.finish(sweeps.start("sweep", str(file))) == 0, sweeps.tail()
             whole = left_by(sweeps, "whole")
+            sweeps.plan(*_SLOW)
             soak = Soak(sweeps, random.Random(arguments.seed), arguments.mean_gap)
             damages, differing = [], 0
             began = time.monotonic()
