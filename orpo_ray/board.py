@@ -110,6 +110,8 @@ class Board:
                 trial.step = event["step"]
             case "paused":
                 trial.status = "paused"
+            case "preempted":
+                trial.status = "waiting"
             case "forked":
                 trial.step = event["step"]
             case "retry":

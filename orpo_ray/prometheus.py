@@ -112,6 +112,8 @@ class SweepMetrics:
                     self._best = value if self._best is None else self._better(self._best, value)
             case "paused":
                 trial.state, trial.values = "paused", None
+            case "preempted":
+                trial.state, trial.values = "waiting", None
             case "forked":
                 self._counters["orpo_ray_forks"].inc(1.0, self._label)
             case "retry":

@@ -386,7 +386,7 @@ class SweepTracker:
                         reached[kind] = event["step"]
                 case "retry":
                     tags |= {"orpo_ray.retries": str(event["attempt"]), "orpo_ray.last_retry": event["error"]}
-                case "paused":
+                case "paused" | "preempted" | "warning":
                     pass
                 case "forked":
                     # Parameters cannot change in MLflow; the axes' values over time are metrics.

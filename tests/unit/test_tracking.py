@@ -1,8 +1,10 @@
 """Real MLflow throughout: SQLite, and a server that is killed and started again."""
 
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,8 +19,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, ENDPOINT_NOT_FOUND, PERMISSION_DENIED
 
+from orpo_ray import broker, delivery, tracking
 from orpo_ray import config as configuration
-from orpo_ray import delivery, tracking
 from orpo_ray.mlflow_uri import TrackingError, probe, resolve_uri, ui_command
 from orpo_ray.results import summarize
 from orpo_ray.tracking import SweepTracker
@@ -228,7 +230,15 @@ def test_feeding_the_journal_again_after_a_restart_writes_nothing_twice(output_d
     second = SweepTracker(config, "sweep-1", PROVENANCE)
     assert second.start() == parent_id
     retry = event("retry", "t1", 500, attempt=1, error="worker died")
-    again = [*events[:cut], retry, *events[cut:]]
+    checkpoint = {"step": 15, "checkpoint": "c"}
+    again = [
+        *events[:cut],
+        retry,
+        event("preempted", "t1", 501, attempt=2, **checkpoint),
+        event("paused", "t1", 502, held=False, **checkpoint),
+        event("warning", "t1", 503, message="no checkpoint of step 15"),
+        *events[cut:],
+    ]
     second.handle(again)
     assert second.flush() == 0
     assert second.run_ids == first.run_ids
@@ -247,6 +257,19 @@ def test_feeding_the_journal_again_after_a_restart_writes_nothing_twice(output_d
     experiment = client.get_experiment_by_name("test").experiment_id
     assert len(client.search_runs([experiment])) == 3
     assert [f.path for f in client.list_artifacts(parent_id) if f.is_dir] == ["resumed"]
+
+
+def test_every_event_of_the_journal_is_known(output_dir, caplog):
+    """An unknown one would take along what is delivered together with it."""
+    kinds = set(re.findall(r'_record\(\s*"(\w+)"', inspect.getsource(broker)))
+    assert kinds >= {"submitted", "started", "preempted", "warning", "finished"}
+    more = {"metrics": {}, "params": {"optim.lr": 1e-4}, "donor": "t1", "error": "e", "attempt": 1}
+    tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
+    tracker.start()
+    begun = life("t0")[:-1]
+    tracker.handle([*begun, *(event(kind, "t0", 900, step=20, **more) for kind in kinds - {"submitted", "finished"})])
+    assert tracker.flush() == 0, caplog.text
+    tracker.close(summary(begun, tracker), interrupted=True)
 
 
 def test_after_a_restart_only_what_is_new_is_sent(output_dir):
