@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -156,7 +158,7 @@ def main() -> int:
         finally:
             sweeps.close()
     result = {
-        "made": described(f"python -m tests.faults.soak --faults {arguments.faults} --seconds {arguments.seconds:.0f}"),
+        "made": described(shlex.join(["python", "-m", "tests.faults.soak", *sys.argv[1:]])),
         "seconds": round(time.monotonic() - began, 1),
         "faults": dict(soak.faults),
         "rounds": len(damages),
