@@ -31,6 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import workload
 from benchmarks.case import LR, Case
 from benchmarks.rounds import RESULTS, ROOT, described, save, spread
 
@@ -39,6 +40,8 @@ _MODEL, _TINY = "random:49152:576:30", "random:16384:64:2"
 _DATA = "tokens:96:32:32"
 _BUCKET = "checkpoints"
 _UNDISTURBED_STEPS = 5
+_MOST_STEPS, _STEPS_OF_DATA = 100_000, 50
+"""More steps than are ever taken; pairs for so many, which come again and again."""
 
 
 @dataclass
@@ -67,8 +70,9 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     options = parser.parse_args(words)
     if options.rank_of_stage is not None:
-        _measure(options.rank_of_stage, _TINY if options.quick else _MODEL, options.rounds, options.into)
+        _measure(options.rank_of_stage, _case(options.quick), options.rounds, options.into)
         return 0
+    workload.model_config(_case(options.quick))  # here: in a process group transformers saves on rank 0 alone
     made = described(shlex.join(["python", "-m", "benchmarks.checkpoint", *words]))
     shown = Table(title=f"seconds of a checkpoint, {options.workers} ranks")
     for column in ("ZeRO", "", "blocked", "whole cost", "committed after", "MiB"):
@@ -83,6 +87,10 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
+def _case(quick: bool) -> Case:
+    return Case(model=_TINY if quick else _MODEL, data=_DATA, precision="fp32", batch=4, steps=_MOST_STEPS)
+
+
 def _run_ranks(stage: int, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch, _object_store() as environment:
         into = Path(scratch)
@@ -94,12 +102,11 @@ def _run_ranks(stage: int, options: argparse.Namespace) -> dict[str, Any]:
         return dict(json.loads((into / "measured.json").read_text(encoding="utf-8")))
 
 
-def _measure(stage: int, model: str, rounds: int, into: Path) -> None:
+def _measure(stage: int, case: Case, rounds: int, into: Path) -> None:
     """One rank's part."""
     import torch
     import torch.distributed as dist
 
-    from benchmarks import workload
     from benchmarks.ours_side import experiment
     from orpo_ray.checkpoint import Checkpoints
     from orpo_ray.engine import destroy, init_process_group
@@ -110,8 +117,6 @@ def _measure(stage: int, model: str, rounds: int, into: Path) -> None:
 
     init_process_group()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
-    most = 100_000
-    case = Case(model=model, data=_DATA, precision="fp32", batch=4, steps=most)
     tree = experiment(case)
     config = tree.model_copy(
         update={
@@ -119,9 +124,9 @@ def _measure(stage: int, model: str, rounds: int, into: Path) -> None:
             "scaling": tree.scaling.model_copy(update={"num_workers": dist.get_world_size()}),
         }
     )
-    run = replace(_Run.build(config), train_pairs=workload.load(case))
+    run = replace(_Run.build(config), train_pairs=workload.load(replace(case, steps=_STEPS_OF_DATA)))
     sums = PairSums.zeros(run.engine.device)
-    batches = iter(run.batches(1, most))
+    batches = iter(run.batches(1, _MOST_STEPS))
     keep = CheckpointConfig(keep_last=1)
     remote = Storage(f"s3://{_BUCKET}/zero-{stage}")
     ours = {
