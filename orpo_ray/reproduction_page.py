@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from orpo_ray.reproduce import Place
 
 PAGE_FILE = "reproduction.md"
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+_SHOWN = {"sft": "SFT (λ = 0)", "orpo": "odds ratio, λ = 1", "probability": "probability ratio, λ = 1"}
 _CANNOT = (
     "Tables 2 and 3 to the point: another model, other data, a weaker judge and fewer steps. Only signs are compared.",
     "That ORPO's margin over DPO grows with size: there is one size.",
@@ -259,15 +260,10 @@ def _curves(result: Mapping[str, Any], names: tuple[str, ...]) -> Figure:
     figure = Figure(figsize=(8.0, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
-    label: Callable[[str], str] = {
-        "sft": "SFT (λ = 0)",
-        "orpo": "odds ratio, λ = 1",
-        "probability": "probability ratio, λ = 1",
-    }.get
     for axis, side, title in zip(axes, ("chosen_logp", "rejected_logp"), ("chosen", "rejected"), strict=True):
         for name, colour in zip(names, _COLOURS, strict=False):
             points = result["curves"][name]
-            shown = label(name) or f"λ = {name.removeprefix('orpo-')}"
+            shown = _SHOWN.get(name, f"λ = {name.removeprefix('orpo-')}")
             axis.plot([p["step"] for p in points], [p[side] for p in points], "o-", color=colour, label=shown, ms=3.5)
         axis.set_title(title, loc="left")
         axis.set_xlabel("optimizer step")
