@@ -97,7 +97,7 @@ def measure(case: Case) -> dict[str, Any]:
     shape, probe = shape_of(case), Probe(case.device)
     with ours_side.started(case) as trial:
         batches = list(trial.batches(1, case.steps + 2))
-        passes = [batch.input_ids_RT.numel() for _, whole in batches for _, batch in whole.passes]
+        passes = [each.batch.input_ids_RT.numel() for _, whole in batches for each in whole.passes]
         tokens = int(median(passes))
         before = products(shape, tokens, case)
         sums = PairSums.zeros(trial.engine.device)

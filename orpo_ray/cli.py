@@ -142,6 +142,18 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output-dir", type=Path, default=Path("runs"), help="where names are looked up (runs)")
     compare.add_argument("--tracking-uri", help="read both from this MLflow, not from run directories")
     compare.add_argument("--experiment", help="MLflow experiment to look in (default: all)")
+    again = command("reproduce", _reproduce, "Reproduce the ORPO paper: train, sample, judge, one page.", False)
+    again.add_argument("what", choices=("paper",))
+    again.add_argument(
+        "--scale",
+        choices=("tiny", "small", "full"),
+        default="tiny",
+        help="tiny: 2 CPU cores, half an hour (default); small: OPT-125M on a GPU; full: OPT-1.3B as in the paper",
+    )
+    again.add_argument("--model", help="start from this model: folder or hub name (tiny: trained with LoRA)")
+    again.add_argument("--data", help="preference pairs: file or hub name (default: the scale's)")
+    again.add_argument("--output-dir", type=Path, default=Path("runs"), help="where its folder is made (runs)")
+    again.add_argument("--num-cpus", type=int, help="CPUs of the local Ray cluster (default: all)")
     doctor = command("doctor", _doctor, "Check this machine, or every node of a cluster; say what to do.", False)
     doctor.add_argument("--tracking-uri", help="MLflow tracking URI to check (default: where a sweep would log)")
     doctor.add_argument(
@@ -222,6 +234,28 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
         console.print("interrupted; the same command continues where this one stopped", style="yellow")
         return 130
     return 0 if best is not None else 1
+
+
+def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
+    import shlex
+
+    with console.status("starting Ray"):
+        from orpo_ray import cluster, reproduce, reproduction_page, scales
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    scale = scales.scale(arguments.scale, arguments.model, arguments.data)
+    name = f"paper-{scale.name}" + (f"-{Path(arguments.model).name}" if arguments.model else "")
+    place = reproduce.Place(arguments.output_dir.expanduser().absolute() / name, scale)
+    with cluster.connected(arguments.num_cpus):
+        result = reproduce.run(place, console)
+    command = ["orpo-ray", "reproduce", "paper", "--scale", scale.name]
+    for option in ("model", "data"):
+        if (given := getattr(arguments, option)) is not None:
+            command += [f"--{option}", Path(given).name if Path(given).exists() else given]
+    page = reproduction_page.write(place.folder / "page", result, reproduction_page.compute(place), shlex.join(command))
+    for claim in reproduction_page.claims(result):
+        console.print(f"{claim.verdict:<12} {claim.text}: {claim.ours} ({claim.interval})", soft_wrap=True)
+    console.print(f"\npage       {page}", soft_wrap=True)
+    return 0
 
 
 def _plan(arguments: argparse.Namespace, console: Console) -> int:

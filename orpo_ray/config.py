@@ -85,6 +85,13 @@ METRIC_MODES: dict[str, Literal["max", "min"]] = {
 }
 """Held-out metrics a sweep may rank trials by, and which direction is better."""
 
+_NOT_MEASURED: dict[str, frozenset[str]] = {
+    "reward": frozenset(METRIC_MODES) - {"eval/preference_accuracy", "eval/loss"},
+    "rloo": frozenset({"eval/loss"}),
+}
+"""Loss -> held-out metrics that its trials do not have: a reward model predicts nothing, and rloo's loss is of sampled
+answers."""
+
 _NO_AXES = frozenset({"checkpoint", "sweep", "tracking"})
 """Sections that no trial's result depends on."""
 _WHAT_AN_ANSWER_IS = frozenset({"loss.answer_padding", "loss.preset"})
@@ -347,6 +354,7 @@ class ExperimentConfig(Section):
             )
         if self.sweep is not None:
             _require_stoppable(self.sweep, self.train)
+        _require_measured(self.loss, self.sweep, self.checkpoint.keep_best)
         return self
 
     @property
@@ -455,8 +463,8 @@ def as_given(dump: dict[str, Any]) -> dict[str, Any]:
     That does not count as given, or an experiment that sweeps `loss.name` could not be read back.
     """
     given = dump["loss"]
-    loss = LossConfig(name=given["name"], preset=given.get("preset"))
-    implied = loss.model_dump(mode="json", exclude={"name", "preset"})
+    loss = LossConfig(name=given["name"], preset=given.get("preset"), reward_model=given.get("reward_model"))
+    implied = loss.model_dump(mode="json", exclude={"name", "preset", "reward_model"})
     own = {key: value for key, value in given.items() if key not in implied or value != implied[key]}
     return dump | {"loss": own}
 
@@ -673,6 +681,24 @@ def _require_stoppable(sweep: SweepConfig, train: TrainConfig) -> None:
             f"scheduler.grace_steps ({scheduler.grace_steps}) must be below train.max_steps ({train.max_steps}), "
             "or nothing is ever stopped early"
         )
+
+
+def _require_measured(loss: LossConfig, sweep: SweepConfig | None, keep_best: str | None) -> None:
+    axis = None if sweep is None else sweep.space.get("loss.name")
+    names = {loss.name} if axis is None else {str(name) for name in axis.candidates()}
+    if "reward" in names and len(names) > 1:
+        raise ValueError(
+            f"loss.name varies over {', '.join(sorted(names))}, but a reward model and a language model are judged by "
+            "different things: give reward an experiment of its own"
+        )
+    for name in sorted(names & _NOT_MEASURED.keys()):
+        asked = {"sweep.metric": sweep.metric if sweep else None, "checkpoint.keep_best": keep_best}
+        for setting, metric in asked.items():
+            if metric in _NOT_MEASURED[name]:
+                measured = [known for known in METRIC_MODES if known not in _NOT_MEASURED[name]]
+                raise ValueError(
+                    f"{setting} is {metric}, which loss.name {name} does not measure; use one of {measured}"
+                )
 
 
 def _require_pair_per_worker(train: TrainConfig, scaling: ScalingConfig) -> None:

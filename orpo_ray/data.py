@@ -164,6 +164,19 @@ def load_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return PairDataset(folder, "train"), PairDataset(folder, "eval")
 
 
+def held_out_texts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, TextPair]]:
+    """(pair id, texts) of the pairs that `load_pairs` holds out, in their order.
+
+    Raises:
+        DataError: as for `load_pairs`.
+    """
+    _, pairs = load_pairs(config, tokenizer)
+    wanted = dict.fromkeys(pairs[index].pair_id for index in range(len(pairs)))
+    train, held_out = choose_splits(config)
+    found = {pair_id: parse_row(row) for pair_id, row in (held_out or train).read() if pair_id in wanted}
+    return [(pair_id, found[pair_id]) for pair_id in wanted]
+
+
 def batch_indices(step: int, num_pairs: int, batch_size: int, seed: int) -> np.ndarray:
     """Which pairs the global batch of an optimizer step holds. A pure function, so resuming needs only the step.
 

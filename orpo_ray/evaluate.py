@@ -14,7 +14,7 @@ from orpo_ray.config import ExperimentConfig, LossConfig
 from orpo_ray.data import Pair, PairDataset
 from orpo_ray.forward import pair_logps
 from orpo_ray.loss import BatchCounts, LossFn, LossTerms, PairLogps
-from orpo_ray.metrics import PairSums
+from orpo_ray.metrics import PairSums, held_out_kind_of
 from orpo_ray.packing import Counting, micro_batches
 from orpo_ray.pair_scores import PairScores
 
@@ -111,11 +111,13 @@ def evaluate(
         Metrics: `eval/loss`, `eval/nll` (the objective's own scope and reduction), `eval/odds_ratio_loss`,
         `eval/log_odds`, `eval/chosen_logp`, `eval/rejected_logp`, `eval/preference_accuracy` (share of pairs whose
         chosen answer has the higher length-normalised log-probability, ties half), and `eval/nll_per_byte`: nats per
-        UTF-8 byte of the chosen answers, comparable across tokenizers and NLL scopes.
+        UTF-8 byte of the chosen answers, comparable across tokenizers and NLL scopes. Of a reward model: `eval/loss`,
+        `eval/chosen_reward`, `eval/rejected_reward`, `eval/reward_margin`, and as accuracy the share of pairs whose
+        chosen answer has the higher reward. Of rloo no `eval/loss`: its loss is of sampled answers.
     """
     everyone = np.arange(len(pairs))
     counts = BatchCounts(pairs=len(pairs), nll_tokens=counting.nll_tokens(pairs, everyone))
-    sums = PairSums.zeros(engine.device)
+    sums = PairSums.zeros(engine.device, held_out_kind_of(config.loss))
     answer_sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats, bytes
     columns = _Columns()
     engine.eval()
@@ -143,7 +145,11 @@ def evaluate(
     engine.train()
     if dist.get_world_size() > 1:
         dist.all_reduce(answer_sums)
-    metrics = sums.averages("eval") | {"eval/nll_per_byte": float(answer_sums[0] / answer_sums[1])}
+    metrics = sums.averages("eval")
+    if not config.loss.is_reward:
+        metrics["eval/nll_per_byte"] = float(answer_sums[0] / answer_sums[1])
+    if config.loss.name == "rloo":
+        del metrics["eval/loss"]
     return Evaluation(metrics, columns.gathered(len(pairs), engine.device))
 
 
@@ -156,8 +162,10 @@ def _loss_weights(loss: LossConfig) -> tuple[float, float]:
         case "cpo":
             assert loss.nll_weight is not None
             return loss.nll_weight, 1.0
-        case "dpo" | "ipo" | "simpo":
+        case "dpo" | "ipo" | "simpo" | "reward":
             return 0.0, 1.0
+        case "rloo":
+            return 0.0, 0.0
 
 
 @lru_cache(maxsize=2)

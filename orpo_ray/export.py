@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +20,16 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from orpo_ray import checkpoint, provenance, recheck
 from orpo_ray.config import ExperimentConfig, as_given, parse
 from orpo_ray.forward import name_of, product_type
 from orpo_ray.mlflow_uri import resolve_uri
-from orpo_ray.model import build_model, count_parameters, load_tokenizer
+from orpo_ray.model import build_model, build_reward_model, count_parameters, load_tokenizer
 from orpo_ray.model_card import CardFacts, model_card
 from orpo_ray.provenance import without_password
 from orpo_ray.results import EVENTS_FILE, SWEEP_FILE, current, read_events
-from orpo_ray.rows import TextPair
 from orpo_ray.runs import find_run_dir
 from orpo_ray.space import describe
 from orpo_ray.storage import Storage
@@ -294,9 +292,13 @@ def _write_model(candidate: Candidate, folder: Path, dtype: Dtype) -> int:
     """Weights, configuration and tokenizer; returns the number of parameters."""
     config = candidate.config
     tokenizer = copy.deepcopy(load_tokenizer(config.model))
-    tokenizer.chat_template = PairTokenizer(config.data, tokenizer).template
+    tokens = PairTokenizer(config.data, tokenizer)
+    tokenizer.chat_template = tokens.template
     model = trained_model(candidate)
-    stop_at(model, _end_of_turn(config, tokenizer))
+    if config.loss.is_reward:
+        model.config.pad_token_id = tokenizer.pad_token_id  # transformers looks for an answer's end by it
+    else:
+        stop_at(model, tokens.end_of_turn())
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="5GB")
     for weights in folder.glob("*.safetensors"):  # written for their owner alone
         weights.chmod((folder / "config.json").stat().st_mode)
@@ -315,7 +317,8 @@ def trained_model(candidate: Candidate) -> PreTrainedModel:
     config = candidate.config
     # Whatever kernel the training used, transformers may choose its own here; it is not saved.
     plain = config.model.model_copy(update={"gradient_checkpointing": False, "attention": "shared_prompt"})
-    model = build_model(plain, config.train.seed)
+    build = build_reward_model if config.loss.is_reward else build_model
+    model = build(plain, config.train.seed)
     state = {
         name.removeprefix(_MODEL_PREFIX): tensor
         for name, tensor in checkpoint.full_state_dict(candidate.checkpoint).items()
@@ -328,14 +331,6 @@ def trained_model(candidate: Candidate) -> PreTrainedModel:
             f"e.g. {lost[0]}; was the model at that path changed since?"
         )
     return model if config.model.lora is None else model.merge_and_unload()
-
-
-def _end_of_turn(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that training taught the model to end its answers with."""
-    roomy = config.data.model_copy(update={"max_tokens": 8192, "max_prompt_tokens": 4096, "on_bad_rows": "error"})
-    probe = TextPair([{"role": "user", "content": "Which one?"}], "This one.", "That one.")
-    (ids,) = PairTokenizer(roomy, tokenizer).batch([("probe", probe)], Counter())["chosen_ids"].to_pylist()
-    return int(ids[-1])
 
 
 def stop_at(model: PreTrainedModel, end_id: int) -> None:

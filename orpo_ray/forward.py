@@ -58,7 +58,7 @@ def name_of(products: torch.dtype | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts to be answered greedily."""
+    """Prompts to be answered."""
 
     input_ids_RT: torch.Tensor
     """int64, padded on the left."""
@@ -69,6 +69,8 @@ class Prompts:
     max_new_tokens: int
     in_step: bool
     """All ranks run as many passes as the slowest, which ZeRO-3 needs."""
+    temperature: float = 0.0
+    """Answers are drawn from the whole distribution at this temperature; 0 takes the likeliest token each time."""
 
     @classmethod
     def padded(cls, prompts: Sequence[np.ndarray], pad_token_id: int, **rest: Any) -> Prompts:
@@ -88,7 +90,8 @@ class Prompts:
 
 
 class PairModel(torch.nn.Module):
-    """A causal language model that maps a `Batch` to sums of log-probabilities, and `Prompts` to answers.
+    """A causal language model that maps a `Batch` to sums of log-probabilities, and `Prompts` to answers; or a reward
+    model (`model.build_reward_model`) that maps a `Batch` to rewards.
 
     Everything happens inside `forward`, so that an engine around this module gathers partitioned weights (the head's
     too) and switches precision in one place.
@@ -113,10 +116,21 @@ class PairModel(torch.nn.Module):
     @property
     def outside_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of inner modules that `forward` reads itself; ZeRO-3 must be told to gather them for it."""
-        if not self.form.chunks_head:
+        if not self.form.chunks_head or self.is_reward:
             return []
         linear = _head(_causal(self.lm)).linear
         return list(linear.parameters(recurse=False)) if type(linear) is torch.nn.Linear else []
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether it gives answers rewards rather than log-probabilities."""
+        return hasattr(_causal(self.lm), "score")
+
+    @property
+    def ends(self) -> set[int]:
+        """Tokens that the model itself ends an answer with."""
+        known = _causal(self.lm).generation_config.eos_token_id
+        return set(known if isinstance(known, list) else [] if known is None else [known])
 
     @property
     def max_positions(self) -> int:
@@ -140,30 +154,29 @@ class PairModel(torch.nn.Module):
         with torch.autocast(device, self.autocast) if self.autocast else contextlib.nullcontext():
             if isinstance(batch, Prompts):
                 return self._answers(batch)
-            logps_N = self._logps(batch)
+            logps_N = self._rewards(batch) if self.is_reward else self._logps(batch)
         # Not a matrix product: there, 0 · inf would make one pair's divergence everybody's.
         return torch.where(batch.weights_KN == 0, 0.0, batch.weights_KN * logps_N).sum(1)
 
     def _logps(self, batch: Batch) -> torch.Tensor:
-        if batch.layout is not None:
-            inputs = {"position_ids": batch.position_ids_RT, "layout": batch.layout}
-        else:
-            inputs = {"attention_mask": batch.attention_mask_RT}
         causal = _causal(self.lm)
         if not self.form.chunks_head:
-            logits_RTV = self.lm(input_ids=batch.input_ids_RT, use_cache=False, **inputs).logits
+            logits_RTV = self.lm(input_ids=batch.input_ids_RT, use_cache=False, **_sight(batch)).logits
             logits_NV = logits_RTV.flatten(0, 1)[batch.source_N].float()
             return -cross_entropy(logits_NV, batch.target_N, reduction="none")
-        hidden_RTD = causal.base_model(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
-        hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, batch.source_N)
-        return _head(causal).logps(hidden_ND, batch.target_N)
+        return _head(causal).logps(_hidden(causal, batch), batch.target_N)
+
+    def _rewards(self, batch: Batch) -> torch.Tensor:
+        causal = _causal(self.lm)
+        rewards_N1: torch.Tensor = causal.score(_hidden(causal, batch))
+        return rewards_N1.squeeze(1).float()
 
     def _answers(self, prompts: Prompts) -> torch.Tensor:
         causal = _causal(self.lm)
-        ends = causal.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends]) | {prompts.eos_token_id}
+        ends = self.ends | {prompts.eos_token_id}
+        how = {"do_sample": True, "temperature": prompts.temperature, "top_k": 0, "top_p": 1.0}
         settings = GenerationConfig(
-            do_sample=False,
+            **(how if prompts.temperature else {"do_sample": False}),
             max_new_tokens=prompts.max_new_tokens,
             eos_token_id=sorted(ends),
             pad_token_id=prompts.pad_token_id,
@@ -205,18 +218,20 @@ def pair_logps(model: torch.nn.Module, batch: Batch) -> PairLogps:
         chosen_tokens_P=chosen_tokens_P,
         rejected_tokens_P=rejected_tokens_P,
         reference=None if batch.reference_P2 is None else ReferenceLogps(*batch.reference_P2.unbind(1)),
+        rewards_P2=batch.rewards_P2,
     )
 
 
 @torch.no_grad()
 def form_of(lm: torch.nn.Module, wanted_attention: str) -> Form:
-    """The fastest form in which this model gives the log-probabilities of its plain, padded form.
+    """The fastest form in which this model gives the log-probabilities, or rewards, of its plain, padded form.
 
     Two short pairs are run through the padded form with full logits and through the candidates; so an architecture
     whose code does something unheard of falls back rather than being trained wrongly.
 
     Args:
-        lm: a transformers causal language model with or without adapters, weights in place (not yet partitioned).
+        lm: a transformers causal language model or reward model with or without adapters, weights in place (not yet
+            partitioned).
         wanted_attention: `model.attention`; other than `shared_prompt` asks for padded rows.
     """
     rng = np.random.default_rng(0)
@@ -233,8 +248,9 @@ def form_of(lm: torch.nn.Module, wanted_attention: str) -> Form:
     try:
 
         def sums(form: Form) -> torch.Tensor:
-            batch = collate(pairs, Counting("prompt_and_response"), share_prompt=form.shares_prompt)
-            return PairModel(lm, form)(batch.to(device))
+            model = PairModel(lm, form)
+            counting = Counting("prompt_and_response", rewards=model.is_reward)
+            return model(collate(pairs, counting, share_prompt=form.shares_prompt).to(device))
 
         if _causal(lm)._supports_attention_backend:  # other kernels may want a GPU, where the model is not yet
             _causal(lm).set_attn_implementation("eager")
@@ -308,6 +324,20 @@ def _flex_does_not_run(causal: Any, pairs: list[Pair]) -> str:
     except Exception as error:  # the compiler's, of many kinds
         return f"rows with a shared prompt: FlexAttention: {type(error).__name__}: {error}"
     return ""
+
+
+def _sight(batch: Batch) -> dict[str, Any]:
+    """What a model is told of which token sees which."""
+    if batch.layout is not None:
+        return {"position_ids": batch.position_ids_RT, "layout": batch.layout}
+    return {"attention_mask": batch.attention_mask_RT}
+
+
+def _hidden(causal: Any, batch: Batch) -> torch.Tensor:
+    """The last layer's output at the places that count, [N, D]."""
+    hidden_RTD = causal.base_model(input_ids=batch.input_ids_RT, use_cache=False, **_sight(batch)).last_hidden_state
+    hidden_ND: torch.Tensor = hidden_RTD.flatten(0, 1).index_select(0, batch.source_N)
+    return hidden_ND
 
 
 def _causal(lm: Any) -> Any:

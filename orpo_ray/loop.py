@@ -20,13 +20,14 @@ import torch.distributed as dist
 from orpo_ray import loss, reference
 from orpo_ray.checkpoint import Checkpoints
 from orpo_ray.config import DataConfig, ExperimentConfig, ModelConfig, OptimConfig
-from orpo_ray.data import PairDataset, batch_indices, load_pairs
+from orpo_ray.data import Pair, PairDataset, batch_indices, load_pairs
 from orpo_ray.engine import build_engine, destroy, step
 from orpo_ray.evaluate import evaluate
 from orpo_ray.forward import Form, PairModel, form_of, name_of, pair_logps, product_type
 from orpo_ray.generate import GENERATIONS_FILE, generate, keep
-from orpo_ray.metrics import PairSums, Throughput
-from orpo_ray.model import build_model, count_parameters, load_tokenizer
+from orpo_ray.metrics import PairSums, Throughput, kind_of
+from orpo_ray.model import build_model, build_reward_model, count_parameters, load_tokenizer
+from orpo_ray.online import OnlineAnswers
 from orpo_ray.packing import Batch, Counting, micro_batches
 from orpo_ray.pair_scores import PAIRS_FILE
 from orpo_ray.storage import Storage
@@ -178,7 +179,8 @@ def _train(config: ExperimentConfig, ctx: RankContext, checkpoints: Checkpoints,
             decision = _decide(ctx, done, progress, checkpoints.committed)
             if decision is not Decision.CONTINUE and done < max_steps:
                 return end(_STATUS[decision], done)
-        sums, clock = PairSums.restored(run.engine.device, progress.sums), Throughput()
+        sums = PairSums.restored(run.engine.device, progress.sums, kind_of(config.loss))
+        clock = Throughput()
         clock.start()
         for at, batch in run.batches(done + 1, max_steps):
             lr = learning_rate(config.optim, at, max_steps)
@@ -195,7 +197,8 @@ def _train(config: ExperimentConfig, ctx: RankContext, checkpoints: Checkpoints,
             if evaluates:
                 progress.metrics = run.evaluate(at, ctx)
                 if dist.get_rank() == 0:
-                    made = (PAIRS_FILE, *([GENERATIONS_FILE] if config.generation.prompts else []))
+                    writes = config.generation.prompts and not config.loss.is_reward
+                    made = (PAIRS_FILE, *([GENERATIONS_FILE] if writes else []))
                     checkpoints.publish(*(ctx.trial_dir / name for name in made))
             progress.train_seconds = earlier_seconds + time.perf_counter() - started
             if at == max_steps:
@@ -222,14 +225,24 @@ def _train(config: ExperimentConfig, ctx: RankContext, checkpoints: Checkpoints,
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass of this rank within a global batch."""
+
+    members: list[Pair]
+    counts: bool
+    """Whether they count: a rank that ran out of pairs keeps the others company with one of theirs."""
+    batch: Batch | None
+    """Laid out on the host; None where the answers are sampled in the step."""
+
+
+@dataclass(frozen=True, slots=True)
 class GlobalBatch:
     """One optimizer step's pairs, and this rank's share of them as tensors on the host."""
 
     indices: np.ndarray
     """Which training pairs, over all ranks."""
     counts: loss.BatchCounts
-    passes: list[tuple[list[str], Batch]]
-    """(pair ids, micro-batch) of each forward pass; no ids where the rank only keeps the others company."""
+    passes: list[Pass]
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +258,8 @@ class _Run:
     """Of the training and of the held-out pairs, fp32 [N, 2], where the loss compares with a reference model."""
     counting: Counting
     pad_token_id: int
+    online: OnlineAnswers | None
+    """Where the loss is of answers that the model samples itself."""
     facts: dict[str, Any]
 
     @classmethod
@@ -264,7 +279,8 @@ class _Run:
                 for pairs in (train_pairs, eval_pairs)
             )
             reference_logps = train_reference, eval_reference
-        lm = build_model(config.model, config.train.seed)
+        build = build_reward_model if config.loss.is_reward else build_model
+        lm = build(config.model, config.train.seed)
         parameters, trainable = count_parameters(lm)
         form, products = _agreed(form_of(lm, config.model.attention), product_type(config.train.precision))
         fallback = form.reason if config.model.attention == "shared_prompt" else ""
@@ -283,6 +299,7 @@ class _Run:
             reference_logps=reference_logps,
             counting=counting,
             pad_token_id=int(tokenizer.pad_token_id),
+            online=OnlineAnswers.of(engine, config, products) if config.loss.name == "rloo" else None,
             facts={
                 "model/parameters": parameters,
                 "model/trainable_parameters": trainable,
@@ -330,12 +347,14 @@ class _Run:
             mine = indices[ranks[dist.get_rank()]]
             chosen = mine if len(mine) else indices[:1]
             members = [pairs[int(i)] for i in chosen]
-            batch = model.collate(members, self.counting, self.pad_token_id)
-            if self.reference_logps is not None:
-                batch = replace(batch, reference_P2=torch.from_numpy(self.reference_logps[0][chosen]))
-            if self.engine.device.type == "cuda":
-                batch = batch.pinned()
-            passes.append(([pair.pair_id for pair in members] if len(mine) else [], batch))
+            batch = None
+            if self.online is None:
+                batch = model.collate(members, self.counting, self.pad_token_id)
+                if self.reference_logps is not None:
+                    batch = replace(batch, reference_P2=torch.from_numpy(self.reference_logps[0][chosen]))
+                if self.engine.device.type == "cuda":
+                    batch = batch.pinned()
+            passes.append(Pass(members, bool(len(mine)), batch))
         return GlobalBatch(indices, counts, passes)
 
     def step(self, batch: GlobalBatch, lr: float, sums: PairSums, at: int) -> float:
@@ -347,16 +366,21 @@ class _Run:
             Diverged: that norm is not finite. It is the norm of the global gradient, so every rank raises.
         """
         finite: list[tuple[list[str], torch.Tensor]] = []
-        for number, (pair_ids, host_batch) in enumerate(batch.passes, start=1):
+        for number, each in enumerate(batch.passes, start=1):
+            here = each.batch
+            if here is None:
+                assert self.online is not None
+                here = self.online.batch(each.members, at, number)
             self.engine.set_gradient_accumulation_boundary(number == len(batch.passes))
-            logps = pair_logps(self.engine, host_batch.to(self.engine.device))
+            logps = pair_logps(self.engine, here.to(self.engine.device))
             terms = self.loss_fn(logps, batch.counts)
             # Shares add up over micro-batches and ranks; DeepSpeed averages over ranks, so each share is scaled up by
             # their number, and told not to divide by the accumulation steps.
-            share = dist.get_world_size() if pair_ids else 0.0
+            share = dist.get_world_size() if each.counts else 0.0
             self.engine.backward(terms.loss * share, scale_wrt_gas=False)
-            if pair_ids:
+            if each.counts:
                 sums.add(logps, terms)
+                pair_ids = [pair.pair_id for pair in each.members]
                 finite.append((pair_ids, (logps.chosen_logps_P + logps.rejected_logps_P + logps.nll_sums_P).isfinite()))
         grad_norm = step(self.engine, lr, self.config.optim.max_grad_norm)
         if not math.isfinite(grad_norm):
@@ -373,14 +397,14 @@ class _Run:
             self.engine,
             self.eval_pairs,
             self.config,
-            self.loss_fn,
+            loss.held_out_from_config(self.config.loss),
             self.counting,
             self.pad_token_id,
             None if self.reference_logps is None else self.reference_logps[1],
         )
         if dist.get_rank() == 0:
             found.pair_scores(at, self.eval_pairs, self.config.loss).save(ctx.trial_dir / PAIRS_FILE)
-        if self.config.generation.prompts:
+        if self.config.generation.prompts and not self.config.loss.is_reward:
             tokenizer = load_tokenizer(self.config.model)
             rows = generate(self.engine, self.eval_pairs, self.config.generation, tokenizer, at, ctx.control)
             if dist.get_rank() == 0:

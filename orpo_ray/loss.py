@@ -43,6 +43,19 @@ class PairLogps:
     """The same for the rejected answers."""
     reference: ReferenceLogps | None = None
     """For the losses that compare with a reference model."""
+    rewards_P2: torch.Tensor | None = None
+    """rloo: what the reward model gives each pair's first and second sampled answer."""
+
+    def log_ratios_P2(self) -> torch.Tensor:
+        """log p(y) - log p_ref(y) of whole answers, for the losses that compare with a reference model."""
+        assert self.reference is not None
+        return torch.stack(
+            [
+                (_wide(self.chosen_logps_P) - _wide(self.reference.chosen_logps_P)) * self.chosen_tokens_P,
+                (_wide(self.rejected_logps_P) - _wide(self.reference.rejected_logps_P)) * self.rejected_tokens_P,
+            ],
+            dim=1,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +201,61 @@ def cpo(logps: PairLogps, counts: BatchCounts, *, beta: float, nll_weight: float
     return _terms(loss, nll, log_odds_ratio(logps.chosen_logps_P, logps.rejected_logps_P), preference_loss_P)
 
 
+def bradley_terry(rewards: PairLogps, counts: BatchCounts, *, nll_reduction: str) -> LossTerms:
+    """-log σ(r(x, y_w) - r(x, y_l)): the reward model of the paper's section 5.1 (eq. 11).
+
+    The margin is the log odds, under Bradley and Terry's model (1952), of the chosen answer being preferred.
+
+    Args:
+        rewards: this micro-batch; a `forward.PairModel` around a reward model gives rewards where a language model
+            gives mean log-probabilities.
+        counts: the global batch it belongs to.
+        nll_reduction: not read: there is no NLL.
+    """
+    margin_P = _wide(rewards.chosen_logps_P) - _wide(rewards.rejected_logps_P)
+    preference_loss_P = F.softplus(-margin_P)
+    loss = preference_loss_P.sum() / counts.pairs
+    return _terms(loss, torch.zeros_like(loss), margin_P, preference_loss_P)
+
+
+def rloo(
+    logps: PairLogps,
+    counts: BatchCounts,
+    *,
+    beta: float,
+    nll_reduction: str,
+    reward_model: str,
+    sampling_temperature: float,
+    max_new_tokens: int,
+) -> LossTerms:
+    """REINFORCE with the other answer's return as baseline: RLOO (Ahmadian et al. 2024, arXiv 2402.14740) with k = 2.
+
+    Each pair is two answers that the model itself has just sampled to one prompt. With returns
+    R_i = r(x, y_i) - β · [log p(y_i) - log p_ref(y_i)], held fixed, the estimate of the gradient that raises them is
+    ½ · (R_1 - R_2) · ∇[log p(y_1) - log p(y_2)], and the loss is minus what has that gradient.
+
+    Args:
+        logps: this micro-batch, with its reference and rewards.
+        counts: the global batch it belongs to.
+        beta: what a nat of divergence from the reference costs, in units of reward.
+        nll_reduction: not read: the NLL of one's own answers says nothing.
+        reward_model, sampling_temperature, max_new_tokens: read where the answers are made (`online`).
+
+    Raises:
+        ValueError: no reference or no rewards are given.
+    """
+    if logps.reference is None or logps.rewards_P2 is None:
+        raise ValueError("loss.name rloo needs the reference and the rewards of sampled answers; see orpo_ray.online")
+    returns_P2 = _wide(logps.rewards_P2) - beta * logps.log_ratios_P2().detach()
+    advantage_P = 0.5 * (returns_P2[:, 0] - returns_P2[:, 1])
+    chosen_P = _wide(logps.chosen_logps_P) * logps.chosen_tokens_P
+    rejected_P = _wide(logps.rejected_logps_P) * logps.rejected_tokens_P
+    preference_loss_P = -advantage_P * (chosen_P - rejected_P)
+    loss = preference_loss_P.sum() / counts.pairs
+    log_odds_P = log_odds_ratio(logps.chosen_logps_P, logps.rejected_logps_P)
+    return _terms(loss, torch.zeros_like(loss), log_odds_P, preference_loss_P)
+
+
 def from_config(config: LossConfig) -> LossFn:
     """The loss that an experiment asks for."""
     settings: dict[str, Any] = config.own_settings | {"nll_reduction": config.nll_reduction}
@@ -202,6 +270,17 @@ def from_config(config: LossConfig) -> LossFn:
             return partial(simpo, **settings)
         case "cpo":
             return partial(cpo, **settings)
+        case "reward":
+            return partial(bradley_terry, **settings)
+        case "rloo":
+            return partial(rloo, **settings)
+
+
+def held_out_from_config(config: LossConfig) -> LossFn:
+    """What held-out pairs are measured with: the loss itself, but for rloo, whose loss is of sampled answers only."""
+    if config.name == "rloo":
+        return partial(orpo, orpo_lambda=0.0, nll_reduction=config.nll_reduction)
+    return from_config(config)
 
 
 def _wide(logps_P: torch.Tensor) -> torch.Tensor:

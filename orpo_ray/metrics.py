@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 import psutil
 import torch
 import torch.distributed as dist
 
+from orpo_ray.config import LossConfig
 from orpo_ray.loss import LossTerms, PairLogps
 
-_PER_PAIR = ("odds_ratio_loss", "log_odds", "chosen_logp", "rejected_logp", "preference_accuracy")
+Kind = Literal["answers", "rewards", "samples"]
+"""What pairs are measured: log-probabilities of given answers, a reward model's rewards of them, or a model's own
+sampled answers."""
+
+_PER_PAIR: dict[Kind, tuple[str, ...]] = {
+    "answers": ("odds_ratio_loss", "log_odds", "chosen_logp", "rejected_logp", "preference_accuracy"),
+    "rewards": ("chosen_reward", "rejected_reward", "reward_margin", "preference_accuracy"),
+    "samples": ("reward", "kl", "answer_tokens"),
+}
+"""What is averaged over pairs."""
+
+
+def kind_of(loss: LossConfig) -> Kind:
+    """What the training pairs of an experiment are measured for; its held-out pairs are never samples."""
+    return "rewards" if loss.is_reward else "samples" if loss.name == "rloo" else "answers"
+
+
+def held_out_kind_of(loss: LossConfig) -> Kind:
+    """The same of its held-out pairs."""
+    return "rewards" if loss.is_reward else "answers"
 
 
 @dataclass(slots=True)
@@ -22,20 +43,30 @@ class PairSums:
     """
 
     sums: torch.Tensor
+    kind: Kind = "answers"
     pairs: int = 0
     """Counted on the host: a number sent to the device for each micro-batch would make both wait."""
 
     @classmethod
-    def zeros(cls, device: torch.device) -> PairSums:
+    def zeros(cls, device: torch.device, kind: Kind = "answers") -> PairSums:
         """Nothing counted yet. fp64, so that long evaluations do not round."""
-        return cls(torch.zeros(len(_PER_PAIR) + 2, dtype=torch.float64, device=device))
+        return cls(torch.zeros(len(_PER_PAIR[kind]) + 2, dtype=torch.float64, device=device), kind)
 
     def add(self, logps: PairLogps, terms: LossTerms) -> None:
         """Count the pairs of a micro-batch."""
         chosen_P, rejected_P = logps.chosen_logps_P.detach(), logps.rejected_logps_P.detach()
         # A tie counts half: a model that gives both answers the same probability prefers neither.
         accuracy_P = (chosen_P > rejected_P).double() + 0.5 * (chosen_P == rejected_P).double()
-        per_pair = (terms.odds_ratio_loss_P, terms.log_odds_P, chosen_P, rejected_P, accuracy_P)
+        per_pair: tuple[torch.Tensor, ...]
+        match self.kind:
+            case "answers":
+                per_pair = (terms.odds_ratio_loss_P, terms.log_odds_P, chosen_P, rejected_P, accuracy_P)
+            case "rewards":
+                per_pair = (chosen_P, rejected_P, terms.log_odds_P, accuracy_P)
+            case "samples":
+                assert logps.rewards_P2 is not None
+                tokens_P = 0.5 * (logps.chosen_tokens_P + logps.rejected_tokens_P)
+                per_pair = (logps.rewards_P2.mean(1), logps.log_ratios_P2().detach().mean(1), tokens_P)
         self.sums += torch.stack(
             [
                 terms.loss.detach().double(),
@@ -46,9 +77,9 @@ class PairSums:
         self.pairs += len(chosen_P)
 
     @classmethod
-    def restored(cls, device: torch.device, totals: list[float]) -> PairSums:
+    def restored(cls, device: torch.device, totals: list[float], kind: Kind = "answers") -> PairSums:
         """What `totals` gave, kept by rank 0 alone."""
-        counted = cls.zeros(device)
+        counted = cls.zeros(device, kind)
         if totals and dist.get_rank() == 0:
             counted.sums += counted.sums.new_tensor(totals[:-1])
             counted.pairs = int(totals[-1])
@@ -71,10 +102,10 @@ class PairSums:
         loss, nll, *per_pair, pairs = self.totals()
         self.sums.zero_()
         self.pairs = 0
-        named = dict(zip(_PER_PAIR, per_pair, strict=True))
+        named = dict(zip(_PER_PAIR[self.kind], per_pair, strict=True))
         return {
             f"{prefix}/loss": loss / steps,
-            f"{prefix}/nll": nll / steps,
+            **({f"{prefix}/nll": nll / steps} if self.kind == "answers" else {}),
             **{f"{prefix}/{name}": value / pairs for name, value in named.items()},
         }
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     PreTrainedModel,
@@ -87,6 +88,35 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     return model if config.lora is None else _with_lora(model, config.lora)
 
 
+def build_reward_model(config: ModelConfig, seed: int) -> PreTrainedModel:
+    """A fresh fp32 reward model: a language model's layers with a score in place of the vocabulary (paper sec. 5.1).
+
+    It is transformers' sequence classification with one label, so what `orpo-ray export` writes is read by anybody.
+
+    Args:
+        config: the language model it begins as; or a reward model that was trained before.
+        seed: initialises the score where it is new, and LoRA's weights.
+
+    Raises:
+        ModelError: not found, or transformers has no such form of it.
+    """
+    torch.manual_seed(seed)
+    if config.path in PRESETS:
+        architecture = _preset_config(config)
+        architecture.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(architecture, attn_implementation=_kernel(config))
+    else:
+        model = _pretrained(config, AutoModelForSequenceClassification, {"score.weight"}, num_labels=1)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise ModelError(
+            f"model.path {config.path}: transformers' {type(model).__name__} has no linear layer `score`, so its "
+            "rewards cannot be read; take another architecture: Llama, OPT, Mistral, Qwen, Gemma, Phi, GPT-2 have one"
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model if config.lora is None else _with_lora(model, config.lora, "SEQ_CLS")
+
+
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters, tied weights counted once."""
     parameters = list(model.parameters())
@@ -122,10 +152,12 @@ def _kept(config: ModelConfig) -> PreTrainedModel:
     return _pretrained(config)
 
 
-def _pretrained(config: ModelConfig) -> PreTrainedModel:
+def _pretrained(
+    config: ModelConfig, kind: Any = AutoModelForCausalLM, may_be_new: Set[str] = frozenset(), **more: Any
+) -> PreTrainedModel:
     _require_nothing_foreign(config)
     with _problems_of(config, "causal language model"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = kind.from_pretrained(
             config.path,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -134,8 +166,9 @@ def _pretrained(config: ModelConfig) -> PreTrainedModel:
             weights_only=True,  # of the pickles (pytorch_model.bin) that are there where no safetensors are
             output_loading_info=True,
             **_gguf(config),
+            **more,
         )
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(set(found["missing_keys"]) - may_be_new):
         # transformers would go on with random numbers in their place.
         raise ModelError(
             f"model.path {config.path}: its files lack {len(missing)} of the model's weights, e.g. {missing[0]}; are "
@@ -181,7 +214,7 @@ def _preset_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
+def _with_lora(model: PreTrainedModel, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -190,7 +223,7 @@ def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
         return get_peft_model(
             model,
             PeftLoraConfig(
-                task_type="CAUSAL_LM",
+                task_type=task,
                 r=lora.rank,
                 lora_alpha=lora.alpha,
                 lora_dropout=lora.dropout,

@@ -69,7 +69,7 @@ def model_card(facts: CardFacts) -> str:
         base_model=None if model.path in PRESETS or Path(model.path).is_absolute() else model.path,
         datasets=None if "://" in data.path or Path(data.path).is_absolute() else [data.path],
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if facts.config.loss.is_reward else "text-generation",
         tags=list(dict.fromkeys([loss, "orpo", "preference-tuning", "orpo-ray"])),
     )
     sections = [
@@ -93,17 +93,33 @@ def _what(facts: CardFacts) -> str:
             objective = f"{_PAPER}, L = NLL + λ · L_OR with λ = {loss.orpo_lambda:g}"
         case "sft":
             objective = f"supervised fine-tuning alone: λ = 0 of {_PAPER}, the control of a sweep over λ"
+        case "reward":
+            objective = "the Bradley-Terry loss, -log σ(r(chosen) - r(rejected))"
         case other:
             objective = f"the `{other}` loss"
     base = f"`{_shown(model.path)}`" + (", begun from random weights" if model.path in PRESETS else "")
     adapted = f"; LoRA adapters of rank {model.lora.rank} are merged into its weights" if model.lora else ""
+    kind = "reward model" if loss.is_reward else "causal language model"
     return (
-        f"A causal language model of {facts.parameters:,} parameters: {base}, tuned on preference pairs of "
+        f"A {kind} of {facts.parameters:,} parameters: {base}, tuned on preference pairs of "
         f"`{_shown(facts.config.data.path)}` with {objective}{adapted}. Weights are stored in {facts.dtype}."
     )
 
 
 def _use(facts: CardFacts) -> str:
+    if facts.config.loss.is_reward:
+        return """## Use
+
+```python
+from orpo_ray.reward import RewardModel
+
+judge = RewardModel.load(".")  # this folder
+prompt = [{"role": "user", "content": "Hello"}]
+print(judge.score([prompt], [["Hello! How can I help?", "Go away."]]))  # one row of two rewards
+```
+
+The files are transformers' sequence classification with one label; a reward is read at an answer's last token, its end
+of turn. Only differences between answers to one prompt mean anything."""
     trust = ", trust_remote_code=True" if facts.config.model.trust_remote_code else ""
     return f"""## Use
 
@@ -135,15 +151,13 @@ def _evaluation(facts: CardFacts) -> str:
         [[f"`{name}`", number(value), interval.get(name, "–")] for name, value in facts.metrics.items()],
     )
     over = f"{facts.pairs[1].number} held-out pairs" if facts.pairs else "the held-out pairs"
+    units = "" if facts.config.loss.is_reward else "Log-probabilities are in nats, means over an answer's tokens. "
     checked = (
         "They were computed again from this folder with plain transformers on padded rows, and agree within rounding."
         if facts.was_checked
         else "They were not computed again from this folder."
     )
-    return (
-        f"## Evaluation\n\nAfter step {facts.step}, over {over}. Log-probabilities are in nats, means over an answer's "
-        f"tokens. {checked}\n\n{table}"
-    )
+    return f"## Evaluation\n\nAfter step {facts.step}, over {over}. {units}{checked}\n\n{table}"
 
 
 def _choice(facts: CardFacts) -> str:
@@ -199,9 +213,15 @@ def _versions(facts: CardFacts) -> str:
 
 
 def _limits(facts: CardFacts) -> str:
+    measured = (
+        "- The metrics are rewards of held-out answers from the source of the training pairs; answers of another kind, "
+        "such as a tuned model's, may be judged worse."
+        if facts.config.loss.is_reward
+        else "- The metrics are log-probabilities of held-out answers from the source of the training pairs. How "
+        "people judge its answers, what it knows and how safe it is were not measured."
+    )
     lines = [
-        "- The metrics are log-probabilities of held-out answers from the source of the training pairs. How people "
-        "judge its answers, what it knows and how safe it is were not measured.",
+        measured,
         "- The licences of the base model and of the data apply.",
     ]
     if facts.dtype != "float32":

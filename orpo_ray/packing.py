@@ -30,14 +30,18 @@ class Counting:
     answer_padding: bool = False
     eos_token_id: int = -1
     """Needed only where `nll_eos` is off or `answer_padding` on."""
+    rewards: bool = False
+    """Nothing is predicted: a reward model is read at each answer's last token, and there is no NLL."""
 
     @classmethod
     def of(cls, loss: LossConfig, eos_token_id: int) -> Counting:
         """What an experiment's loss counts."""
-        return cls(loss.nll_scope, loss.nll_eos, loss.answer_padding, eos_token_id)
+        return cls(loss.nll_scope, loss.nll_eos, loss.answer_padding, eos_token_id, loss.is_reward)
 
     def nll_tokens(self, pairs: PairDataset, indices_B: np.ndarray) -> int:
         """Tokens that the NLL of these pairs counts; every rank can say so for the whole global batch alone."""
+        if self.rewards:
+            return 0
         tokens = int(pairs.chosen_lengths_N[indices_B].sum())
         if self.nll_scope == "prompt_and_response":
             tokens += int(np.maximum(pairs.prompt_lengths_N[indices_B] - 1, 0).sum())
@@ -95,15 +99,17 @@ class Batch:
     layout: SharedPrompt | None
     """None: one sequence per row, padded on the right; chosen sequences first."""
     source_N: torch.Tensor
-    """int64: place in the flattened rows whose output predicts the target."""
+    """int64: place in the flattened rows whose output predicts the target, or is an answer's reward."""
     target_N: torch.Tensor
-    """int64: token id."""
+    """int64: token id; 0 where rewards are read."""
     weights_KN: torch.Tensor
     """fp32: rows 0..P-1 average the chosen answers' targets, P..2P-1 the rejected ones', 2P..3P-1 sum the NLL's."""
     tokens_K: torch.Tensor
     """fp32: how many targets each of those rows counts."""
     reference_P2: torch.Tensor | None = None
     """fp32: the reference model's means of chosen and rejected, for the losses that compare with it."""
+    rewards_P2: torch.Tensor | None = None
+    """fp32: the reward model's rewards of both answers, for rloo."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -166,6 +172,10 @@ def collate(
         rejected_prompt_end = chosen_from - 1 if share_prompt else (num + index) * width + prompt - 1
         rejected_from = chosen_from + chosen if share_prompt else rejected_prompt_end + 1
         tokens += prompt + chosen + rejected
+        if counting.rewards:
+            for end, row in ((chosen_from + chosen, index), (rejected_from + rejected, num + index)):
+                count(np.array([end - 1]), np.zeros(1, dtype=np.int64), row, None)
+            continue
         if counting.nll_scope == "prompt_and_response":
             count(np.arange(first, first + prompt - 1), pair.prompt_ids[1:], None, 2 * num + index)
         count(np.arange(chosen_from - 1, chosen_from + chosen - 1), pair.chosen_ids, index, 2 * num + index)

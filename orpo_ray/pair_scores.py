@@ -30,11 +30,11 @@ class PairScores:
     pair_ids_N: np.ndarray
     """UTF-8 bytes; see `data.Pair`."""
     chosen_logp_N: np.ndarray
-    """Mean token log-probability of the chosen answer."""
+    """Mean token log-probability of the chosen answer; where a reward model was trained, its reward."""
     rejected_logp_N: np.ndarray
-    """Mean token log-probability of the rejected answer."""
+    """The same of the rejected answer."""
     log_odds_N: np.ndarray
-    """log OR (paper eq. 4-5)."""
+    """log OR (paper eq. 4-5); of a reward model the difference of the rewards."""
     odds_ratio_loss_N: np.ndarray
     """-log σ(log OR) (paper eq. 7)."""
     preference_loss_N: np.ndarray

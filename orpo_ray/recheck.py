@@ -11,7 +11,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from orpo_ray import loss
 from orpo_ray.config import ExperimentConfig, LossConfig
@@ -110,7 +115,8 @@ def check(
         problem = "the exported tokenizer and chat template give the run's pairs other tokens than the training's did"
         return Check((), problem), pairs
     # Of rounded weights too: what is checked are the weights, not the arithmetic of whoever loads them.
-    lm = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, dtype=torch.float32)
+    kind = AutoModelForSequenceClassification if config.loss.is_reward else AutoModelForCausalLM
+    lm = kind.from_pretrained(folder, trust_remote_code=remote, dtype=torch.float32)
     model = _Alone(lm, Form(shares_prompt=False, chunks_head=False)).to("cuda" if torch.cuda.is_available() else "cpu")
     scores, metrics = _evaluated(model, held_out, config, tokenizer, step)
     nats = BF16_NATS if rounded else FP32_NATS
@@ -127,10 +133,11 @@ def _evaluated(
 ) -> tuple[PairScores, dict[str, float]]:
     # Its numbers are the same for every loss that counts the same tokens, and this one needs no reference model.
     counted = config.loss.model_dump(include={"nll_scope", "nll_reduction", "nll_eos", "answer_padding"})
-    objective = LossConfig(name="orpo", **counted)
+    objective = LossConfig(name="reward" if config.loss.is_reward else "orpo", **counted)
     counting = Counting.of(objective, int(tokenizer.eos_token_id))
+    alike = config.model_copy(update={"loss": objective})
     with _process_group_of_one():
-        found = evaluate(model, pairs, config, loss.from_config(objective), counting, int(tokenizer.pad_token_id))
+        found = evaluate(model, pairs, alike, loss.from_config(objective), counting, int(tokenizer.pad_token_id))
     return found.pair_scores(step, pairs, objective), found.metrics
 
 
@@ -145,9 +152,11 @@ def allowed(metric: str, scores: PairScores, nats: float) -> float:
     match metric:
         case "eval/preference_accuracy":
             return float(np.mean(np.abs(sides[0] - sides[1]) <= moved[0] + moved[1]))
+        case "eval/reward_margin":
+            return float(np.mean(moved[0] + moved[1]))
         case "eval/log_odds" | "eval/odds_ratio_loss":
             return float(np.mean(sum(m / -np.expm1(np.minimum(s, -1e-6)) for m, s in zip(moved, sides, strict=True))))
-        case "eval/rejected_logp":
+        case "eval/rejected_logp" | "eval/rejected_reward":
             return float(np.mean(moved[1]))
         case "eval/nll":
             return float(nats * max(1.0, abs(scores.value("eval/nll"))))

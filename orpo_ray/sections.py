@@ -133,6 +133,8 @@ _OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "cpo": {"beta": 0.1, "nll_weight": 1.0},
     "simpo": {"beta": 2.0, "simpo_gamma": 0.5},
     "ipo": {"beta": 0.1},
+    "reward": {},
+    "rloo": {"beta": 0.05, "reward_model": None, "sampling_temperature": 1.0, "max_new_tokens": 128},
 }
 """Loss -> the settings that it reads and not all losses do, with their defaults: TRL 1.16's, for simpo its authors'."""
 
@@ -144,9 +146,11 @@ class LossConfig(Section):
     refused if given.
     """
 
-    name: Literal["orpo", "sft", "dpo", "cpo", "simpo", "ipo"] = "orpo"
+    name: Literal["orpo", "sft", "dpo", "cpo", "simpo", "ipo", "reward", "rloo"] = "orpo"
     """`sft` is the NLL alone: λ = 0 exactly. dpo and ipo compare with a reference model, the one training starts from;
-    dpo, ipo and simpo have no NLL in their objective, and report it."""
+    dpo, ipo and simpo have no NLL in their objective, and report it. `reward` trains a reward model instead of a
+    language model (Bradley-Terry, paper eq. 11). `rloo` is RLHF: it samples two answers to each prompt, has
+    `reward_model` judge them, and raises the better one (Ahmadian et al. 2024, with a KL penalty)."""
     preset: Literal["trl", "llamafactory", "authors"] | None = None
     """Count as another ORPO code base does: sets `nll_scope`, `nll_reduction`, `nll_eos` and `answer_padding`. TRL and
     the authors average the token means of micro-batches, here it is the mean over the global batch: their numbers are
@@ -158,12 +162,19 @@ class LossConfig(Section):
     temperature: float | None = Field(None, gt=0)
     """orpo: multiplies the log ratio inside the sigmoid (`b` of arXiv 2502.01237); 1 by default, the paper's."""
     beta: float | None = Field(None, gt=0)
-    """dpo, cpo, simpo: multiplies the log ratio of the answers; ipo: τ, which asks for a log ratio of 1 / (2τ). 0.1 by
-    default, 2 for simpo."""
+    """dpo, cpo, simpo: multiplies the log ratio of the answers; ipo: τ, which asks for a log ratio of 1 / (2τ); rloo:
+    what a nat of KL divergence from the model that training starts from costs. 0.1 by default, 2 for simpo, 0.05 for
+    rloo."""
     simpo_gamma: float | None = Field(None, ge=0)
     """simpo: margin that the rewards should keep, TRL's `simpo_gamma`; 0.5 by default."""
     nll_weight: float | None = Field(None, ge=0)
     """cpo: weight of the NLL, TRL's `cpo_alpha`; 1 by default. TRL's NLL counts the response only."""
+    reward_model: str | None = Field(None, min_length=1)
+    """rloo: folder or hub name of the reward model, e.g. what `orpo-ray export` writes of a run with `name: reward`."""
+    sampling_temperature: float | None = Field(None, gt=0)
+    """rloo: answers are drawn at this temperature; 1 by default."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """rloo: longest answer drawn, in tokens; 128 by default."""
     nll_scope: Literal["prompt_and_response", "response"] = "prompt_and_response"
     """Tokens of [prompt | chosen] that the NLL counts."""
     nll_reduction: Literal["token", "pair"] = "token"
@@ -178,6 +189,16 @@ class LossConfig(Section):
     def needs_reference(self) -> bool:
         """Whether the loss compares with a reference model's log-probabilities."""
         return self.name in ("dpo", "ipo")
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether a reward model is trained: what the model gives an answer is a reward, not a log-probability."""
+        return self.name == "reward"
+
+    @field_validator("reward_model")
+    @classmethod
+    def _local_path_is_absolute(cls, path: str | None) -> str | None:
+        return path and _absolute_if_local(path)
 
     @property
     def own_settings(self) -> dict[str, Any]:
@@ -204,6 +225,11 @@ class LossConfig(Section):
                     f"loss.name {self.name} does not read {setting} ({getattr(self, setting)}), only "
                     f"{', '.join(readers)}: drop it, or use one of these; {self.name} reads {', '.join(own)}"
                 )
+        if self.name == "rloo" and self.reward_model is None:
+            raise ValueError(
+                "loss.name rloo needs loss.reward_model: a folder or hub name of a reward model; train one with "
+                "loss.name: reward and write it with orpo-ray export"
+            )
         if self.preset is not None and self.name not in ("orpo", "sft"):
             raise ValueError(
                 f"preset {self.preset} says what an ORPO code base counts, but loss.name is {self.name}: "

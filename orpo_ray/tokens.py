@@ -135,6 +135,35 @@ class PairTokenizer:
         if problem:
             raise DataError(f"the chat template {problem}: mend data.chat_template, or the tokenizer's own")
 
+    def end_of_turn(self) -> int:
+        """The token that answers end with."""
+        asked = [{"role": "user", "content": "Which one?"}]
+        return self._answer(self._apply(asked, add_generation_prompt=True), asked, "This one.", Counter())[1]
+
+    def prompts(self, prompts: Sequence[list[Message]]) -> list[list[int]]:
+        """Ids of prompts as they stand before an answer, not cut.
+
+        Raises:
+            DataError: the chat template refuses one.
+        """
+        try:
+            rendered = [self._apply(messages, add_generation_prompt=True) for messages in prompts]
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses a prompt: {error!s:.300}") from error
+        return [self._with_bos(ids) for ids in self._ids(rendered)]
+
+    def answers(self, prompt: list[Message], texts: Sequence[str]) -> list[list[int]]:
+        """Ids of answers to a prompt with the end of turn behind them, not cut.
+
+        Raises:
+            DataError: the chat template refuses one.
+        """
+        try:
+            rendered = self._apply(prompt, add_generation_prompt=True)
+            return self._answer_ids([self._answer(rendered, prompt, text, Counter()) for text in texts])
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses an answer: {error!s:.300}") from error
+
     def batch(self, pairs: Sequence[tuple[str, TextPair]], counts: Counter[str]) -> pa.RecordBatch:
         """Tokenise pairs, and count what is dropped or cut.
 
@@ -232,8 +261,7 @@ class PairTokenizer:
         self, prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int], counts: Counter[str]
     ) -> tuple[list[int], list[int], list[int]] | None:
         longest = self.config.max_prompt_tokens
-        if self.bos_id is not None and prompt_ids[:1] != [self.bos_id]:
-            prompt_ids = [self.bos_id, *prompt_ids]
+        prompt_ids = self._with_bos(prompt_ids)
         if not prompt_ids:
             # The first token of a sequence is never predicted, so without a prompt an answer would lose one.
             counts["dropped_empty_prompt"] += 1
@@ -254,6 +282,11 @@ class PairTokenizer:
         counts["chosen_truncated"] += len(chosen_ids) > room
         counts["rejected_truncated"] += len(rejected_ids) > room
         return prompt_ids, chosen_ids[:room], rejected_ids[:room]
+
+    def _with_bos(self, prompt_ids: list[int]) -> list[int]:
+        if self.bos_id is not None and prompt_ids[:1] != [self.bos_id]:
+            return [self.bos_id, *prompt_ids]
+        return prompt_ids
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -35,7 +35,10 @@ EVERY_LOSS = [
     LossConfig(name="cpo"),
     LossConfig(name="simpo"),
     LossConfig(name="ipo"),
+    LossConfig(name="reward"),
 ]
+RLOO = LossConfig(name="rloo", reward_model="some/rm")
+"""Its log-probabilities are of sampled answers, of which none is chosen."""
 every_loss = pytest.mark.parametrize(
     "config", EVERY_LOSS, ids=lambda c: f"{c.name}-{'-'.join(map(str, c.own_settings.values()))}"
 )
@@ -67,7 +70,8 @@ def from_parameters(w: torch.Tensor, nll_tokens: list[int]) -> PairLogps:
     tokens_P = torch.tensor(nll_tokens)
     x = -F.softplus(w + 0.1 * w.sum())
     reference = ReferenceLogps(x[:, 0].detach() - 0.1, x[:, 1].detach() - 0.2)
-    return PairLogps(x[:, 0], x[:, 1], -x[:, 2] * tokens_P, tokens_P, tokens_P, tokens_P + 2, reference)
+    rewards_P2 = x[:, :2].detach().cos()
+    return PairLogps(x[:, 0], x[:, 1], -x[:, 2] * tokens_P, tokens_P, tokens_P, tokens_P + 2, reference, rewards_P2)
 
 
 def piece_of(logps: PairLogps, part: slice) -> PairLogps:
@@ -364,7 +368,7 @@ def test_token_and_pair_reduction_agree_when_all_lengths_are_equal(
     cuts=st.sets(st.integers(1, 9)),
     seed=st.integers(0, 2**32),
     config=st.sampled_from(
-        [config.model_copy(update={"nll_reduction": r}) for config in EVERY_LOSS for r in REDUCTIONS]
+        [config.model_copy(update={"nll_reduction": r}) for config in (*EVERY_LOSS, RLOO) for r in REDUCTIONS]
     ),
 )
 @settings(deadline=None)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def reference_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
 
 def naive_pair_logps(model: torch.nn.Module, pairs: Sequence[Pair], config: LossConfig, eos: int) -> PairLogps:
     """What `PairLogps` means, one unpadded sequence at a time, in the model's precision and with its gradient."""
-    columns: dict[str, list[Any]] = {name: [] for name in PairLogps.__slots__ if name != "reference"}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in PairLogps.__slots__ if name not in ("reference", "rewards_P2")
+    }
     for pair in pairs:
         prompt = pair.prompt_ids.tolist()
         for side in ("chosen", "rejected"):
@@ -87,9 +90,7 @@ def ours(
         with torch.no_grad():
             theirs = naive_pair_logps(reference_model, pairs, config, eos)
         reference = ReferenceLogps(theirs.chosen_logps_P, theirs.rejected_logps_P)
-        logps = PairLogps(
-            *(getattr(logps, name) for name in PairLogps.__slots__ if name != "reference"), reference=reference
-        )
+        logps = replace(logps, reference=reference)
     return from_config(config)(logps, BatchCounts(len(pairs), int(logps.nll_tokens_P.sum())))
 
 

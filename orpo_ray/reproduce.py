@@ -1,0 +1,328 @@
+"""`orpo-ray reproduce paper`: train what the paper compares, sample, score, and put our numbers beside the published.
+
+Every step leaves a file in the run directory, and the same command goes on behind the last one. Shape suffixes: N
+prompts or pairs, R rounds, B resamples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from orpo_ray import config as configs
+from orpo_ray import export, provenance, reference, sample, sweep, win_rate
+from orpo_ray.bootstrap import LEVEL, RESAMPLES
+from orpo_ray.config import ExperimentConfig
+from orpo_ray.data import held_out_texts, load_pairs
+from orpo_ray.diversity import Diversity, diversity, local_embedder
+from orpo_ray.model import load_tokenizer
+from orpo_ray.packing import Counting
+from orpo_ray.pair_scores import PAIRS_FILE, PairScores
+from orpo_ray.progress import SweepProgress
+from orpo_ray.results import EVENTS_FILE, read_events
+from orpo_ray.reward import RewardModel
+from orpo_ray.rows import Message
+from orpo_ray.scales import LAMBDAS, MAIN_LAMBDA, Scale, base_pairs
+
+RESULT_FILE = "reproduction.json"
+SIDES = ("chosen_logp", "rejected_logp")
+POLICIES = ("orpo", "sft", "dpo", "rlhf")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Of a mean token log-probability from the start of training to its end, in nats, over held-out pairs."""
+
+    mean: float
+    low: float
+    """95 % bootstrap interval over pairs, from here"""
+    high: float
+    """to here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one reproduction keeps its things."""
+
+    folder: Path
+    scale: Scale
+
+    def experiment(self, role: str, **settings: Any) -> ExperimentConfig:
+        """The experiment of a role, e.g. `sft`; dotted settings are changed."""
+        tree = self.scale.tree(role) | {"name": role, "output_dir": str(self.folder)}
+        return configs.parse(tree, [f"{path}={json.dumps(value)}" for path, value in settings.items()], source=role)
+
+    def model(self, name: str) -> Path:
+        """Where an exported model is, or will be."""
+        return self.folder / "models" / name
+
+    def kept(self, name: str) -> Path:
+        """A result that is not computed twice."""
+        return self.folder / "kept" / f"{name}.json"
+
+
+def run(place: Place, console: Console) -> dict[str, Any]:
+    """Train, sample, score and compare. Ray must be initialised.
+
+    Returns:
+        What reproduction.json holds: see `orpo_ray.reproduction_page`, which reads it.
+
+    Raises:
+        DataError, ModelError, SweepError: what it was given cannot be used.
+        RuntimeError: a training did not end with a model.
+    """
+    began = time.monotonic()
+    seconds = _train_all(place, console)
+    texts = _prompts(place)
+    judge = RewardModel.load(str(place.model("judge")), max_tokens=place.scale.max_tokens + place.scale.max_new_tokens)
+    answers_RN = {name: _answers(place, name, [prompt for _, prompt in texts], console) for name in POLICIES}
+    rewards_RN = {name: _rewards(place, name, judge, texts, answers_RN[name], console) for name in POLICIES}
+    curves = _curves(place)
+    result = {
+        "scale": place.scale.name,
+        "about": place.scale.about(),
+        "provenance": provenance.collect(),
+        "seconds": seconds | {"since this command began": time.monotonic() - began},
+        "pairs": _counts(place),
+        "judge": _judge(place),
+        "win_rates": {other: _win_rate(rewards_RN["orpo"], rewards_RN[other]) for other in POLICIES if other != "orpo"},
+        "control": _win_rate(rewards_RN["sft"][:1], rewards_RN["sft"][1:2]),
+        "rewards": {name: rewards.ravel().tolist() for name, rewards in rewards_RN.items()},
+        "answers": {
+            name: {
+                "characters": float(np.mean([len(text) for row in rounds for text in row])),
+                "examples": [row[0] for row in rounds],
+            }
+            for name, rounds in answers_RN.items()
+        },
+        "first_prompt": texts[0][1],
+        "curves": curves,
+        "changes": _changes(place),
+        "diversity": {name: dataclasses.asdict(_diversity(answers_RN[name])) for name in POLICIES},
+    }
+    _write(place.folder / RESULT_FILE, result)
+    return result
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def _train_all(place: Place, console: Console) -> dict[str, float]:
+    """Every model of the comparison as a folder; returns seconds of training by role."""
+    seconds: dict[str, float] = {}
+    scale = place.scale
+    base: dict[str, Any] = {}
+    if scale.pretrain:
+        pairs = place.folder / "base.jsonl"
+        if not pairs.exists():
+            _write_text(pairs, base_pairs())
+        seconds["base"] = _train(place, "base", {"base": {}}, console, **{"data.path": str(pairs)})
+        base = {"model.path": str(place.model("base"))}
+    judges = {"judge": {"train.seed": 1}, "coach": {"train.seed": 2}}
+    seconds["reward models"] = _train(place, "reward", judges, console, **base)
+    objectives = {_name_of(value): {"loss.orpo_lambda": value} for value in LAMBDAS}
+    seconds["SFT and ORPO"] = _train(place, "lambda", objectives, console, **base)
+    ratio = {"probability": {"loss.orpo_lambda": MAIN_LAMBDA}}
+    seconds["probability ratio"] = _train(place, "ratio", ratio, console, **base)
+    from_sft = {"model.path": str(place.model("sft"))}
+    seconds["DPO"] = _train(place, "dpo", {"dpo": {}}, console, **from_sft)
+    coach = {"loss.reward_model": str(place.model("coach"))}
+    seconds["RLHF"] = _train(place, "rlhf", {"rlhf": {}}, console, **from_sft, **coach)
+    return seconds
+
+
+def _name_of(orpo_lambda: float) -> str:
+    """sft, orpo (the λ that is compared), or orpo-λ."""
+    if orpo_lambda == 0:
+        return "sft"
+    return "orpo" if orpo_lambda == MAIN_LAMBDA else f"orpo-{orpo_lambda:g}"
+
+
+def _train(
+    place: Place, role: str, wanted: Mapping[str, Mapping[str, Any]], console: Console, **settings: Any
+) -> float:
+    """One sweep: its trials, by what they change, become folders of these names. Returns seconds of training."""
+    config = place.experiment(role, **settings)
+    if len(wanted) > 1:
+        (axis,) = {path for params in wanted.values() for path in params}
+        values = [params[axis] for params in wanted.values()]
+        space = {axis: {"type": "grid", "values": values}}
+        tree = config.model_dump(mode="json", exclude_unset=True)
+        config = configs.parse(configs.as_given(tree) | {"sweep": {"space": space}}, source=role)
+    elif params := next(iter(wanted.values())):
+        config = config.trial(dict(params))
+    _, axes = config.as_sweep()
+    console.print(f"{role}: {config.run_dir}", style="bold", soft_wrap=True)
+    with SweepProgress(console, axes.metric, axes.num_trials) as progress:
+        outcome = sweep.run(config, progress)
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    trials = outcome.results["trials"]
+    for name, params in wanted.items():
+        found = [t for t in trials if all(t["params"].get(k, v) == v for k, v in params.items())]
+        if len(found) != 1 or found[0]["status"] != "finished":
+            raise RuntimeError(
+                f"{role}: training {name} did not finish ({[(t['status'], t['error']) for t in found]}); remove "
+                f"{outcome.run_dir} to try it again"
+            )
+        if not place.model(name).exists():
+            candidate = export.find(str(outcome.run_dir / "trials" / found[0]["trial_id"]))
+            export.export(candidate, place.model(name), check=False)
+    return float(sum(trial["train_seconds"] for trial in trials))
+
+
+# ---- answers and rewards --------------------------------------------------------------------------------------------
+
+
+def _prompts(place: Place) -> list[tuple[str, list[Message]]]:
+    """(pair id, conversation) of the held-out pairs, as many as the scale samples."""
+    config = place.experiment("lambda")
+    texts = held_out_texts(config.data, load_tokenizer(config.model))
+    return [(pair_id, pair.prompt) for pair_id, pair in texts[: place.scale.prompts]]
+
+
+def _answers(place: Place, name: str, prompts: list[list[Message]], console: Console) -> list[list[str]]:
+    kept, settings = place.kept(f"answers-{name}"), place.scale.sampling
+    asked = {"settings": dataclasses.asdict(settings), "prompts": prompts, "model": name}
+    if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
+        return list(known["answers"])
+    console.print(f"{name} answers {len(prompts)} prompts, {settings.rounds} times")
+    found = sample.sample(str(place.model(name)), prompts, settings)
+    answers = [list(row) for row in found.answers_RN]
+    _write(kept, {"asked": asked, "answers": answers, "unfinished": found.unfinished, "backend": found.backend})
+    return answers
+
+
+def _rewards(
+    place: Place,
+    name: str,
+    judge: RewardModel,
+    texts: list[tuple[str, list[Message]]],
+    answers_RN: list[list[str]],
+    console: Console,
+) -> np.ndarray:
+    """float64 [R, N]."""
+    kept = place.kept(f"rewards-{name}")
+    if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["answers"] == answers_RN:
+        return np.array(known["rewards"])
+    console.print(f"the judge scores {name}")
+    rewards_NR = judge.score([prompt for _, prompt in texts], [list(row) for row in zip(*answers_RN, strict=True)])
+    _write(kept, {"answers": answers_RN, "rewards": rewards_NR.T.tolist()})
+    return rewards_NR.T
+
+
+def _win_rate(ours_RN: np.ndarray, theirs_RN: np.ndarray) -> dict[str, Any]:
+    found = win_rate.win_rate(ours_RN, theirs_RN)
+    numbers = {"mean": found.mean, "low": found.low, "high": found.high, "per_round": found.per_round_R.tolist()}
+    return numbers | {"std_over_rounds": None if np.isnan(found.std_over_rounds) else found.std_over_rounds}
+
+
+def _diversity(answers_RN: list[list[str]]) -> Diversity:
+    return diversity([list(row) for row in zip(*answers_RN, strict=True)], local_embedder())
+
+
+# ---- log-probabilities ----------------------------------------------------------------------------------------------
+
+
+def _trials(place: Place) -> dict[str, tuple[Path, str]]:
+    """Name -> (run directory, trial id) of what the curves are drawn of."""
+    found = {}
+    for role in ("lambda", "ratio"):
+        run_dir = place.folder / role
+        results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+        for trial in results["trials"]:
+            name = "probability" if role == "ratio" else _name_of(trial["params"]["loss.orpo_lambda"])
+            found[name] = (run_dir, trial["trial_id"])
+    return found
+
+
+def _start(place: Place) -> np.ndarray:
+    """Mean token log-probabilities of the held-out pairs before training, fp32 [N, 2]."""
+    base = {"model.path": str(place.model("base"))} if place.scale.pretrain else {}
+    config = place.experiment("lambda", **base)
+    tokenizer = load_tokenizer(config.model)
+    _, held_out = load_pairs(config.data, tokenizer)
+    counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
+    return reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id))
+
+
+def _curves(place: Place) -> dict[str, list[dict[str, float]]]:
+    """Name -> held-out log-probabilities at every evaluation, the start included as step 0."""
+    start = dict(zip(SIDES, _start(place).mean(0).tolist(), strict=True))
+    curves = {}
+    for name, (run_dir, trial_id) in _trials(place).items():
+        points = [{"step": 0.0, **start}]
+        for event in read_events(run_dir / EVENTS_FILE):
+            if event["event"] == "eval" and event["trial_id"] == trial_id:
+                sides = {side: event["metrics"][f"eval/{side}"] for side in SIDES}
+                points.append({"step": float(event["step"]), **sides, "log_odds": event["metrics"]["eval/log_odds"]})
+        curves[name] = points
+    return curves
+
+
+def _changes(place: Place) -> dict[str, dict[str, Any]]:
+    """Name -> side -> `Change` from start to end; and of `probability` against `orpo`, pair by pair."""
+    start_N2 = _start(place)
+    end = {name: PairScores.load(d / "trials" / t / PAIRS_FILE) for name, (d, t) in _trials(place).items()}
+    moved = {
+        name: {
+            "chosen_logp": scores.chosen_logp_N - start_N2[:, 0],
+            "rejected_logp": scores.rejected_logp_N - start_N2[:, 1],
+        }
+        for name, scores in end.items()
+    }
+    changes = {name: {side: _interval(of_N) for side, of_N in sides.items()} for name, sides in moved.items()}
+    apart = {side: _interval(moved["probability"][side] - moved["orpo"][side]) for side in SIDES}
+    margins = {
+        f"{name}'s margin": {"margin": _interval(sides["chosen_logp"] - sides["rejected_logp"])}
+        for name, sides in moved.items()
+    }
+    return changes | {"probability less odds": apart} | margins
+
+
+def _interval(values_N: np.ndarray) -> dict[str, float]:
+    values_N = np.asarray(values_N, dtype=np.float64)
+    drawn = [block_BN @ values_N / len(values_N) for block_BN in win_rate.prompt_draws(len(values_N), RESAMPLES, 0)]
+    low, high = np.quantile(np.concatenate(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return dataclasses.asdict(Change(float(values_N.mean()), low, high))
+
+
+# ---- about ----------------------------------------------------------------------------------------------------------
+
+
+def _judge(place: Place) -> dict[str, Any]:
+    """Held-out accuracy of the judge and of RLHF's reward model, with intervals over pairs."""
+    run_dir = place.folder / "reward"
+    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    found = {}
+    for trial in results["trials"]:
+        scores = PairScores.load(run_dir / "trials" / trial["trial_id"] / PAIRS_FILE)
+        (_, right_N, _), *_ = scores.ratios("eval/preference_accuracy")
+        found["judge" if trial["params"]["train.seed"] == 1 else "coach"] = _interval(right_N)
+    return found
+
+
+def _counts(place: Place) -> dict[str, int]:
+    config = place.experiment("lambda")
+    train, held_out = load_pairs(config.data, load_tokenizer(config.model))
+    return {"train": len(train), "held_out": len(held_out)}
+
+
+def _write(path: Path, result: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(result, indent=1, ensure_ascii=False))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

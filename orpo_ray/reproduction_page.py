@@ -1,0 +1,279 @@
+"""reproduction.json as one page: the paper's numbers, ours, the interval, the same sign or not, the cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from orpo_ray import published, ratio_simulation, win_rate
+from orpo_ray.accounting import Accounting, measure
+from orpo_ray.accounting import table as accounting_table
+from orpo_ray.data import load_pairs
+from orpo_ray.markdown import markdown_table
+from orpo_ray.model import load_tokenizer
+from orpo_ray.reproduce import Place
+
+PAGE_FILE = "reproduction.md"
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+_SHOWN = {"sft": "SFT (λ = 0)", "orpo": "odds ratio, λ = 1", "probability": "probability ratio, λ = 1"}
+_CANNOT = (
+    "Tables 2 and 3 to the point: another model, other data, a weaker judge and fewer steps. Only signs are compared.",
+    "That ORPO's margin over DPO grows with size: there is one size.",
+    "Table 1 (AlpacaEval) and MT-Bench: their judges are behind an API. `orpo_ray.judges` writes the files they read.",
+    "Table 6 (IFEval) and Table 4 to the point: 7B models, and Gemini-Pro's embeddings.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One sentence of the paper, and what came out here."""
+
+    text: str
+    where: str
+    paper: str
+    ours: str
+    interval: str
+    verdict: str
+    """`yes`, `no`, `not decided`, or `shown, nothing claimed`."""
+
+
+def write(folder: Path, result: Mapping[str, Any], accounting: Accounting | None, command: str) -> Path:
+    """Write the page and its pictures.
+
+    Args:
+        folder: the pictures go beside the page.
+        result: of `reproduce.run`.
+        accounting: of the compute, where it was measured.
+        command: that makes it again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(_curves(result, ("sft", "orpo-0.1", "orpo-0.5", "orpo")), folder / "lambda.png")
+    _save(_curves(result, ("orpo", "probability")), folder / "ratio.png")
+    unit = "reward by the judge"
+    _save(
+        win_rate.histogram({k.upper(): np.array(v) for k, v in result["rewards"].items()}, unit), folder / "rewards.png"
+    )
+    _save(ratio_simulation.draw(ratio_simulation.simulate()), folder / "figure6.png")
+    page = folder / PAGE_FILE
+    page.write_text(_page(result, accounting, command), encoding="utf-8")
+    return page
+
+
+def claims(result: Mapping[str, Any]) -> list[Claim]:
+    """Every sentence of the paper that this scale can say something about."""
+    found = [_win(result, other) for other in ("sft", "rlhf", "dpo")]
+    changes = result["changes"]
+    for side, word in (("chosen_logp", "chosen"), ("rejected_logp", "rejected")):
+        text = f"SFT alone raises the {word} log-probability"
+        found.append(_moved(text, "Fig. 3", "rises", changes["sft"][side], above=True))
+    text = "ORPO with λ = 1 lowers the rejected one"
+    found.append(_moved(text, "Figs. 7, 9", "falls", changes["orpo"]["rejected_logp"], above=False))
+    text = "with λ = 1 the chosen one falls, too"
+    found.append(
+        _moved(text, "Fig. 9 (Mistral; in Fig. 7 it rises)", "falls", changes["orpo"]["chosen_logp"], above=False)
+    )
+    text = "with λ = 0.1 the rejected one does not fall"
+    found.append(_moved(text, "Fig. 9", "stays", changes["orpo-0.1"]["rejected_logp"], above=True))
+    text = "the margin is wider with λ = 1 than λ = 0.1"
+    found.append(_trend(text, changes))
+    text = "the probability ratio lowers the rejected one further than the odds ratio"
+    found.append(_moved(text, "Fig. 8", "lower", changes["probability less odds"]["rejected_logp"], above=False))
+    found += _diverse(result)
+    return found
+
+
+def _win(result: Mapping[str, Any], other: str) -> Claim:
+    rate = result["win_rates"][other]
+    rows = {key: row[other] for key, row in published.WIN_RATES.items()}
+    named = result["about"]["compared_with"]
+    if named:
+        number = rows[tuple(named)]
+        paper = f"{number.mean:.1f} % ({number.std:.2f}), {named[0]} on {named[1]}"
+    else:
+        paper = f"{min(r.mean for r in rows.values()):.1f} to {max(r.mean for r in rows.values()):.1f} %"
+    name = {"sft": "SFT", "dpo": "DPO", "rlhf": "RLHF (PPO in the paper, RLOO here)"}[other]
+    ours = f"{100 * rate['mean']:.1f} % (std over rounds {100 * rate['std_over_rounds']:.2f})"
+    interval = f"{100 * rate['low']:.1f} to {100 * rate['high']:.1f} %"
+    verdict = "shown, nothing claimed" if other == "dpo" else _verdict(rate["low"], rate["high"], 0.5, above=True)
+    if _judge_is_blind(result):
+        verdict = "cannot be shown: the judge is no better than chance"
+    claimed = " wins more than half" if other != "dpo" else ""
+    return Claim(f"ORPO against {name}{claimed}", "Tables 2, 3", paper, ours, interval, verdict)
+
+
+def _moved(text: str, where: str, paper: str, change: Mapping[str, float], *, above: bool) -> Claim:
+    interval = f"{change['low']:+.3f} to {change['high']:+.3f}"
+    verdict = _verdict(change["low"], change["high"], 0.0, above=above)
+    return Claim(text, where, paper, f"{change['mean']:+.3f} nats per token", interval, verdict)
+
+
+def _trend(text: str, changes: Mapping[str, Any]) -> Claim:
+    low, high = (changes[f"{name}'s margin"]["margin"] for name in ("orpo-0.1", "orpo"))
+    middle = changes["orpo-0.5's margin"]["margin"]
+    ours = ", ".join(f"{change['mean']:+.3f}" for change in (low, middle, high)) + " for λ = 0.1, 0.5, 1"
+    apart = "yes" if high["low"] > low["high"] else "no" if high["high"] < low["low"] else "not decided"
+    interval = f"{low['low']:+.3f} to {low['high']:+.3f}; {high['low']:+.3f} to {high['high']:+.3f}"
+    return Claim(text, "Fig. 9", "widest with λ = 1", ours, interval, apart)
+
+
+def _diverse(result: Mapping[str, Any]) -> list[Claim]:
+    found = []
+    for key, word, is_more in (("per_input", "per input", True), ("across_input", "across inputs", False)):
+        orpo, dpo = (result["diversity"][name][key] for name in ("orpo", "dpo"))
+        at = 0 if key == "per_input" else 1
+        paper = "; ".join(
+            f"{m}: {r['orpo'][at]:.3f} against {r['dpo'][at]:.3f}" for m, r in published.DIVERSITY.items()
+        )
+        lower, upper = (dpo, orpo) if is_more else (orpo, dpo)
+        apart = upper["low"] > lower["high"], upper["high"] < lower["low"]
+        verdict = "yes" if apart[0] else "no" if apart[1] else "not decided"
+        more = "more" if is_more else "less"
+        interval = f"{orpo['low']:.3f} to {orpo['high']:.3f}; {dpo['low']:.3f} to {dpo['high']:.3f}"
+        text = f"ORPO's answers are {more} alike than DPO's {word} (mean cosine)"
+        found.append(
+            Claim(text, "Table 4", paper, f"{orpo['value']:.3f} against {dpo['value']:.3f}", interval, verdict)
+        )
+    return found
+
+
+def _verdict(low: float, high: float, at: float, *, above: bool) -> str:
+    if low > at:
+        return "yes" if above else "no"
+    if high < at:
+        return "no" if above else "yes"
+    return "not decided"
+
+
+def _judge_is_blind(result: Mapping[str, Any]) -> bool:
+    return bool(result["judge"]["judge"]["low"] <= 0.5)
+
+
+def compute(place: Place) -> Accounting:
+    """Forward passes and FLOPs of ORPO and DPO on eight training pairs, with the scale's model."""
+    config = place.experiment("lambda")
+    train, _ = load_pairs(config.data, load_tokenizer(config.model))
+    return measure(config.model, [train[index] for index in range(min(8, len(train)))])
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+def _page(result: Mapping[str, Any], accounting: Accounting | None, command: str) -> str:
+    about, judge, control = result["about"], result["judge"], result["control"]
+    rows = [[c.text, c.where, c.paper, c.ours, c.interval, c.verdict] for c in claims(result)]
+    titles = ["the paper says", "where", "its number", "ours", "95 % interval", "same sign"]
+    began = " Before anything else the model learned the language of both answers." if about["pretrain"] else ""
+    parts = [
+        f"# The ORPO paper, reproduced at scale `{result['scale']}`",
+        f"`{command}`\n\n{_machine(result)}",
+        f"{Path(about['model']).name} on {Path(about['data']).name}, {result['pairs']['train']} training pairs and "
+        f"{result['pairs']['held_out']} held-out ones.{began} ORPO has λ = {about['main_lambda']:g} where no other is "
+        "named, which was fixed before any run. Intervals are bootstraps over prompts or pairs; they do not cover the "
+        "seed, of which there is one.",
+        "## What came out",
+        markdown_table(titles, rows),
+        _judge_text(judge, control),
+        "## Log-probabilities of held-out answers",
+        "Figures 3, 7 and 9: SFT (λ = 0) and ORPO. Step 0 is the model before training.\n\n"
+        "![mean token log-probability of chosen and rejected answers over steps, by λ](lambda.png)",
+        f"Figure 8: probability ratio against odds ratio, both with λ = {about['main_lambda']:g}.\n\n"
+        "![the same for the probability ratio and the odds ratio](ratio.png)",
+        "## Rewards",
+        "Figure 5: what the judge gives each model's answers.\n\n![reward distributions](rewards.png)",
+        "## The two ratios of random probabilities",
+        "Figure 6: 50,000 pairs of probabilities, each drawn evenly from 0 to 1. " + _figure6(),
+        "![distributions of both log ratios](figure6.png)",
+        "## Compute",
+        _compute(accounting),
+        "## Cost",
+        markdown_table(["step", "seconds"], [[k, f"{v:.0f}"] for k, v in result["seconds"].items()]),
+        "## Settings",
+        _settings(about),
+        "## What this scale cannot show",
+        "\n".join(f"- {line}" for line in _CANNOT),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+    known = result["provenance"]
+    git = known["git"] or {}
+    commit = f", commit `{git['commit'][:10]}`{' with changes' if git['dirty'] else ''}" if git.get("commit") else ""
+    packages = ", ".join(f"{name} {version}" for name, version in known["packages"].items() if version)
+    return f"{packages}{commit}."
+
+
+def _judge_text(judge: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+    one, two = judge["judge"], judge["coach"]
+    blind = (
+        " **It is not certain that the judge is better than chance, so the win rates say nothing.**"
+        if one["low"] <= 0.5
+        else ""
+    )
+    return (
+        f"The judge, a reward model, prefers the chosen one of held-out answers in {100 * one['mean']:.1f} % "
+        f"({100 * one['low']:.1f} to {100 * one['high']:.1f}); RLHF was driven by another one, trained with another "
+        f"seed: {100 * two['mean']:.1f} % ({100 * two['low']:.1f} to {100 * two['high']:.1f}).{blind} As a control, "
+        f"SFT against itself, one round against another, wins {100 * control['mean']:.1f} % "
+        f"({100 * control['low']:.1f} to {100 * control['high']:.1f})."
+    )
+
+
+def _figure6() -> str:
+    curves = ratio_simulation.summary(ratio_simulation.simulate())
+    spread = "; ".join(f"{c.name}: {c.sample.std:.3f} (exact {c.exact.std:.3f})" for c in curves)
+    return f"Standard deviations: {spread}. The odds ratio spreads widest, as in the paper."
+
+
+def _compute(accounting: Accounting | None) -> str:
+    passes = published.FORWARD_PASSES
+    said = f"The paper (section 7.3): {passes['orpo']} forward passes per pair for ORPO, {passes['dpo']} for DPO."
+    if accounting is None:
+        return f"{said} Not measured here."
+    return f"{said} Measured on one micro-batch:\n\n{markdown_table(*accounting_table(accounting))}"
+
+
+def _settings(about: Mapping[str, Any]) -> str:
+    lengths = about["lengths"]
+    rows = [
+        ["λ", ", ".join(f"{value:g}" for value in about["lambdas"])],
+        ["pairs per step", str(about["batch"])],
+        *([f"length of {role}", ", ".join(f"{k} {v}" for k, v in length.items())] for role, length in lengths.items()),
+        ["peak learning rate", ", ".join(f"{role} {lr:g}" for role, lr in about["lr"].items())],
+        ["LoRA", json.dumps(about["lora"]) if about["lora"] else "none: all weights are trained"],
+        ["answers", f"{about['prompts']} prompts, {about['rounds']} rounds, {about['max_new_tokens']} tokens at most"],
+    ]
+    return markdown_table(["setting", "value"], rows)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def _curves(result: Mapping[str, Any], names: tuple[str, ...]) -> Figure:
+    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, side, title in zip(axes, ("chosen_logp", "rejected_logp"), ("chosen", "rejected"), strict=True):
+        for name, colour in zip(names, _COLOURS, strict=False):
+            points = result["curves"][name]
+            shown = _SHOWN.get(name, f"λ = {name.removeprefix('orpo-')}")
+            axis.plot([p["step"] for p in points], [p[side] for p in points], "o-", color=colour, label=shown, ms=3.5)
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("optimizer step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, color="0.9", linewidth=0.8)
+    axes[0].set_ylabel("log p, nats per token")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # No date in the file: the same numbers give the same picture.
+    figure.savefig(path, dpi=130, metadata={"Software": None})

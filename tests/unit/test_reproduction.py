@@ -1,0 +1,126 @@
+"""What a reproduction says of its numbers, and that every scale's experiments are valid."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_ray import reproduction_page, scales, style_pairs
+from orpo_ray.reproduce import Place
+from orpo_ray.scales import Scale, base_pairs, scale
+
+ROLES = ("reward", "lambda", "ratio", "dpo", "rlhf")
+
+
+def _change(mean: float, half: float = 0.1) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def _rate(mean: float, half: float = 0.05) -> dict[str, Any]:
+    return _change(mean, half) | {"std_over_rounds": 0.01, "per_round": [mean] * 3}
+
+
+def _alike(per_input: float, across: float) -> dict[str, Any]:
+    sides = {"per_input": per_input, "across_input": across}
+    return {k: {"value": v, "low": v - 0.01, "high": v + 0.01} for k, v in sides.items()}
+
+
+RESULT: dict[str, Any] = {
+    "scale": "tiny",
+    "about": scale("tiny").about(),
+    "provenance": {"git": {"commit": "0123456789abcdef", "dirty": False}, "packages": {"torch": "2.13.0"}},
+    "seconds": {"SFT and ORPO": 100.0},
+    "pairs": {"train": 100, "held_out": 20},
+    "judge": {"judge": _change(0.7), "coach": _change(0.68)},
+    "win_rates": {"sft": _rate(0.8), "dpo": _rate(0.45), "rlhf": _rate(0.52)},
+    "control": _rate(0.5),
+    "rewards": {name: [0.0, 1.0, 2.0] for name in ("orpo", "sft", "dpo", "rlhf")},
+    "curves": {
+        name: [
+            {"step": 0.0, "chosen_logp": -2.0, "rejected_logp": -2.0},
+            {"step": 9.0, "chosen_logp": -1.0, "rejected_logp": -3.0},
+        ]
+        for name in ("sft", "orpo-0.1", "orpo-0.5", "orpo", "probability")
+    },
+    "changes": {
+        "sft": {"chosen_logp": _change(0.5), "rejected_logp": _change(0.4)},
+        "orpo-0.1": {"chosen_logp": _change(0.4), "rejected_logp": _change(0.05)},
+        "orpo-0.5": {"chosen_logp": _change(0.3), "rejected_logp": _change(-0.2)},
+        "orpo": {"chosen_logp": _change(0.2), "rejected_logp": _change(-0.6)},
+        "probability less odds": {"chosen_logp": _change(0.0), "rejected_logp": _change(0.3)},
+        "orpo-0.1's margin": {"margin": _change(0.3)},
+        "orpo-0.5's margin": {"margin": _change(0.5)},
+        "orpo's margin": {"margin": _change(0.8)},
+    },
+    "diversity": {name: _alike(0.6, 0.3) for name in ("orpo", "sft", "dpo", "rlhf")},
+}
+
+
+def _verdicts(result: dict[str, Any]) -> dict[str, str]:
+    return {claim.text: claim.verdict for claim in reproduction_page.claims(result)}
+
+
+def test_a_claim_is_decided_by_its_interval() -> None:
+    found = _verdicts(RESULT)
+    assert found["ORPO against SFT wins more than half"] == "yes"
+    assert found["ORPO against RLHF (PPO in the paper, RLOO here) wins more than half"] == "not decided"
+    assert found["ORPO against DPO"] == "shown, nothing claimed"
+    assert found["SFT alone raises the rejected log-probability"] == "yes"
+    assert found["ORPO with λ = 1 lowers the rejected one"] == "yes"
+    assert found["with λ = 1 the chosen one falls, too"] == "no"
+    assert found["with λ = 0.1 the rejected one does not fall"] == "not decided"
+    assert found["the margin is wider with λ = 1 than λ = 0.1"] == "yes"
+    assert found["the probability ratio lowers the rejected one further than the odds ratio"] == "no"
+    assert found["ORPO's answers are more alike than DPO's per input (mean cosine)"] == "not decided"
+
+
+def test_a_judge_no_better_than_chance_decides_nothing() -> None:
+    blind = copy.deepcopy(RESULT)
+    blind["judge"]["judge"] = _change(0.55, 0.06)
+    found = _verdicts(blind)
+    assert found["ORPO against SFT wins more than half"] == "cannot be shown: the judge is no better than chance"
+    assert found["SFT alone raises the chosen log-probability"] == "yes"
+
+
+def test_the_page_has_its_pictures_and_numbers(tmp_path: Path) -> None:
+    page = reproduction_page.write(tmp_path, RESULT, None, "orpo-ray reproduce paper --scale tiny")
+    text = page.read_text(encoding="utf-8")
+    for name in ("lambda.png", "ratio.png", "rewards.png", "figure6.png"):
+        assert f"]({name})" in text
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "| 80.0 % (std over rounds 1.00) | 75.0 to 85.0 % | yes |" in text
+    assert "69.4 to 84.0 %" in text
+    assert "`0123456789`" in text
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [scale("tiny"), scale("tiny", model="some/model", data="some/pairs"), scale("small"), scale("full")],
+    ids=lambda chosen: f"{chosen.name}-{Path(chosen.model).name}",
+)
+def test_every_role_is_a_valid_experiment(chosen: Scale, tmp_path: Path) -> None:
+    place = Place(tmp_path, chosen)
+    for role in (*ROLES, *(["base"] if chosen.pretrain else [])):
+        config = place.experiment(role)
+        assert config.name == role
+        assert config.run_dir == tmp_path / role
+    assert place.experiment("ratio").loss.orpo_lambda == scales.MAIN_LAMBDA
+    assert chosen.sampling.rounds == 3
+
+
+def test_another_model_is_not_set_beside_the_papers_row() -> None:
+    assert scale("small").compared_with == ("OPT-125M", "HH-RLHF")
+    assert scale("small", model="facebook/opt-350m").compared_with is None
+
+
+def test_base_pairs_prefer_nothing() -> None:
+    rows = [json.loads(line) for line in base_pairs(400).splitlines()]
+    assert len(rows) == 400
+    kept = sum(
+        row["chosen"] == given["chosen"] for row, given in zip(rows, style_pairs.generate(400, seed=1), strict=True)
+    )
+    assert 160 < kept < 240
