@@ -40,7 +40,10 @@ BROKEN = {
     "out of range": (["optim.lr=0"], ["optim.lr", "greater than 0", "(got 0)"]),
     "negative lambda": (["loss.orpo_lambda=-0.1"], ["loss.orpo_lambda", "greater than or equal to 0", "-0.1"]),
     "lambda that is no number": (["loss.orpo_lambda=.nan"], ["loss.orpo_lambda", "nan"]),
-    "unknown choice": (["loss.name=kto"], ["loss.name", "'orpo', 'sft', 'dpo', 'cpo', 'simpo' or 'ipo'", "'kto'"]),
+    "unknown choice": (
+        ["loss.name=kto"],
+        ["loss.name", "'orpo', 'sft', 'dpo', 'cpo', 'simpo', 'ipo', 'reward' or 'rloo'", "'kto'"],
+    ),
     "name that is no folder": (["name=a/b"], ["name", "pattern", "'a/b'"]),
     "batch arithmetic": (
         ["train.global_batch_size=3", "scaling.num_workers=4"],
