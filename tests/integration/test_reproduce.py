@@ -31,7 +31,7 @@ def test_reproduce_ends_in_a_page_and_is_not_done_twice(sweeps: Sweeps) -> None:
     assert result["changes"]["probability less odds"]["rejected_logp"]["mean"] == pytest.approx(0, abs=0.02)
     page = (folder / "page" / "reproduction.md").read_text(encoding="utf-8")
     assert "orpo-ray reproduce paper --scale tiny --model tiny-llama-1m" in page
-    assert "DPO, padded rows, reference in memory" in page
+    assert "DPO, reference in memory (as the paper counts)" in page
     assert "ORPO against SFT wins more than half" in output
 
     began = time.monotonic()
