@@ -7,7 +7,7 @@ J trials, S settings, R ratios of sums, B resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,17 +54,28 @@ def resample(everyone: Sequence[PairScores], metric: str, resamples: int = RESAM
         top_BR, bottom_BR = counts_BN @ sums_N2R[0], counts_BN @ sums_N2R[1]
         return np.asarray((weight_R * top_BR / bottom_BR) @ to_trial_RJ)
 
-    num, rng = len(everyone[0].pair_ids_N), np.random.default_rng(seed)
-    drawn, left = [], []
-    at_once = max(1, _DRAWN_AT_ONCE // num)
-    for first in range(0, resamples, at_once):
-        rows = min(at_once, resamples - first)
-        picks_BN = rng.integers(0, num, (rows, num)) + num * np.arange(rows)[:, None]
-        counts_BN = np.bincount(picks_BN.ravel(), minlength=rows * num).reshape(rows, num).astype(float)
+    num, drawn, left = len(everyone[0].pair_ids_N), [], []
+    for counts_BN in draws(num, resamples, seed):
         drawn.append(values(counts_BN))
         with np.errstate(invalid="ignore"):  # of few pairs, all may be drawn
             left.append(values((counts_BN == 0).astype(float)))
     return Resampled(values(np.ones((1, num)))[0], np.concatenate(drawn), np.concatenate(left))
+
+
+def draws(num: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of N pairs, or prompts, is drawn, with replacement; blocks [some of B, N], together of B rows.
+
+    Args:
+        num: N.
+        resamples: B.
+        seed: of the draws. The same one draws the same.
+    """
+    rng = np.random.default_rng(seed)
+    at_once = max(1, _DRAWN_AT_ONCE // num)
+    for first in range(0, resamples, at_once):
+        rows = min(at_once, resamples - first)
+        picks_BN = rng.integers(0, num, (rows, num)) + num * np.arange(rows)[:, None]
+        yield np.bincount(picks_BN.ravel(), minlength=rows * num).reshape(rows, num).astype(float)
 
 
 def setting_replicates(trials: Resampled, setting_J: Sequence[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

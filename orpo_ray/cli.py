@@ -53,6 +53,7 @@ def _is_users_to_mend(error: Exception) -> bool:
         "DoctorError",
         "CompareError",
         "TrackingError",
+        "ReproduceError",
         "FileNotFoundError",
         "WatchError",
     }

@@ -362,6 +362,11 @@ class ExperimentConfig(Section):
         """Absolute directory of this experiment's results."""
         return Path(self.output_dir).expanduser().absolute() / self.name
 
+    @property
+    def writes_answers(self) -> bool:
+        """Whether evaluations write down answers to some prompts; a reward model gives none."""
+        return self.generation.prompts > 0 and not self.loss.is_reward
+
     def as_sweep(self) -> tuple[ExperimentConfig, SweepConfig]:
         """This experiment as a sweep; a single run is a sweep of one trial (law 6)."""
         sweep = self.sweep or SweepConfig()
@@ -697,7 +702,7 @@ def _require_measured(loss: LossConfig, sweep: SweepConfig | None, keep_best: st
             if metric in _NOT_MEASURED[name]:
                 measured = [known for known in METRIC_MODES if known not in _NOT_MEASURED[name]]
                 raise ValueError(
-                    f"{setting} is {metric}, which loss.name {name} does not measure; use one of {measured}"
+                    f"{setting} is {metric}, which loss.name {name} does not measure; use one of {', '.join(measured)}"
                 )
 
 

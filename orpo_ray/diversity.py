@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from orpo_ray.bootstrap import LEVEL, RESAMPLES
-from orpo_ray.win_rate import prompt_draws
+from orpo_ray.bootstrap import LEVEL, RESAMPLES, draws
 
 EXTRA = "wordllama==0.4.0.post1"
 """What `local_embedder` needs."""
@@ -97,7 +96,7 @@ def diversity(
     within_N = (np.square(unit_NKD.sum(1)).sum(1) - squares_N) / (answers * (answers - 1))
     first_ND = unit_NKD[:, 0]
     drawn_within, drawn_across = [], []
-    for counts_BN in prompt_draws(prompts, resamples, seed):
+    for counts_BN in draws(prompts, resamples, seed):
         drawn_within.append(counts_BN @ within_N / prompts)
         drawn_across.append(_across(counts_BN, first_ND))
     return Diversity(

@@ -197,8 +197,7 @@ def _train(config: ExperimentConfig, ctx: RankContext, checkpoints: Checkpoints,
             if evaluates:
                 progress.metrics = run.evaluate(at, ctx)
                 if dist.get_rank() == 0:
-                    writes = config.generation.prompts and not config.loss.is_reward
-                    made = (PAIRS_FILE, *([GENERATIONS_FILE] if writes else []))
+                    made = (PAIRS_FILE, *([GENERATIONS_FILE] if config.writes_answers else []))
                     checkpoints.publish(*(ctx.trial_dir / name for name in made))
             progress.train_seconds = earlier_seconds + time.perf_counter() - started
             if at == max_steps:
@@ -404,7 +403,7 @@ class _Run:
         )
         if dist.get_rank() == 0:
             found.pair_scores(at, self.eval_pairs, self.config.loss).save(ctx.trial_dir / PAIRS_FILE)
-        if self.config.generation.prompts and not self.config.loss.is_reward:
+        if self.config.writes_answers:
             tokenizer = load_tokenizer(self.config.model)
             rows = generate(self.engine, self.eval_pairs, self.config.generation, tokenizer, at, ctx.control)
             if dist.get_rank() == 0:

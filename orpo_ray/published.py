@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PAPER = "arXiv 2403.07691v2"
-
 
 @dataclass(frozen=True, slots=True)
 class PublishedWinRate:

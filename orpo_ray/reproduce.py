@@ -20,10 +20,10 @@ from rich.console import Console
 
 from orpo_ray import config as configs
 from orpo_ray import export, provenance, reference, sample, sweep, win_rate
-from orpo_ray.bootstrap import LEVEL, RESAMPLES
+from orpo_ray.bootstrap import LEVEL, RESAMPLES, draws
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.data import held_out_texts, load_pairs
-from orpo_ray.diversity import Diversity, diversity, local_embedder
+from orpo_ray.diversity import Diversity, Embed, diversity, local_embedder
 from orpo_ray.model import load_tokenizer
 from orpo_ray.packing import Counting
 from orpo_ray.pair_scores import PAIRS_FILE, PairScores
@@ -36,6 +36,10 @@ from orpo_ray.scales import LAMBDAS, MAIN_LAMBDA, Scale, base_pairs
 RESULT_FILE = "reproduction.json"
 SIDES = ("chosen_logp", "rejected_logp")
 POLICIES = ("orpo", "sft", "dpo", "rlhf")
+
+
+class ReproduceError(RuntimeError):
+    """The reproduction cannot go on; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +82,13 @@ def run(place: Place, console: Console) -> dict[str, Any]:
 
     Raises:
         DataError, ModelError, SweepError: what it was given cannot be used.
-        RuntimeError: a training did not end with a model.
+        ReproduceError: embeddings are not installed, or a training did not end with a model.
     """
     began = time.monotonic()
+    try:
+        embed = local_embedder()
+    except ImportError as error:  # said before half an hour of training, not behind it
+        raise ReproduceError(str(error)) from error
     seconds = _train_all(place, console)
     texts = _prompts(place)
     judge = RewardModel.load(str(place.model("judge")), max_tokens=place.scale.max_tokens + place.scale.max_new_tokens)
@@ -107,7 +115,7 @@ def run(place: Place, console: Console) -> dict[str, Any]:
         "first_prompt": texts[0][1],
         "curves": curves,
         "changes": _changes(place),
-        "diversity": {name: dataclasses.asdict(_diversity(answers_RN[name])) for name in POLICIES},
+        "diversity": {name: dataclasses.asdict(_diversity(answers_RN[name], embed)) for name in POLICIES},
     }
     _write(place.folder / RESULT_FILE, result)
     return result
@@ -170,7 +178,7 @@ def _train(
     for name, params in wanted.items():
         found = [t for t in trials if all(t["params"].get(k, v) == v for k, v in params.items())]
         if len(found) != 1 or found[0]["status"] != "finished":
-            raise RuntimeError(
+            raise ReproduceError(
                 f"{role}: training {name} did not finish ({[(t['status'], t['error']) for t in found]}); remove "
                 f"{outcome.run_dir} to try it again"
             )
@@ -226,8 +234,8 @@ def _win_rate(ours_RN: np.ndarray, theirs_RN: np.ndarray) -> dict[str, Any]:
     return numbers | {"std_over_rounds": None if np.isnan(found.std_over_rounds) else found.std_over_rounds}
 
 
-def _diversity(answers_RN: list[list[str]]) -> Diversity:
-    return diversity([list(row) for row in zip(*answers_RN, strict=True)], local_embedder())
+def _diversity(answers_RN: list[list[str]], embed: Embed) -> Diversity:
+    return diversity([list(row) for row in zip(*answers_RN, strict=True)], embed)
 
 
 # ---- log-probabilities ----------------------------------------------------------------------------------------------
@@ -291,7 +299,7 @@ def _changes(place: Place) -> dict[str, dict[str, Any]]:
 
 def _interval(values_N: np.ndarray) -> dict[str, float]:
     values_N = np.asarray(values_N, dtype=np.float64)
-    drawn = [block_BN @ values_N / len(values_N) for block_BN in win_rate.prompt_draws(len(values_N), RESAMPLES, 0)]
+    drawn = [block_BN @ values_N / len(values_N) for block_BN in draws(len(values_N), RESAMPLES, 0)]
     low, high = np.quantile(np.concatenate(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return dataclasses.asdict(Change(float(values_N.mean()), low, high))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import track
+from transformers import AutoConfig
 
 from orpo_ray.config import DataConfig, ModelConfig
 from orpo_ray.data import Pair
@@ -112,8 +113,6 @@ class RewardModel:
 
 def _require_score(config: ModelConfig) -> None:
     """A language model would be given a random score, and its rewards would mean nothing."""
-    from transformers import AutoConfig
-
     try:
         architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
     except (OSError, ValueError) as error:

@@ -8,17 +8,15 @@ Shape suffixes: R rounds, N prompts, B resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: the caller's matplotlib state stays as it is
 from matplotlib.figure import Figure
 
-from orpo_ray.bootstrap import LEVEL, RESAMPLES
+from orpo_ray.bootstrap import LEVEL, RESAMPLES, draws
 
-_DRAWN_AT_ONCE = 4_000_000
-"""Numbers drawn before they are summed up: bounds the memory where there are many prompts."""
 _BINS = 60
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _LINES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
@@ -69,27 +67,11 @@ def win_rate(rewards_a_RN: np.ndarray, rewards_b_RN: np.ndarray, resamples: int 
         _require_finite(name, rewards_RN)
     won_RN = (a_RN > b_RN) + 0.5 * (a_RN == b_RN)
     won_N = won_RN.mean(0)
-    drawn_B = np.concatenate([counts_N @ won_N / prompts for counts_N in prompt_draws(prompts, resamples, seed)])
+    drawn_B = np.concatenate([counts_N @ won_N / prompts for counts_N in draws(prompts, resamples, seed)])
     low, high = np.quantile(drawn_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     per_round_R = won_RN.mean(1)
     std = float(per_round_R.std(ddof=1)) if rounds > 1 else math.nan
     return WinRate(per_round_R, float(won_RN.mean()), std, low, high)
-
-
-def prompt_draws(prompts: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each prompt is drawn, with replacement, as blocks [some of B, N] that together have B rows.
-
-    Args:
-        prompts: N.
-        resamples: B.
-        seed: of the draws. The same one draws the same prompts.
-    """
-    rng = np.random.default_rng(seed)
-    at_once = max(1, _DRAWN_AT_ONCE // prompts)
-    for first in range(0, resamples, at_once):
-        rows = min(at_once, resamples - first)
-        picks_BN = rng.integers(0, prompts, (rows, prompts)) + prompts * np.arange(rows)[:, None]
-        yield np.bincount(picks_BN.ravel(), minlength=rows * prompts).reshape(rows, prompts).astype(float)
 
 
 def histogram(rewards: Mapping[str, np.ndarray], unit: str = "reward") -> Figure:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from orpo_ray import reproduction_page, scales, style_pairs
-from orpo_ray.reproduce import Place
+from orpo_ray.reproduce import Place, ReproduceError, run
 from orpo_ray.scales import Scale, base_pairs, scale
 
 ROLES = ("reward", "lambda", "ratio", "dpo", "rlhf")
@@ -124,3 +126,10 @@ def test_base_pairs_prefer_nothing() -> None:
         row["chosen"] == given["chosen"] for row, given in zip(rows, style_pairs.generate(400, seed=1), strict=True)
     )
     assert 160 < kept < 240
+
+
+def test_a_missing_extra_is_said_before_anything_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wordllama", None)
+    with pytest.raises(ReproduceError, match=r"orpo-ray\[judges\]"):
+        run(Place(tmp_path, scale("tiny")), Console())
+    assert not any(tmp_path.iterdir())

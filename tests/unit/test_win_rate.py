@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from orpo_ray.win_rate import histogram, prompt_draws, win_rate
+from orpo_ray.bootstrap import draws
+from orpo_ray.win_rate import histogram, win_rate
 
 
 def test_by_hand() -> None:
@@ -76,7 +77,7 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 
 def test_prompts_are_drawn_in_blocks_that_bound_the_memory() -> None:
-    blocks = list(prompt_draws(1_500_000, 5, seed=0))
+    blocks = list(draws(1_500_000, 5, seed=0))
     assert [len(block) for block in blocks] == [2, 2, 1]
     for block in blocks:
         assert (block.sum(1) == 1_500_000).all()
