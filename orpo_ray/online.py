@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.data import Pair
-from orpo_ray.forward import PairModel, Prompts, form_of, pair_logps
+from orpo_ray.forward import PairModel, Prompts, pair_logps
 from orpo_ray.model import ModelError, build_model, load_tokenizer
 from orpo_ray.packing import Batch, Counting
 from orpo_ray.reward import RewardModel
@@ -61,7 +61,8 @@ class OnlineAnswers:
                 "family, with the same data.chat_template"
             )
         lm = build_model(config.model.model_copy(update={"lora": None}), config.train.seed)
-        reference = PairModel(lm, form_of(lm, config.model.attention), products).to(engine.device).eval()
+        # The form is the policy's, so that both read the same rows.
+        reference = PairModel(lm, engine.module.form, products).to(engine.device).eval()
         return cls(
             engine=engine,
             config=config,
@@ -89,18 +90,12 @@ class OnlineAnswers:
             replace(pair, chosen_ids=first, rejected_ids=second)
             for pair, first, second in zip(members, answers[::2], answers[1::2], strict=True)
         ]
-        device = self.engine.device
-        batch = self.engine.module.collate(sampled, self.counting, self.pad_token_id)
-        form = self.reference.form
-        as_reference = batch if form == self.engine.module.form else None
-        known = pair_logps(
-            self.reference,
-            (as_reference or self.reference.collate(sampled, self.counting, self.pad_token_id)).to(device),
-        )
+        laid_out = self.engine.module.collate(sampled, self.counting, self.pad_token_id).to(self.engine.device)
+        known = pair_logps(self.reference, laid_out)
         return replace(
-            batch.to(device),
+            laid_out,
             reference_P2=torch.stack([known.chosen_logps_P, known.rejected_logps_P], dim=1),
-            rewards_P2=self.reward.of_pairs(sampled).to(device),
+            rewards_P2=self.reward.of_pairs(sampled).to(self.engine.device),
         )
 
     def _sample(self, prompts: Sequence[np.ndarray], step: int, number: int) -> list[np.ndarray]:
