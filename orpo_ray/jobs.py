@@ -6,10 +6,12 @@ https://docs.ray.io/en/latest/cluster/running-applications/job-submission/: noth
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +26,7 @@ EXIT_LOST = 4
 
 _POLL_S = 2.0
 _GIVE_UP_S = 300.0
+_LAST_LINES_S = 10.0
 _TIMEOUT_S = (10, 120)  # to connect, and between two bytes
 
 
@@ -129,13 +132,38 @@ async def _follow(client: Any, submission_id: str, log: _Log, give_up_s: float) 
     try:
         details = await _end_of(client, submission_id, give_up_s)
         ended.set()
-        await asyncio.wait([tail], timeout=10)
+        await asyncio.wait([tail], timeout=_LAST_LINES_S)
     finally:
+        ended.set()  # should the stream's code swallow the cancellation, it is not opened again
         tail.cancel()
-        await asyncio.gather(tail, return_exceptions=True)
+        await asyncio.wait([tail], timeout=_LAST_LINES_S)
     log.restart()
-    log.take(await asyncio.to_thread(client.get_job_logs, submission_id))  # what the stream has missed
+    log.take(await _aside(client.get_job_logs, submission_id))  # what the stream has missed
     return details
+
+
+async def _aside(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call gives, in a thread that nobody waits for when it is given up.
+
+    Ctrl-C with `asyncio.to_thread` would wait until a request to a server that hangs has timed out.
+    """
+    loop = asyncio.get_running_loop()
+    answer = loop.create_future()
+
+    def settle(told: Callable[[Any], None], value: Any) -> None:
+        if not answer.done():
+            told(value)
+
+    def work() -> None:
+        try:
+            end = answer.set_result, call(*arguments)
+        except Exception as error:
+            end = answer.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it was given up
+            loop.call_soon_threadsafe(settle, *end)
+
+    threading.Thread(target=work, name="job server", daemon=True).start()
+    return await answer
 
 
 async def _tail(client: Any, submission_id: str, log: _Log, ended: asyncio.Event) -> None:
@@ -155,7 +183,7 @@ async def _end_of(client: Any, submission_id: str, give_up_s: float) -> Any:
     last_seen = time.monotonic()
     while True:
         try:
-            details = await asyncio.to_thread(client.get_job_info, submission_id)
+            details = await _aside(client.get_job_info, submission_id)
         except SubmitError:
             raise
         except (OSError, RuntimeError) as error:  # requests' errors are OSErrors; a reply that is no success, the other

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import threading
+import time
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -297,3 +301,34 @@ def test_versions_must_match() -> None:
         jobs._require_versions("2.0.0", platform.python_version())
     with pytest.raises(SubmitError, match=r"the cluster runs Python 3.9.1, and here it is 3\."):
         jobs._require_versions(ray.__version__, "3.9.1")
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_hangs() -> None:
+    """Neither for its answer, nor for a stream whose code swallows the cancellation."""
+    asked, answers, swallowed = threading.Event(), threading.Event(), threading.Event()
+
+    class Hanging:
+        def get_job_info(self, _: str) -> Any:
+            asked.set()
+            answers.wait(60)
+            raise ConnectionError("too late")
+
+        async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                swallowed.set()
+            yield "a line\n"
+
+    def interrupt() -> None:
+        assert asked.wait(30)
+        time.sleep(0.3)  # the stream is open, too
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        jobs.follow(Hanging(), "test-1", [].append)
+    answers.set()
+    assert swallowed.is_set()
+    assert time.monotonic() - began < 20
