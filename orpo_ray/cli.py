@@ -55,6 +55,7 @@ def _is_users_to_mend(error: Exception) -> bool:
         "TrackingError",
         "ReproduceError",
         "FileNotFoundError",
+        "TransferError",
         "WatchError",
     }
     return type(error).__name__ in names
@@ -155,6 +156,19 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--data", help="preference pairs: file or hub name (default: the scale's)")
     again.add_argument("--output-dir", type=Path, default=Path("runs"), help="where its folder is made (runs)")
     again.add_argument("--num-cpus", type=int, help="CPUs of the local Ray cluster (default: all)")
+    transfer = command("transfer", _transfer, "From sweeps over sizes: a larger model's lr and λ, if any.", False)
+    transfer.add_argument("runs", metavar="RUN", nargs="+", help="run directory or name; several: sizes of all of them")
+    transfer.add_argument("--metric", help="held-out metric to judge by (default: the one the sweeps are judged by)")
+    transfer.add_argument(
+        "--parameters",
+        type=float,
+        action="append",
+        metavar="N",
+        help="size asked about; may be given more than once (default: 1.3e9 and 7e9)",
+    )
+    transfer.add_argument("--to", type=Path, metavar="DIR", help="folder for the page (default: RUN_DIR/transfer)")
+    transfer.add_argument("--output-dir", type=Path, default=Path("runs"), help="where names are looked up (runs)")
+    transfer.add_argument("--tracking-uri", help="read the sweeps from this MLflow, not from run directories")
     doctor = command("doctor", _doctor, "Check this machine, or every node of a cluster; say what to do.", False)
     doctor.add_argument("--tracking-uri", help="MLflow tracking URI to check (default: where a sweep would log)")
     doctor.add_argument(
@@ -256,6 +270,29 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
     for claim in reproduction_page.claims(result):
         console.print(f"{claim.verdict:<12} {claim.text}: {claim.ours} ({claim.interval})", soft_wrap=True)
     console.print(f"\npage       {page}", soft_wrap=True)
+    return 0
+
+
+def _transfer(arguments: argparse.Namespace, console: Console) -> int:
+    import shlex
+
+    with console.status("fitting"):
+        from orpo_ray import transfer, transfer_page
+        from orpo_ray.runs import read_sweep
+
+        records = [
+            read_sweep(run, tracking_uri=arguments.tracking_uri, output_dir=arguments.output_dir)
+            for run in arguments.runs
+        ]
+        sizes = tuple(arguments.parameters or transfer.TARGETS)
+        evidence, found = transfer_page.study(records, arguments.metric, sizes)
+    folder = arguments.to or (records[0].run_dir or arguments.output_dir / records[0].name) / "transfer"
+    command = ["orpo-ray", "transfer", *(record.name for record in records)]
+    command += ["--metric", arguments.metric] if arguments.metric else []
+    command += [text for size in arguments.parameters or () for text in ("--parameters", f"{size:g}")]
+    page = transfer_page.write(folder, evidence, found, shlex.join(command))
+    console.print(transfer_page.table(found))
+    console.print(f"page       {page}", soft_wrap=True)
     return 0
 
 

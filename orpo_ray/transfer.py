@@ -205,7 +205,7 @@ class _Size:
         parameters, positive = int(frame["parameters"].iloc[0]), lambda_T[lambda_T > 0]
         if len(np.unique(lr_T)) < _MIN_VALUES:
             raise ValueError(
-                f"each size needs trials with a value at {_MIN_VALUES} or more lr; {_short(parameters)} has "
+                f"each size needs trials with a value at {_MIN_VALUES} or more lr; {short_size(parameters)} has "
                 f"{len(valued)} such trials at {len(np.unique(lr_T))} lr"
             )
         tried: dict[Axis, tuple[float, float]] = {"lr": (float(lr_T.min()), float(lr_T.max()))}
@@ -215,8 +215,8 @@ class _Size:
         size = cls(parameters, lr_T, lambda_T, cost_T, len(frame) - len(valued), tried)
         if size.fit(np.arange(len(cost_T))) is None:
             raise ValueError(
-                f"each size needs enough trials to tell lr and λ apart; {_short(parameters)} has {len(valued)} with a "
-                f"value, at {len(np.unique(lr_T))} lr and {len(np.unique(lambda_T))} λ"
+                f"each size needs enough trials to tell lr and λ apart; {short_size(parameters)} has {len(valued)} "
+                f"with a value, at {len(np.unique(lr_T))} lr and {len(np.unique(lambda_T))} λ"
             )
         return size
 
@@ -296,7 +296,7 @@ def _law(
     )
     doubts = _doubts(optima, wrong, degenerate)
     name = "lr" if axis == "lr" else "λ"
-    smallest, largest = _short(sizes[0].parameters), _short(sizes[-1].parameters)
+    smallest, largest = short_size(sizes[0].parameters), short_size(sizes[-1].parameters)
     line = (
         f"the line through {len(sizes)} sizes from {smallest} to {largest}, which are off it by a factor of "
         f"{math.exp(off):.2f} at most, goes on"
@@ -337,7 +337,7 @@ def _doubts(optima: tuple[SizeOptimum, ...], wrong: float, degenerate: float) ->
         doubts.append(
             f"there are {len(optima)} sizes, and a line through fewer than {_MIN_SIZES} is no evidence of one"
         )
-    if at_edge := [_short(optimum.parameters) for optimum in optima if optimum.at_edge]:
+    if at_edge := [short_size(optimum.parameters) for optimum in optima if optimum.at_edge]:
         doubts.append(f"the best is at the edge of the range tried at {', '.join(at_edge)}")
     if wrong > _MAX_WRONG:
         doubts.append(f"in {wrong:.0%} of the resamples a size has no best between its ends")
@@ -354,17 +354,17 @@ def _extrapolation(
     if not high <= _MAX_FACTOR * low:
         doubts.append(f"its 95 % interval, {low:.2g} to {high:.2g}, spans more than a factor of {_MAX_FACTOR:g}")
     if doubts:
-        statement = f"Of {name} at {_short(target)} parameters this says nothing: {'; '.join(doubts)}."
+        statement = f"Of {name} at {short_size(target)} parameters this says nothing: {'; '.join(doubts)}."
     else:
         statement = (
-            f"At {_short(target)} parameters the best {name} is {best:.2g} (95 % interval {low:.2g} to {high:.2g}), if "
-            f"{line}."
+            f"At {short_size(target)} parameters the best {name} is {best:.2g} (95 % interval {low:.2g} to "
+            f"{high:.2g}), if {line}."
         )
     return Extrapolation(target, best, low, high, tuple(doubts), statement)
 
 
-def _short(parameters: float) -> str:
-    """1.3e9 -> 1.3B."""
+def short_size(parameters: float) -> str:
+    """A number of parameters as it is spoken of: 1.3e9 is 1.3B."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if parameters >= unit:
             return f"{parameters / unit:.3g}{letter}"
