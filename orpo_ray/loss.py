@@ -225,7 +225,6 @@ def rloo(
     beta: float,
     nll_reduction: str,
     reward_model: str,
-    sampling_temperature: float,
     max_new_tokens: int,
 ) -> LossTerms:
     """REINFORCE with the other answer's return as baseline: RLOO (Ahmadian et al. 2024, arXiv 2402.14740) with k = 2.
@@ -239,7 +238,7 @@ def rloo(
         counts: the global batch it belongs to.
         beta: what a nat of divergence from the reference costs, in units of reward.
         nll_reduction: not read: the NLL of one's own answers says nothing.
-        reward_model, sampling_temperature, max_new_tokens: read where the answers are made (`online`).
+        reward_model, max_new_tokens: read where the answers are made (`online`).
 
     Raises:
         ValueError: no reference or no rewards are given.

@@ -101,7 +101,6 @@ class OnlineAnswers:
     def _sample(self, prompts: Sequence[np.ndarray], step: int, number: int) -> list[np.ndarray]:
         loss, engine = self.config.loss, self.engine
         assert loss.max_new_tokens is not None
-        assert loss.sampling_temperature is not None
         longest = max(map(len, prompts))
         room = min(engine.module.max_positions, self.config.data.max_tokens) - longest
         if room < 1:
@@ -115,7 +114,7 @@ class OnlineAnswers:
             eos_token_id=self.end_of_turn,
             max_new_tokens=min(loss.max_new_tokens, room),
             in_step=dist.get_world_size() > 1 and engine.zero_optimization_stage() == 3,
-            temperature=loss.sampling_temperature,
+            temperature=1.0,  # another one's answers are not the model's, whose log-probabilities the loss takes
         )
         drawn_from = [self.config.train.seed, step, number, dist.get_rank()]
         engine.eval()

@@ -134,7 +134,7 @@ _OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "simpo": {"beta": 2.0, "simpo_gamma": 0.5},
     "ipo": {"beta": 0.1},
     "reward": {},
-    "rloo": {"beta": 0.05, "reward_model": None, "sampling_temperature": 1.0, "max_new_tokens": 128},
+    "rloo": {"beta": 0.05, "reward_model": None, "max_new_tokens": 128},
 }
 """Loss -> the settings that it reads and not all losses do, with their defaults: TRL 1.16's, for simpo its authors'."""
 
@@ -171,8 +171,6 @@ class LossConfig(Section):
     """cpo: weight of the NLL, TRL's `cpo_alpha`; 1 by default. TRL's NLL counts the response only."""
     reward_model: str | None = Field(None, min_length=1)
     """rloo: folder or hub name of the reward model, e.g. what `orpo-ray export` writes of a run with `name: reward`."""
-    sampling_temperature: float | None = Field(None, gt=0)
-    """rloo: answers are drawn at this temperature; 1 by default."""
     max_new_tokens: int | None = Field(None, ge=1)
     """rloo: longest answer drawn, in tokens; 128 by default."""
     nll_scope: Literal["prompt_and_response", "response"] = "prompt_and_response"

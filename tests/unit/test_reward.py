@@ -124,7 +124,7 @@ def test_rloo_has_the_gradient_of_its_definition() -> None:
 
 
 def test_rloo_needs_what_it_compares_with() -> None:
-    settings: dict[str, Any] = {"reward_model": "rm", "sampling_temperature": 1.0, "max_new_tokens": 8}
+    settings: dict[str, Any] = {"reward_model": "rm", "max_new_tokens": 8}
     with pytest.raises(ValueError, match="reference and the rewards"):
         rloo(_scored([-1.0], [-2.0]), BatchCounts(1, 0), beta=0.1, nll_reduction="token", **settings)
 
