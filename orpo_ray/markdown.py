@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 
 def number(value: float | None, spec: str = ".4f") -> str:
@@ -11,6 +12,12 @@ def number(value: float | None, spec: str = ".4f") -> str:
 
 
 def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
-    """The first column to the left, the others to the right."""
-    body = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    """Columns of numbers to the right, of anything else, and the first, to the left."""
+    marks = ["---"] + ["---:" if all(map(_is_number, cells)) else "---" for cells in list(zip(*rows, strict=True))[1:]]
+    body = [titles, marks if rows else ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body)
+
+
+def _is_number(cell: str) -> bool:
+    """Whether it begins as one, bold or not; a dash stands for a missing one."""
+    return re.match(r"[*]*[+-]?[.\d]|[–-]?$", cell) is not None
