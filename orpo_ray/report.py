@@ -210,8 +210,7 @@ def _expectations_section(results: dict[str, Any]) -> str:
 
 
 def _trials_section(results: dict[str, Any]) -> str:
-    metric, best = results["metric"], _best_trial(results)
-    columns = list(dict.fromkeys([metric, *_SUMMARISED]))
+    best, columns = _best_trial(results), _summarised(results)
     rows = []
     for trial in _ranked(results):
         name = describe(trial["params"])
@@ -224,6 +223,12 @@ def _trials_section(results: dict[str, Any]) -> str:
     )
 
 
+def _summarised(results: dict[str, Any]) -> list[str]:
+    """The sweep's metric, and of the usual ones those that its trials have: a reward model predicts no token."""
+    usual = [name for name in _SUMMARISED if any(t["metrics"].get(name) is not None for t in results["trials"])]
+    return list(dict.fromkeys([results["metric"], *usual]))
+
+
 def _seeds_section(results: dict[str, Any], frame: pd.DataFrame, curves: pd.DataFrame) -> str:
     """Mean ± half-width over seeds, per setting."""
     metric = results["metric"]
@@ -232,15 +237,14 @@ def _seeds_section(results: dict[str, Any], frame: pd.DataFrame, curves: pd.Data
         return ""
     evaluations = curves.sort_values("step").groupby("trial_id")
     change = evaluations.last() - evaluations.first()
-    columns = list(dict.fromkeys([metric, *_SUMMARISED]))
+    columns = _summarised(results)
+    sides = [side for side in ("eval/chosen_logp", "eval/rejected_logp") if side in change]
     rows = []
     for key, group in by_setting(results, finished):
         cells = [_mean_cell(group[c]) if c in group else "–" for c in columns]
-        for column in ("eval/chosen_logp", "eval/rejected_logp"):
-            changes = change[column].reindex(group["trial_id"]) if column in change else pd.Series(dtype=float)
-            cells.append(_mean_cell(changes, sign="+"))
+        cells += [_mean_cell(change[side].reindex(group["trial_id"]), sign="+") for side in sides]
         rows.append([key, str(len(group)), *cells])
-    titles = ["setting", "seeds", *columns, "change of chosen_logp", "change of rejected_logp"]
+    titles = ["setting", "seeds", *columns, *(f"change of {side.removeprefix('eval/')}" for side in sides)]
     return (
         "## Over seeds\n\nMean ± half-width of the 95 % t-interval over the seeds that finished; changes are from the "
         "first evaluation to the last.\n\n" + markdown_table(titles, rows)

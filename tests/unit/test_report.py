@@ -276,6 +276,21 @@ def test_seeds_are_summarised_per_setting(tmp_path):
     assert "over the seeds that finished" in page.split("metric_by_lambda.png)")[1]
 
 
+def test_a_reward_model_has_no_columns_of_log_probabilities(tmp_path):
+    run_dir = run_dir_of(tmp_path, seeded())
+    text = (run_dir / "events.jsonl").read_text()
+    events = [json.loads(line) for line in text.splitlines()]
+    for event in events:
+        if "metrics" in event:
+            event["metrics"] = {METRIC: event["metrics"][METRIC]}
+    (run_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_results(run_dir / "results.json", summarize("toy", METRIC, "max", events))
+    write_report(run_dir, formats=("md",))
+    page = (run_dir / "report.md").read_text()
+    assert section(page, "Trials").splitlines()[4] == f"| trial | {METRIC} | steps | seconds | status |"
+    assert f"| setting | seeds | {METRIC} |" in section(page, "Over seeds").splitlines()
+
+
 def test_the_winner_is_compared_with_the_next_seed_by_seed(tmp_path):
     run_dir = run_dir_of(tmp_path, seeded())
     write_report(run_dir)
