@@ -82,7 +82,7 @@ def soak_part(sections: dict[str, Any]) -> str:
     cost = section["damage"]
     return "\n".join(
         [
-            f"{total} faults in {section['seconds'] / 60:.0f} minutes, over {section['rounds']} sweeps of "
+            f"{total} faults in {section['seconds'] / 60:.0f} minutes, over {section['rounds']} sweep{'s' if section['rounds'] != 1 else ''} of "
             f"{section['trials']} trials of {section['steps']} steps each; the sweep's command was given "
             f"{section['commands']} times.",
             "",
