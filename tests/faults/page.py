@@ -79,10 +79,10 @@ def soak_part(sections: dict[str, Any]) -> str:
     section = sections["soak"]
     kinds = [(kind, str(count)) for kind, count in sorted(section["faults"].items(), key=lambda item: -item[1])]
     total = sum(section["faults"].values())
-    cost = section["damage"]
+    cost, plural = section["damage"], "s" if section["rounds"] != 1 else ""
     return "\n".join(
         [
-            f"{total} faults in {section['seconds'] / 60:.0f} minutes, over {section['rounds']} sweep{'s' if section['rounds'] != 1 else ''} of "
+            f"{total} faults in {section['seconds'] / 60:.0f} minutes, over {section['rounds']} sweep{plural} of "
             f"{section['trials']} trials of {section['steps']} steps each; the sweep's command was given "
             f"{section['commands']} times.",
             "",
