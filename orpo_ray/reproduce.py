@@ -36,6 +36,11 @@ from orpo_ray.scales import LAMBDAS, MAIN_LAMBDA, Scale, base_pairs
 RESULT_FILE = "reproduction.json"
 SIDES = ("chosen_logp", "rejected_logp")
 POLICIES = ("orpo", "sft", "dpo", "rlhf")
+_COMPARED = (
+    ("probability less odds", "probability", "orpo"),
+    ("orpo less sft", "orpo", "sft"),
+    ("orpo-0.1 less sft", "orpo-0.1", "sft"),
+)
 
 
 class ReproduceError(RuntimeError):
@@ -278,7 +283,7 @@ def _curves(place: Place) -> dict[str, list[dict[str, float]]]:
 
 
 def _changes(place: Place) -> dict[str, dict[str, Any]]:
-    """Name -> side -> `Change` from start to end; and of `probability` against `orpo`, pair by pair."""
+    """Name -> side -> `Change` from start to end; and of one model's end against another's (`_COMPARED`)."""
     start_N2 = _start(place)
     end = {name: PairScores.load(d / "trials" / t / PAIRS_FILE) for name, (d, t) in _trials(place).items()}
     moved = {
@@ -289,12 +294,16 @@ def _changes(place: Place) -> dict[str, dict[str, Any]]:
         for name, scores in end.items()
     }
     changes = {name: {side: _interval(of_N) for side, of_N in sides.items()} for name, sides in moved.items()}
-    apart = {side: _interval(moved["probability"][side] - moved["orpo"][side]) for side in SIDES}
+    # Pair by pair, so that what the pairs differ in drops out.
+    apart = {
+        shown: {side: _interval(moved[one][side] - moved[other][side]) for side in SIDES}
+        for shown, one, other in _COMPARED
+    }
     margins = {
         f"{name}'s margin": {"margin": _interval(sides["chosen_logp"] - sides["rejected_logp"])}
         for name, sides in moved.items()
     }
-    return changes | {"probability less odds": apart} | margins
+    return changes | apart | margins
 
 
 def _interval(values_N: np.ndarray) -> dict[str, float]:

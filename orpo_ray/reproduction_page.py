@@ -75,6 +75,9 @@ def claims(result: Mapping[str, Any]) -> list[Claim]:
         found.append(_moved(text, "Fig. 3", "rises", changes["sft"][side], above=True))
     text = "ORPO with λ = 1 lowers the rejected one"
     found.append(_moved(text, "Figs. 7, 9", "falls", changes["orpo"]["rejected_logp"], above=False))
+    for name, shown in (("orpo", "1"), ("orpo-0.1", "0.1")):
+        text = f"with λ = {shown} the rejected one ends lower than with SFT"
+        found.append(_moved(text, "Figs. 3, 7", "lower", changes[f"{name} less sft"]["rejected_logp"], above=False))
     text = "with λ = 1 the chosen one falls, too"
     found.append(
         _moved(text, "Fig. 9 (Mistral; in Fig. 7 it rises)", "falls", changes["orpo"]["chosen_logp"], above=False)

@@ -54,6 +54,8 @@ RESULT: dict[str, Any] = {
         "orpo-0.5": {"chosen_logp": _change(0.3), "rejected_logp": _change(-0.2)},
         "orpo": {"chosen_logp": _change(0.2), "rejected_logp": _change(-0.6)},
         "probability less odds": {"chosen_logp": _change(0.0), "rejected_logp": _change(0.3)},
+        "orpo less sft": {"chosen_logp": _change(-0.3), "rejected_logp": _change(-1.0)},
+        "orpo-0.1 less sft": {"chosen_logp": _change(-0.1), "rejected_logp": _change(0.05)},
         "orpo-0.1's margin": {"margin": _change(0.3)},
         "orpo-0.5's margin": {"margin": _change(0.5)},
         "orpo's margin": {"margin": _change(0.8)},
@@ -73,6 +75,8 @@ def test_a_claim_is_decided_by_its_interval() -> None:
     assert found["ORPO against DPO"] == "shown, nothing claimed"
     assert found["SFT alone raises the rejected log-probability"] == "yes"
     assert found["ORPO with λ = 1 lowers the rejected one"] == "yes"
+    assert found["with λ = 1 the rejected one ends lower than with SFT"] == "yes"
+    assert found["with λ = 0.1 the rejected one ends lower than with SFT"] == "not decided"
     assert found["with λ = 1 the chosen one falls, too"] == "no"
     assert found["with λ = 0.1 the rejected one does not fall"] == "not decided"
     assert found["the margin is wider with λ = 1 than λ = 0.1"] == "yes"
@@ -101,8 +105,14 @@ def test_the_page_has_its_pictures_and_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "chosen",
-    [scale("tiny"), scale("tiny", model="some/model", data="some/pairs"), scale("small"), scale("full")],
-    ids=lambda chosen: f"{chosen.name}-{Path(chosen.model).name}",
+    [
+        scale("tiny"),
+        scale("tiny", model="some/model", data="some/pairs"),
+        scale("tiny", model="some/model", data="builtin://style-pairs"),
+        scale("small"),
+        scale("full"),
+    ],
+    ids=lambda chosen: f"{chosen.name}-{Path(chosen.model).name}-{Path(chosen.data).name}",
 )
 def test_every_role_is_a_valid_experiment(chosen: Scale, tmp_path: Path) -> None:
     place = Place(tmp_path, chosen)
