@@ -43,6 +43,7 @@ bench: $(STAMP) ## Speed and memory against TRL, Liger, LLaMA-Factory's loss (ho
 	$(BIN)/python -m benchmarks.limit --precision bf16
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.search_quality
+	$(BIN)/python -m benchmarks.pretraining
 	$(BIN)/python -m benchmarks.report
 
 faults: $(STAMP) ## Faults done to real sweeps, then 200 at random (hours), into docs/reliability.md

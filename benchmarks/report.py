@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import memory, memory_model, search_quality, throughput
+from benchmarks import memory, memory_model, pretraining, search_quality, throughput
 from benchmarks.rounds import RESULTS
 
 README = Path(__file__).resolve().parent / "README.md"
@@ -62,6 +62,7 @@ def render(text: str, results: Path, folder: Path) -> str:
         "sweep-overhead": sweep_overhead_part,
         "sweep-scale": sweep_scale_part,
         "mlflow-delivery": mlflow_delivery_part,
+        "pretraining": pretraining_part,
     }
 
     def made(match: re.Match[str]) -> str:
@@ -241,6 +242,13 @@ def mlflow_delivery_part(sections: dict[str, Any], folder: Path, device: str) ->
         header = ["store", "points", "found", "seconds", "points a second"]
         lines += [about(content), "", *markdown(header, rows)]
     return "\n".join(lines)
+
+
+def pretraining_part(sections: dict[str, Any], folder: Path, device: str) -> str:
+    """Log-probabilities moved, by what was learned before."""
+    contents = sorted(sections.values(), key=lambda content: content["row"]["steps"])
+    rows = [pretraining.shown(content["row"]) for content in contents]
+    return "\n".join([about(contents[0]), "", *markdown(pretraining.HEADER, rows)])
 
 
 def search_quality_part(sections: dict[str, Any], folder: Path, device: str) -> str:

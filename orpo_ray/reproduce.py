@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,6 @@ def run(place: Place, console: Console) -> dict[str, Any]:
     judge = RewardModel.load(str(place.model("judge")), max_tokens=place.scale.max_tokens + place.scale.max_new_tokens)
     answers_RN = {name: _answers(place, name, [prompt for _, prompt in texts], console) for name in POLICIES}
     rewards_RN = {name: _rewards(place, name, judge, texts, answers_RN[name], console) for name in POLICIES}
-    curves = _curves(place)
     result = {
         "scale": place.scale.name,
         "about": place.scale.about(),
@@ -118,8 +117,8 @@ def run(place: Place, console: Console) -> dict[str, Any]:
             for name, rounds in answers_RN.items()
         },
         "first_prompt": texts[0][1],
-        "curves": curves,
-        "changes": _changes(place),
+        "curves": curves(place),
+        "changes": changes(place),
         "diversity": {name: dataclasses.asdict(_diversity(answers_RN[name], embed)) for name in POLICIES},
     }
     _write(place.folder / RESULT_FILE, result)
@@ -129,21 +128,32 @@ def run(place: Place, console: Console) -> dict[str, Any]:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def _train_all(place: Place, console: Console) -> dict[str, float]:
-    """Every model of the comparison as a folder; returns seconds of training by role."""
+def train_lambdas(place: Place, console: Console, lambdas: Sequence[float] = LAMBDAS) -> dict[str, float]:
+    """SFT and ORPO, from the base that the scale begins from; returns seconds of training by what was trained.
+
+    Ray must be initialised. What it raises: see `run`.
+    """
     seconds: dict[str, float] = {}
-    scale = place.scale
-    base: dict[str, Any] = {}
-    if scale.pretrain:
+    if place.scale.pretrain:
         pairs = place.folder / "base.jsonl"
         if not pairs.exists():
             _write_text(pairs, base_pairs())
         seconds["base"] = _train(place, "base", {"base": {}}, console, **{"data.path": str(pairs)})
-        base = {"model.path": str(place.model("base"))}
+    objectives = {_name_of(value): {"loss.orpo_lambda": value} for value in lambdas}
+    seconds["SFT and ORPO"] = _train(place, "lambda", objectives, console, **_base(place))
+    return seconds
+
+
+def _base(place: Place) -> dict[str, Any]:
+    """What everything but RLHF and DPO begins from, as settings."""
+    return {"model.path": str(place.model("base"))} if place.scale.pretrain else {}
+
+
+def _train_all(place: Place, console: Console) -> dict[str, float]:
+    """Every model of the comparison as a folder; returns seconds of training by role."""
+    seconds, base = train_lambdas(place, console), _base(place)
     judges = {"judge": {"train.seed": 1}, "coach": {"train.seed": 2}}
     seconds["reward models"] = _train(place, "reward", judges, console, **base)
-    objectives = {_name_of(value): {"loss.orpo_lambda": value} for value in LAMBDAS}
-    seconds["SFT and ORPO"] = _train(place, "lambda", objectives, console, **base)
     ratio = {"probability": {"loss.orpo_lambda": MAIN_LAMBDA}}
     seconds["probability ratio"] = _train(place, "ratio", ratio, console, **base)
     from_sft = {"model.path": str(place.model("sft"))}
@@ -251,6 +261,8 @@ def _trials(place: Place) -> dict[str, tuple[Path, str]]:
     found = {}
     for role in ("lambda", "ratio"):
         run_dir = place.folder / role
+        if not run_dir.exists():
+            continue
         results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
         for trial in results["trials"]:
             name = "probability" if role == "ratio" else _name_of(trial["params"]["loss.orpo_lambda"])
@@ -260,29 +272,28 @@ def _trials(place: Place) -> dict[str, tuple[Path, str]]:
 
 def _start(place: Place) -> np.ndarray:
     """Mean token log-probabilities of the held-out pairs before training, fp32 [N, 2]."""
-    base = {"model.path": str(place.model("base"))} if place.scale.pretrain else {}
-    config = place.experiment("lambda", **base)
+    config = place.experiment("lambda", **_base(place))
     tokenizer = load_tokenizer(config.model)
     _, held_out = load_pairs(config.data, tokenizer)
     counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
     return reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id))
 
 
-def _curves(place: Place) -> dict[str, list[dict[str, float]]]:
+def curves(place: Place) -> dict[str, list[dict[str, float]]]:
     """Name -> held-out log-probabilities at every evaluation, the start included as step 0."""
     start = dict(zip(SIDES, _start(place).mean(0).tolist(), strict=True))
-    curves = {}
+    found = {}
     for name, (run_dir, trial_id) in _trials(place).items():
         points = [{"step": 0.0, **start}]
         for event in read_events(run_dir / EVENTS_FILE):
             if event["event"] == "eval" and event["trial_id"] == trial_id:
                 sides = {side: event["metrics"][f"eval/{side}"] for side in SIDES}
                 points.append({"step": float(event["step"]), **sides, "log_odds": event["metrics"]["eval/log_odds"]})
-        curves[name] = points
-    return curves
+        found[name] = points
+    return found
 
 
-def _changes(place: Place) -> dict[str, dict[str, Any]]:
+def changes(place: Place) -> dict[str, dict[str, Any]]:
     """Name -> side -> `Change` from start to end; and of one model's end against another's (`_COMPARED`)."""
     start_N2 = _start(place)
     end = {name: PairScores.load(d / "trials" / t / PAIRS_FILE) for name, (d, t) in _trials(place).items()}
@@ -293,17 +304,18 @@ def _changes(place: Place) -> dict[str, dict[str, Any]]:
         }
         for name, scores in end.items()
     }
-    changes = {name: {side: _interval(of_N) for side, of_N in sides.items()} for name, sides in moved.items()}
+    found = {name: {side: _interval(of_N) for side, of_N in sides.items()} for name, sides in moved.items()}
     # Pair by pair, so that what the pairs differ in drops out.
     apart = {
         shown: {side: _interval(moved[one][side] - moved[other][side]) for side in SIDES}
         for shown, one, other in _COMPARED
+        if one in moved and other in moved
     }
     margins = {
         f"{name}'s margin": {"margin": _interval(sides["chosen_logp"] - sides["rejected_logp"])}
         for name, sides in moved.items()
     }
-    return changes | apart | margins
+    return found | apart | margins
 
 
 def _interval(values_N: np.ndarray) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import memory, report, rounds, scaling, throughput, workload
+from benchmarks import memory, pretraining, report, rounds, scaling, throughput, workload
 from benchmarks import steps as measured
 from benchmarks.case import SIDES, Case
 from benchmarks.flops import pair_flops, parts, predicted_tokens, seen_keys, shape_of
@@ -431,3 +431,25 @@ def test_every_side_trains_and_their_losses_agree() -> None:
     for side in set(found) & {"trl", "liger"}:
         assert found[side] == pytest.approx(found["ours"], rel=1e-5)
     assert found["llamafactory"] != pytest.approx(found["ours"], rel=1e-4)  # another objective
+
+
+# ---- pretraining --------------------------------------------------------------------------------------------------
+
+
+def test_what_sft_and_orpo_moved_is_a_row_by_pretraining(tmp_path: Path) -> None:
+    def moved(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+    sides = (
+        {"chosen_logp": moved(0.5), "rejected_logp": moved(0.25)},
+        {"chosen_logp": moved(0), "rejected_logp": moved(-1)},
+    )
+    row = {"start": {"step": 0.0, "chosen_logp": -2.0, "rejected_logp": -2.5}}
+    for steps in (240, 15):
+        whole = row | {"steps": steps, "changes": dict(zip(("sft", "orpo"), sides, strict=True))}
+        content = {"made": rounds.described("python -m benchmarks.pretraining"), "row": whole}
+        rounds.save(pretraining.NAME, f"{steps} steps", content, tmp_path)
+    lines = report.render("<!-- pretraining-cpu -->\n<!-- /pretraining-cpu -->", tmp_path, tmp_path).splitlines()
+    assert lines[1].startswith("`python -m benchmarks.pretraining`, ")
+    assert [line.split(" |")[0] for line in lines[5:7]] == ["| 15 steps", "| 240 steps"]
+    assert lines[5].split(" | ")[1:4] == ["-2.500", "+0.500 (+0.400 to +0.600)", "+0.250 (+0.150 to +0.350)"]
