@@ -33,7 +33,7 @@ _MIN_SIZES = 3
 _MAX_FACTOR = 10.0
 """An interval from low to more than this times low is no help in choosing."""
 _MAX_WRONG = 0.1
-"""Of the resamples: how many may bend the wrong way."""
+"""Of the resamples: how many may bend the wrong way, and at how many may a size's best be at an edge."""
 _MAX_DEGENERATE = 0.5
 """Of the resamples: how many may leave too few settings. What is left of them is no fair sample any more."""
 
@@ -68,7 +68,8 @@ class SizeOptimum:
     lowest_tried: float
     highest_tried: float
     at_edge: bool
-    """The fit is best at an end of the range tried, or beyond it: the true best may lie anywhere outside."""
+    """The fit is best at an end of the range tried, or beyond it, or an end of it is the best that was tried: the true
+    best may lie anywhere outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,9 @@ class Law:
     """The largest factor between a size's best and the line, at least 1. Not part of the intervals."""
     wrong_way: float
     """Of the resamples that could be fitted, the share with a size whose parabola has no best, but a worst."""
+    cut_off: float
+    """And the share of the others with a size whose fit is best at an end of the range tried. The intervals take that
+    end for the best, and so are too narrow where there are many."""
     optima: tuple[SizeOptimum, ...]
     """By size."""
     extrapolations: tuple[Extrapolation, ...]
@@ -197,6 +201,14 @@ class _Size:
     tried: dict[Axis, tuple[float, float]]
     """Axis -> lowest and highest; λ only where it has a parabola."""
 
+    def best_is_an_end(self, axis: Axis) -> bool:
+        """Whether the lowest or the highest value tried has the best mean. A curve that only falls bends too, and its
+        parabola then has a best in between that nobody has seen."""
+        values_T = self.lr_T if axis == "lr" else self.lambda_T
+        is_on = values_T > 0
+        means = pd.Series(self.cost_T[is_on]).groupby(values_T[is_on]).mean()
+        return bool(means.idxmin() in (means.index[0], means.index[-1]))
+
     @classmethod
     def of(cls, frame: pd.DataFrame, mode: Mode) -> _Size:
         """From all trials of a size."""
@@ -281,7 +293,9 @@ def _law(
     intercept, exponent = _line(log_size_S, log_best_S)
     intercept_B, exponent_B = _line(log_size_S, drawn_BS)
     off = float(np.abs(log_best_S - intercept - exponent * log_size_S).max())
-    wrong = float(np.mean([any(vertex.wrong_way for vertex in fits) for fits in fits_BS])) if fits_BS else 0.0
+    wrong_B = [any(vertex.wrong_way for vertex in fits) for fits in fits_BS]
+    cut_B = [any(vertex.at_edge for vertex in fits) and not bad for fits, bad in zip(fits_BS, wrong_B, strict=True)]
+    wrong, cut_off = (float(np.mean(found_B)) if found_B else 0.0 for found_B in (wrong_B, cut_B))
     optima = tuple(
         SizeOptimum(
             size.parameters,
@@ -290,11 +304,11 @@ def _law(
             math.exp(vertex.log_best),
             *_interval(np.exp(drawn_B)),
             *size.tried[axis],
-            vertex.at_edge,
+            vertex.at_edge or size.best_is_an_end(axis),
         )
         for size, vertex, drawn_B in zip(sizes, whole_S, drawn_BS.T, strict=True)
     )
-    doubts = _doubts(optima, wrong, degenerate)
+    doubts = _doubts(optima, wrong, cut_off, degenerate)
     name = "lr" if axis == "lr" else "λ"
     smallest, largest = short_size(sizes[0].parameters), short_size(sizes[-1].parameters)
     line = (
@@ -310,8 +324,9 @@ def _law(
             strict=True,
         )
     )
+    exponents = _interval(exponent_B)
     return Law(
-        axis, float(intercept), float(exponent), *_interval(exponent_B), math.exp(off), wrong, optima, extrapolations
+        axis, float(intercept), float(exponent), *exponents, math.exp(off), wrong, cut_off, optima, extrapolations
     )
 
 
@@ -330,7 +345,7 @@ def _interval(drawn_B: np.ndarray) -> tuple[float, float]:
     return low, high
 
 
-def _doubts(optima: tuple[SizeOptimum, ...], wrong: float, degenerate: float) -> list[str]:
+def _doubts(optima: tuple[SizeOptimum, ...], wrong: float, cut_off: float, degenerate: float) -> list[str]:
     """Why nothing can be said of any size."""
     doubts = []
     if len(optima) < _MIN_SIZES:
@@ -339,6 +354,8 @@ def _doubts(optima: tuple[SizeOptimum, ...], wrong: float, degenerate: float) ->
         )
     if at_edge := [short_size(optimum.parameters) for optimum in optima if optimum.at_edge]:
         doubts.append(f"the best is at the edge of the range tried at {', '.join(at_edge)}")
+    elif cut_off > _MAX_WRONG:
+        doubts.append(f"in {cut_off:.0%} of the resamples a size's best is at the edge of the range tried")
     if wrong > _MAX_WRONG:
         doubts.append(f"in {wrong:.0%} of the resamples a size has no best between its ends")
     if degenerate > _MAX_DEGENERATE:
@@ -351,7 +368,7 @@ def _extrapolation(
 ) -> Extrapolation:
     low, high = interval
     doubts = list(doubts)
-    if not high <= _MAX_FACTOR * low:
+    if high > _MAX_FACTOR * low:  # without a resample both are NaN, and that has been said
         doubts.append(f"its 95 % interval, {low:.2g} to {high:.2g}, spans more than a factor of {_MAX_FACTOR:g}")
     if doubts:
         statement = f"Of {name} at {short_size(target)} parameters this says nothing: {'; '.join(doubts)}."

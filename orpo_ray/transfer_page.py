@@ -26,15 +26,18 @@ from rich.table import Table
 from rich.text import Text
 
 from orpo_ray import transfer
-from orpo_ray.config import METRIC_MODES
+from orpo_ray.config import MEANING_MOVED_BY, METRIC_MODES
 from orpo_ray.markdown import markdown_table
 from orpo_ray.runs import SweepRecord, TrialRecord
+from orpo_ray.settings import as_text
 from orpo_ray.transfer import Law, Transfer, short_size
+from orpo_ray.warm_start import SPEED_ONLY
 
 PAGE_FILE, PICTURE_FILE, NUMBERS_FILE = "transfer.md", "transfer.png", "transfer.json"
 _NAMES = {"lr": "learning rate", "orpo_lambda": "λ"}
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _MARKERS = "osD^vP"
+_SWEPT = frozenset({"optim.lr", "loss.orpo_lambda", "loss.name", "train.seed"})
 _COUNTED = frozenset({"finished", "diverged"})
 """Of what ended early the metric is that of another number of steps."""
 
@@ -56,6 +59,8 @@ class Evidence:
     """Optimizer steps that finished trials were trained for, ascending; one number where all are alike."""
     left_out: dict[str, int]
     """Why -> trials."""
+    unlike: dict[str, tuple[str, ...]]
+    """Settings other than size, learning rate, λ and seed that not all trials share -> their values."""
 
 
 def gather(records: Sequence[SweepRecord], metric: str | None = None) -> Evidence:
@@ -69,16 +74,18 @@ def gather(records: Sequence[SweepRecord], metric: str | None = None) -> Evidenc
         metric: held-out metric; by default the one that all of them are judged by.
 
     Raises:
-        TransferError: no such metric, or none was asked for and the sweeps are judged by different ones; no trial
-            counts.
+        TransferError: no such metric, none was asked for and the sweeps are judged by different ones, or the metric
+            means something else in each trial; a sweep is given twice, or a single trial; no trial counts.
     """
     metric = _metric(records, metric)
-    rows, steps, left_out = [], set(), Counter[str]()
+    _require_whole(records)
+    rows, steps, left_out, counted = [], set(), Counter[str](), []
     for trial in (trial for record in records for trial in record.trials):
         reason = _why_not(trial, metric)
         if reason is not None:
             left_out[reason] += 1
             continue
+        counted.append(trial)
         is_finished = trial.status == "finished"
         if is_finished:
             steps.add(trial.steps)
@@ -94,7 +101,15 @@ def gather(records: Sequence[SweepRecord], metric: str | None = None) -> Evidenc
     if not rows:
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no trials"
         raise TransferError(f"no trial of {', '.join(names)} can be fitted ({why}); let one finish first")
-    return Evidence(names, metric, pd.DataFrame(rows).astype(float), tuple(sorted(steps)), dict(left_out))
+    unlike = _unlike(counted)
+    # A preset is but a name for other settings, which are compared by themselves.
+    if moved := sorted((MEANING_MOVED_BY[metric] & (unlike.keys() | {"loss.orpo_lambda"})) - {"loss.preset"}):
+        raise TransferError(
+            f"{metric} means something else with each {' and '.join(moved)}, so it would rank the setting, not the "
+            f"model; judge by another with --metric: {', '.join(m for m in METRIC_MODES if m != metric)}"
+        )
+    frame = pd.DataFrame(rows).astype(float)
+    return Evidence(names, metric, frame, tuple(sorted(steps)), dict(left_out), unlike)
 
 
 def study(
@@ -106,6 +121,8 @@ def study(
         TransferError: as of `gather`, or the trials are too few, or too alike, to be fitted.
     """
     evidence = gather(records, metric)
+    if wrong := [target for target in targets if not 0 < target < math.inf]:
+        raise TransferError(f"a size is a number of parameters above 0, such as 7e9; {wrong[0]:g} is none")
     try:
         return evidence, transfer.study(evidence.trials, METRIC_MODES[evidence.metric], targets)
     except ValueError as error:
@@ -113,6 +130,29 @@ def study(
             f"{', '.join(evidence.sweeps)}: {error}. Sweep model (a bundle of sizes), optim.lr and loss.orpo_lambda "
             "with scheduler fifo, so that every trial runs to its end"
         ) from error
+
+
+def _require_whole(records: Sequence[SweepRecord]) -> None:
+    """Whole sweeps, each once: a trial that counts twice makes intervals narrower than they are."""
+    for record in records:
+        if record.chosen is not None:
+            raise TransferError(f"{record.name}/{record.chosen} is a single trial; give the sweep, {record.name}")
+    ids = [{trial.mlflow_run_id or f"{record.name}/{trial.trial_id}" for trial in record.trials} for record in records]
+    for number, record in enumerate(records):
+        if any(ids[number] & ids[earlier] for earlier in range(number)):
+            raise TransferError(f"the trials of {record.name} are given twice; give each sweep once")
+
+
+def _unlike(trials: Sequence[TrialRecord]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for path in sorted({path for trial in trials for path in trial.settings}):
+        section = path.partition(".")[0]
+        if section not in ("data", "loss", "optim", "train") or path in _SWEPT or path.startswith(SPEED_ONLY):
+            continue
+        values = sorted({as_text(trial.settings.get(path)) for trial in trials})
+        if len(values) > 1:
+            found[path] = tuple(values)
+    return found
 
 
 def _metric(records: Sequence[SweepRecord], metric: str | None) -> str:
@@ -129,6 +169,8 @@ def _metric(records: Sequence[SweepRecord], metric: str | None) -> str:
 def _why_not(trial: TrialRecord, metric: str) -> str | None:
     if trial.status not in _COUNTED:
         return trial.status.replace("_", " ")
+    if trial.reused_from is not None:
+        return "taken over from another sweep"
     if trial.settings.get("model.parameters") is None:
         return "without a known size"
     if trial.settings.get("loss.name", "orpo") not in ("orpo", "sft"):
@@ -172,6 +214,7 @@ def write(folder: Path, evidence: Evidence, found: Transfer, command: str) -> Pa
         "sweeps": evidence.sweeps,
         "metric": evidence.metric,
         "left_out": evidence.left_out,
+        "unlike": evidence.unlike,
         "steps": evidence.steps,
         "study": dataclasses.asdict(found),
         "trials": evidence.trials.to_dict(orient="records"),
@@ -213,13 +256,15 @@ def _rows(law: Law) -> list[list[str]]:
 
 def _page(evidence: Evidence, found: Transfer, command: str) -> str:
     left_out = ", ".join(f"{count} {reason}" for reason, count in evidence.left_out.items())
+    unlike = "; ".join(f"{path}: {', '.join(values)}" for path, values in evidence.unlike.items())
     steps = " or ".join(str(number) for number in evidence.steps)
     better = "higher" if METRIC_MODES[evidence.metric] == "max" else "lower"
     parts = [
         "# From small models to larger ones",
         f"`{command}`",
         f"{len(evidence.trials)} trials of {', '.join(evidence.sweeps)}, trained for {steps} steps and judged by "
-        f"`{evidence.metric}` ({better} is better).{f' Left out: {left_out}.' if left_out else ''} At each size a "
+        f"`{evidence.metric}` ({better} is better).{f' Left out: {left_out}.' if left_out else ''}"
+        f"{f' **Not alike, and taken for the size: {unlike}.**' if unlike else ''} At each size a "
         "parabola over log learning rate and one over log λ are fitted by least squares; their best is laid on a line "
         f"over log size. Intervals are of {found.resamples} bootstraps over trials; they do not cover whether the "
         "parabola is the right shape, whether the line goes on, or that larger models are trained on other data for "

@@ -125,6 +125,28 @@ def test_a_best_at_the_edge_is_flagged_and_says_nothing() -> None:
     assert all(optimum.at_edge and optimum.best == pytest.approx(optimum.highest_tried) for optimum in below)
 
 
+def test_a_curve_that_only_falls_has_no_best_in_between() -> None:
+    """The NLL rises with λ without end; a parabola over log λ bends all the same."""
+    rng = np.random.default_rng(0)
+    trials = [
+        dataclasses.replace(trial, value=2 + 0.6 * trial.orpo_lambda + 0.01 * rng.normal()) for trial in made(bend=0.0)
+    ]
+    law = study(trials, "min", resamples=50).orpo_lambda
+    assert law is not None
+    assert all(optimum.at_edge and optimum.best > 0.1 for optimum in law.optima)
+    assert all("says nothing: the best is at the edge" in each.statement for each in law.extrapolations)
+
+
+def test_intervals_that_end_where_the_range_does_say_nothing() -> None:
+    """The best lr is just within the range: the resamples' best would often lie beyond it."""
+    found = study(made(0.15, sizes=SIZES[:3], shift=-0.8), "min", resamples=300)
+    assert 0.1 < found.lr.cut_off < 1
+    assert not any(optimum.at_edge for optimum in found.lr.optima)
+    assert any(optimum.high == pytest.approx(optimum.highest_tried) for optimum in found.lr.optima)
+    doubts = found.lr.extrapolations[0].says_nothing
+    assert any("a size's best is at the edge of the range tried" in doubt for doubt in doubts)
+
+
 def test_two_sizes_give_a_line_that_says_nothing() -> None:
     found = study(made(sizes=SIZES[:2]), "min", resamples=20)
     assert found.lr.exponent == pytest.approx(-0.5)
@@ -171,6 +193,7 @@ def test_resamples_that_cannot_be_fitted_are_counted() -> None:
     none = study(three, "min", resamples=1, seed=0)
     assert none.degenerate == 1
     assert math.isnan(none.lr.extrapolations[0].low)
+    assert none.lr.extrapolations[0].says_nothing == ("100% of the resamples had too few different settings",)
     assert none.lr.extrapolations[0].best == pytest.approx(true_lr(1.3e9))
     assert study(made(), "min", resamples=50).degenerate == 0
 

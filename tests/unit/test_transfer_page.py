@@ -88,8 +88,33 @@ def test_sweeps_that_carry_no_study_are_refused(tmp_path) -> None:
     with pytest.raises(TransferError, match=r"no trial of gone can be fitted \(84 failed\)"):
         transfer_page.gather([read_sweep(swept(tmp_path, "gone", statuses=dict.fromkeys(range(84), "failed")))])
     single = read_sweep(swept(tmp_path, "single", ("2m",)))
+    with pytest.raises(TransferError, match="a size is a number of parameters above 0, such as 7e9; 0 is none"):
+        transfer_page.study([one], targets=(0.0,))
     with pytest.raises(TransferError, match=r"at least 2 model sizes, and has 1\. Sweep model"):
         transfer_page.study([single])
+
+
+def test_a_trial_counts_once(tmp_path) -> None:
+    record = read_sweep(swept(tmp_path))
+    with pytest.raises(TransferError, match="the trials of sizes are given twice"):
+        transfer_page.gather([record, record])
+    with pytest.raises(TransferError, match="sizes/00003 is a single trial; give the sweep, sizes"):
+        transfer_page.gather([read_sweep(tmp_path / "sizes" / "trials" / "00003")])
+
+
+def test_a_metric_that_lambda_scales_is_refused(tmp_path) -> None:
+    record = read_sweep(swept(tmp_path))
+    with pytest.raises(TransferError, match=r"eval/loss means something else with each loss\.orpo_lambda, so it would"):
+        transfer_page.gather([record], "eval/loss")
+
+
+def test_sweeps_that_differ_in_more_than_size_are_told_apart(tmp_path) -> None:
+    small = read_sweep(swept(tmp_path, "small", ("1m", "2m")))
+    large = read_sweep(swept(tmp_path, "large", ("4m", "8m"), **{"train.global_batch_size": 16}))
+    evidence, found = transfer_page.study([small, large])
+    assert evidence.unlike == {"train.global_batch_size": ("16", "32")}
+    page = transfer_page.write(tmp_path / "page", evidence, found, "x").read_text(encoding="utf-8")
+    assert "**Not alike, and taken for the size: train.global_batch_size: 16, 32.**" in page
 
 
 def test_the_command_writes_page_picture_and_numbers(tmp_path, capsys) -> None:
