@@ -248,7 +248,7 @@ def pretraining_part(sections: dict[str, Any], folder: Path, device: str) -> str
     """Log-probabilities moved, by what was learned before."""
     contents = sorted(sections.values(), key=lambda content: content["row"]["steps"])
     rows = [pretraining.shown(content["row"]) for content in contents]
-    return "\n".join([about(contents[0]), "", *markdown(pretraining.HEADER, rows)])
+    return "\n".join([*sorted({about(content) for content in contents}), "", *markdown(pretraining.HEADER, rows)])
 
 
 def search_quality_part(sections: dict[str, Any], folder: Path, device: str) -> str:

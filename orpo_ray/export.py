@@ -40,7 +40,7 @@ Dtype = Literal["float32", "bfloat16"]
 ALIAS = "champion"
 """Of the registered version that was exported last."""
 
-_MARKER = "orpo_ray.json"
+MARKER_FILE = "orpo_ray.json"
 _EXPERIMENT = "experiment.yaml"
 _MODEL_PREFIX = "lm."  # of `forward.PairModel`
 
@@ -215,7 +215,7 @@ def export(candidate: Candidate, folder: Path | None = None, dtype: Dtype = "flo
         CheckpointError, ModelError, DataError: what the trial was trained from cannot be read (any more).
     """
     folder = (folder or candidate.run_dir / "export" / candidate.trial["trial_id"]).expanduser().absolute()
-    _require_own(folder, candidate)
+    require_own(folder, candidate)
     if check and not candidate.logged:
         raise ExportError(
             f"{candidate.checkpoint}: the run logged no evaluation at step {candidate.step}, so there is nothing to "
@@ -251,7 +251,7 @@ def export(candidate: Candidate, folder: Path | None = None, dtype: Dtype = "flo
     (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     (partial / _EXPERIMENT).write_text(_experiment(candidate), encoding="utf-8")
     marker = _identity(candidate) | {"step": candidate.step, "dtype": dtype, "digest": digest}
-    (partial / _MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+    (partial / MARKER_FILE).write_text(json.dumps(marker, indent=1), encoding="utf-8")
     if found is not None and not found.passed:
         return Exported(partial, digest, found)
     _replace(folder, partial)
@@ -262,12 +262,16 @@ def _identity(candidate: Candidate) -> dict[str, str]:
     return {"sweep_id": candidate.sweep_id, "trial_id": candidate.trial["trial_id"]}
 
 
-def _require_own(folder: Path, candidate: Candidate) -> None:
-    """Nothing but an earlier export of the same trial may be replaced."""
+def require_own(folder: Path, candidate: Candidate) -> None:
+    """Nothing but an earlier export of the same trial may be replaced.
+
+    Raises:
+        ExportError: the folder holds something else.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        there = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        there = json.loads((folder / MARKER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ExportError(f"{folder} is there and is no export of orpo-ray; choose another folder with --to") from None
     mine = _identity(candidate)

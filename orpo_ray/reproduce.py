@@ -34,6 +34,7 @@ from orpo_ray.rows import Message
 from orpo_ray.scales import LAMBDAS, MAIN_LAMBDA, Scale, base_pairs
 
 RESULT_FILE = "reproduction.json"
+_BEGUN_FILE = "begun.json"
 SIDES = ("chosen_logp", "rejected_logp")
 POLICIES = ("orpo", "sft", "dpo", "rlhf")
 _COMPARED = (
@@ -78,6 +79,34 @@ class Place:
         """A result that is not computed twice."""
         return self.folder / "kept" / f"{name}.json"
 
+    def begin(self) -> dict[str, Any]:
+        """Claim the folder for this scale, at the first of any number of commands.
+
+        Returns:
+            Of the first command, what `provenance.collect` tells.
+
+        Raises:
+            ReproduceError: what the folder holds was begun with other settings, or the scale's data cannot be used.
+        """
+        if self.scale.pretrain and not self.scale.data.startswith("builtin://"):
+            raise ReproduceError(
+                f"scale {self.scale.name} trains a model from nothing on the language of the built-in pairs, so it "
+                f"cannot begin with {self.scale.data}: give a pretrained model with --model, too"
+            )
+        file, mine = self.folder / _BEGUN_FILE, json.loads(json.dumps(dataclasses.asdict(self.scale)))
+        if file.exists():
+            begun = json.loads(file.read_text(encoding="utf-8"))
+            if changed := sorted(key for key in mine if mine[key] != begun["scale"].get(key)):
+                known = "; ".join(f"{key} was {begun['scale'].get(key)}, is {mine[key]}" for key in changed)
+                raise ReproduceError(
+                    f"{self.folder} was begun with other settings ({known}): give another --output-dir, or remove it "
+                    "to start over"
+                )
+            return dict(begun["provenance"])
+        begun = {"scale": mine, "provenance": provenance.collect()}
+        _write(file, begun)
+        return dict(begun["provenance"])
+
 
 def run(place: Place, console: Console) -> dict[str, Any]:
     """Train, sample, score and compare. Ray must be initialised.
@@ -87,22 +116,23 @@ def run(place: Place, console: Console) -> dict[str, Any]:
 
     Raises:
         DataError, ModelError, SweepError: what it was given cannot be used.
-        ReproduceError: embeddings are not installed, or a training did not end with a model.
+        ReproduceError: embeddings are not installed, the folder holds a reproduction with other settings, or a training
+            did not end with a model.
     """
     began = time.monotonic()
     try:
         embed = local_embedder()
     except ImportError as error:  # said before half an hour of training, not behind it
         raise ReproduceError(str(error)) from error
+    begun, prompts = place.begin(), _prompts(place)
     seconds = _train_all(place, console)
-    texts = _prompts(place)
-    judge = RewardModel.load(str(place.model("judge")), max_tokens=place.scale.max_tokens + place.scale.max_new_tokens)
-    answers_RN = {name: _answers(place, name, [prompt for _, prompt in texts], console) for name in POLICIES}
-    rewards_RN = {name: _rewards(place, name, judge, texts, answers_RN[name], console) for name in POLICIES}
+    answers_RN = {name: _answers(place, name, prompts, console) for name in POLICIES}
+    rewards_RN = _rewards(place, prompts, answers_RN, console)
     result = {
         "scale": place.scale.name,
         "about": place.scale.about(),
-        "provenance": provenance.collect(),
+        "provenance": begun,
+        "finished_with": provenance.collect(),
         "seconds": seconds | {"since this command began": time.monotonic() - began},
         "pairs": _counts(place),
         "judge": _judge(place),
@@ -116,7 +146,7 @@ def run(place: Place, console: Console) -> dict[str, Any]:
             }
             for name, rounds in answers_RN.items()
         },
-        "first_prompt": texts[0][1],
+        "first_prompt": prompts[0],
         "curves": curves(place),
         "changes": changes(place),
         "diversity": {name: dataclasses.asdict(_diversity(answers_RN[name], embed)) for name in POLICIES},
@@ -195,10 +225,17 @@ def _train(
         if len(found) != 1 or found[0]["status"] != "finished":
             raise ReproduceError(
                 f"{role}: training {name} did not finish ({[(t['status'], t['error']) for t in found]}); remove "
-                f"{outcome.run_dir} to try it again"
+                f"{outcome.run_dir} to try it again, and what was made with it"
             )
+        candidate = export.find(str(outcome.run_dir / "trials" / found[0]["trial_id"]))
+        try:
+            export.require_own(place.model(name), candidate)
+        except export.ExportError as error:
+            raise ReproduceError(
+                f"{place.model(name)} is of an earlier training than {outcome.run_dir}, and what came after it was "
+                f"made with that: remove {place.folder} to start over"
+            ) from error
         if not place.model(name).exists():
-            candidate = export.find(str(outcome.run_dir / "trials" / found[0]["trial_id"]))
             export.export(candidate, place.model(name), check=False)
     return float(sum(trial["train_seconds"] for trial in trials))
 
@@ -206,41 +243,59 @@ def _train(
 # ---- answers and rewards --------------------------------------------------------------------------------------------
 
 
-def _prompts(place: Place) -> list[tuple[str, list[Message]]]:
-    """(pair id, conversation) of the held-out pairs, as many as the scale samples."""
+def _prompts(place: Place) -> list[list[Message]]:
+    """Conversations of the held-out pairs, as many as the scale samples."""
     config = place.experiment("lambda")
     texts = held_out_texts(config.data, load_tokenizer(config.model))
-    return [(pair_id, pair.prompt) for pair_id, pair in texts[: place.scale.prompts]]
+    if len(texts) < 2:
+        raise ReproduceError(
+            f"{config.data.path} has {len(texts)} held-out pairs with prompts of at most "
+            f"{config.data.max_prompt_tokens} tokens, and a win rate needs 2 or more: give more pairs with --data"
+        )
+    return [pair.prompt for _, pair in texts[: place.scale.prompts]]
+
+
+def _digest(place: Place, name: str) -> str:
+    """Of a model's weights."""
+    marker = json.loads((place.model(name) / export.MARKER_FILE).read_text(encoding="utf-8"))
+    return str(marker["digest"])
 
 
 def _answers(place: Place, name: str, prompts: list[list[Message]], console: Console) -> list[list[str]]:
     kept, settings = place.kept(f"answers-{name}"), place.scale.sampling
-    asked = {"settings": dataclasses.asdict(settings), "prompts": prompts, "model": name}
+    asked = {
+        "settings": dataclasses.asdict(settings),
+        "prompts": prompts,
+        "model": _digest(place, name),
+        "backend": sample.backend_here(),
+    }
     if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
         return list(known["answers"])
     console.print(f"{name} answers {len(prompts)} prompts, {settings.rounds} times")
     found = sample.sample(str(place.model(name)), prompts, settings)
     answers = [list(row) for row in found.answers_RN]
-    _write(kept, {"asked": asked, "answers": answers, "unfinished": found.unfinished, "backend": found.backend})
+    _write(kept, {"asked": asked, "answers": answers, "unfinished": found.unfinished})
     return answers
 
 
 def _rewards(
-    place: Place,
-    name: str,
-    judge: RewardModel,
-    texts: list[tuple[str, list[Message]]],
-    answers_RN: list[list[str]],
-    console: Console,
-) -> np.ndarray:
-    """float64 [R, N]."""
-    kept = place.kept(f"rewards-{name}")
-    if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["answers"] == answers_RN:
-        return np.array(known["rewards"])
-    console.print(f"the judge scores {name}")
-    rewards_NR = judge.score([prompt for _, prompt in texts], [list(row) for row in zip(*answers_RN, strict=True)])
-    _write(kept, {"answers": answers_RN, "rewards": rewards_NR.T.tolist()})
-    return rewards_NR.T
+    place: Place, prompts: list[list[Message]], answers_RN: Mapping[str, list[list[str]]], console: Console
+) -> dict[str, np.ndarray]:
+    """What the judge gives each model's answers, float64 [R, N]."""
+    judge: RewardModel | None = None
+    rewards_RN = {}
+    for name, answers in answers_RN.items():
+        kept, asked = place.kept(f"rewards-{name}"), {"answers": answers, "judge": _digest(place, "judge")}
+        if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
+            rewards_RN[name] = np.array(known["rewards"])
+            continue
+        if judge is None:
+            longest = place.scale.max_tokens + place.scale.max_new_tokens
+            judge = RewardModel.load(str(place.model("judge")), max_tokens=longest)
+        console.print(f"the judge scores {name}")
+        rewards_RN[name] = judge.score(prompts, [list(row) for row in zip(*answers, strict=True)]).T
+        _write(kept, {"asked": asked, "rewards": rewards_RN[name].tolist()})
+    return rewards_RN
 
 
 def _win_rate(ours_RN: np.ndarray, theirs_RN: np.ndarray) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from orpo_ray.reproduce import Place
 
 PAGE_FILE = "reproduction.md"
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+_NOT_CLAIMED = "shown, nothing claimed"
 _SHOWN = {"sft": "SFT (λ = 0)", "orpo": "odds ratio, λ = 1", "probability": "probability ratio, λ = 1"}
 _CANNOT = (
-    "Tables 2 and 3 to the point: another model, other data, a weaker judge and fewer steps. Only signs are compared.",
     "That ORPO's margin over DPO grows with size: there is one size.",
     "Table 1 (AlpacaEval) and MT-Bench: their judges are behind an API. `orpo_ray.judges` writes the files they read.",
     "Table 6 (IFEval) and Table 4 to the point: 7B models, and Gemini-Pro's embeddings.",
@@ -75,9 +75,10 @@ def claims(result: Mapping[str, Any]) -> list[Claim]:
         found.append(_moved(text, "Fig. 3", "rises", changes["sft"][side], above=True))
     text = "ORPO with λ = 1 lowers the rejected one"
     found.append(_moved(text, "Figs. 7, 9", "falls", changes["orpo"]["rejected_logp"], above=False))
-    for name, shown in (("orpo", "1"), ("orpo-0.1", "0.1")):
-        text = f"with λ = {shown} the rejected one ends lower than with SFT"
-        found.append(_moved(text, "Figs. 3, 7", "lower", changes[f"{name} less sft"]["rejected_logp"], above=False))
+    text = "with λ = 1 the rejected one ends lower than with SFT"
+    found.append(_moved(text, "Figs. 3, 7", "lower", changes["orpo less sft"]["rejected_logp"], above=False))
+    text, low = "with λ = 0.1 the rejected one against SFT", changes["orpo-0.1 less sft"]["rejected_logp"]
+    found.append(replace(_moved(text, "–", "–", low, above=False), verdict=_NOT_CLAIMED))
     text = "with λ = 1 the chosen one falls, too"
     found.append(
         _moved(text, "Fig. 9 (Mistral; in Fig. 7 it rises)", "falls", changes["orpo"]["chosen_logp"], above=False)
@@ -104,7 +105,7 @@ def _win(result: Mapping[str, Any], other: str) -> Claim:
     name = {"sft": "SFT", "dpo": "DPO", "rlhf": "RLHF (PPO in the paper, RLOO here)"}[other]
     ours = f"{100 * rate['mean']:.1f} % (std over rounds {100 * rate['std_over_rounds']:.2f})"
     interval = f"{100 * rate['low']:.1f} to {100 * rate['high']:.1f} %"
-    verdict = "shown, nothing claimed" if other == "dpo" else _verdict(rate["low"], rate["high"], 0.5, above=True)
+    verdict = _NOT_CLAIMED if other == "dpo" else _verdict(rate["low"], rate["high"], 0.5, above=True)
     if _judge_is_blind(result):
         verdict = "cannot be shown: the judge is no better than chance"
     claimed = " wins more than half" if other != "dpo" else ""
@@ -172,7 +173,12 @@ def _page(result: Mapping[str, Any], accounting: Accounting | None, command: str
     about, judge, control = result["about"], result["judge"], result["control"]
     rows = [[c.text, c.where, c.paper, c.ours, c.interval, c.verdict] for c in claims(result)]
     titles = ["the paper says", "where", "its number", "ours", "95 % interval", "same sign"]
-    began = " Before anything else the model learned the language of both answers." if about["pretrain"] else ""
+    began = (
+        " Before anything else the model learned the language of both answers, from other pairs of the same generator; "
+        "a part of the held-out answers stands word for word among them, under other prompts."
+        if about["pretrain"]
+        else ""
+    )
     parts = [
         f"# The ORPO paper, reproduced at scale `{result['scale']}`",
         f"`{command}`\n\n{_machine(result)}",
@@ -200,17 +206,28 @@ def _page(result: Mapping[str, Any], accounting: Accounting | None, command: str
         "## Settings",
         _settings(about),
         "## What this scale cannot show",
-        "\n".join(f"- {line}" for line in _CANNOT),
+        "\n".join(f"- {line}" for line in _cannot(result)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def _cannot(result: Mapping[str, Any]) -> list[str]:
+    if result["scale"] == "full":
+        return list(_CANNOT)
+    differs = "a weaker judge and less training" if result["about"]["compared_with"] else "another model or other data"
+    return [f"Tables 2 and 3 to the point: {differs}. Only signs are compared.", *_CANNOT]
+
+
 def _machine(result: Mapping[str, Any]) -> str:
-    known = result["provenance"]
-    git = known["git"] or {}
-    commit = f", commit `{git['commit'][:10]}`{' with changes' if git['dirty'] else ''}" if git.get("commit") else ""
+    known, finished = result["provenance"], _commit(result["finished_with"])
     packages = ", ".join(f"{name} {version}" for name, version in known["packages"].items() if version)
-    return f"{packages}{commit}."
+    began = _commit(known)
+    return f"{packages}{f', {began}' if began else ''}{f', finished with {finished}' if finished != began else ''}."
+
+
+def _commit(known: Mapping[str, Any]) -> str:
+    git = known["git"] or {}
+    return f"commit `{git['commit'][:10]}`{' with changes' if git['dirty'] else ''}" if git.get("commit") else ""
 
 
 def _judge_text(judge: Mapping[str, Any], control: Mapping[str, Any]) -> str:

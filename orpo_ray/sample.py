@@ -84,21 +84,20 @@ def sample(
     ids = [np.array(prompt, np.int32) for prompt in tokens.prompts(prompts)]
     chosen = backend or backend_here()
     if chosen == "vllm":
-        found = _by_vllm(path, ids, settings, tokens)
+        found, cut = _by_vllm(path, ids, settings, tokens)
     else:
-        found = _by_transformers(model, ids, settings, tokens)
+        found, cut = _by_transformers(model, ids, settings, tokens)
 
     def text(answer: list[int]) -> str:
         return str(tokens.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
-    end = tokens.end_of_turn()
-    cut = sum(len(answer) >= settings.max_new_tokens and end not in answer for row in found for answer in row)
     return Sampled(tuple(tuple(map(text, row)) for row in found), cut, chosen)
 
 
 def _by_transformers(
     model: ModelConfig, prompts: list[np.ndarray], settings: SamplingSettings, tokens: PairTokenizer
-) -> list[list[list[int]]]:
+) -> tuple[list[list[list[int]]], int]:
+    """Token ids by round and prompt, and how many answers have no end."""
     lm = build_model(model, seed=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pairs = PairModel(lm, form_of(lm, model.attention), product_type("auto")).to(device).eval()
@@ -109,17 +108,18 @@ def _by_transformers(
             "positions; leave long prompts out"
         )
     found: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(settings.rounds)]
-    cut = _batches([len(prompt) for prompt in prompts], settings)
+    batches = _batches([len(prompt) for prompt in prompts], settings)
     ends = pairs.ends | {tokens.end_of_turn()}
     with Progress(transient=True) as progress, torch.no_grad(), torch.random.fork_rng():
-        bar = progress.add_task("answering", total=settings.rounds * len(cut))
+        bar = progress.add_task("answering", total=settings.rounds * len(batches))
         for number in range(settings.rounds):
-            for place, mine in enumerate(cut):
+            for place, mine in enumerate(batches):
+                room = pairs.max_positions - max(len(prompts[index]) for index in mine)
                 asked = Prompts.padded(
                     [prompts[index] for index in mine],
                     pad_token_id=int(tokens.tokenizer.pad_token_id),
                     eos_token_id=tokens.end_of_turn(),
-                    max_new_tokens=min(settings.max_new_tokens, pairs.max_positions - longest),
+                    max_new_tokens=min(settings.max_new_tokens, room),
                     in_step=False,
                     temperature=settings.temperature,
                 )
@@ -127,26 +127,32 @@ def _by_transformers(
                 for index, answer_T in zip(mine, pairs(asked.to(torch.device(device))).tolist(), strict=True):
                     found[number][index] = _up_to(answer_T, ends)
                 progress.advance(bar)
-    return found
+    return found, sum(ends.isdisjoint(answer) for row in found for answer in row)
 
 
 def _by_vllm(
     path: str, prompts: list[np.ndarray], settings: SamplingSettings, tokens: PairTokenizer
-) -> list[list[list[int]]]:
+) -> tuple[list[list[list[int]]], int]:
+    """As `_by_transformers`."""
     from vllm import LLM, SamplingParams
 
     engine: Any = LLM(model=path, seed=settings.seed)
-    found = []
+    found, cut = [], 0
     for number in range(settings.rounds):
-        how = SamplingParams(
-            temperature=settings.temperature,
-            max_tokens=settings.max_new_tokens,
-            stop_token_ids=[tokens.end_of_turn()],
-            seed=int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0]),
-        )
+        # A seed of its own for each prompt: vLLM seeds each request, and one for all would draw all answers alike.
+        how = [
+            SamplingParams(
+                temperature=settings.temperature,
+                max_tokens=settings.max_new_tokens,
+                stop_token_ids=[tokens.end_of_turn()],
+                seed=int(np.random.SeedSequence([settings.seed, number, index]).generate_state(1)[0]),
+            )
+            for index in range(len(prompts))
+        ]
         outputs = engine.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], how)
         found.append([list(output.outputs[0].token_ids) for output in outputs])
-    return found
+        cut += sum(output.outputs[0].finish_reason == "length" for output in outputs)
+    return found, cut
 
 
 def _batches(lengths: Sequence[int], settings: SamplingSettings) -> list[list[int]]:

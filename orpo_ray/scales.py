@@ -72,6 +72,8 @@ class Scale:
         length = lengths.get(role, self.policy | self.evaluations)
         lr = self.lr["reward" if role == "reward" else role if role in self.lr else "policy"]
         data = {"path": self.data, "eval_pairs": self.eval_pairs, "max_tokens": self.max_tokens}
+        if role == "rlhf":  # its answers are not the data's: the longest prompt leaves room for a whole one
+            data["max_tokens"] = max(self.max_tokens, self.max_prompt_tokens + self.max_new_tokens)
         if self.train_pairs is not None:
             data["train_pairs"] = self.train_pairs
         return {

@@ -35,6 +35,7 @@ RESULT: dict[str, Any] = {
     "scale": "tiny",
     "about": scale("tiny").about(),
     "provenance": {"git": {"commit": "0123456789abcdef", "dirty": False}, "packages": {"torch": "2.13.0"}},
+    "finished_with": {"git": {"commit": "fedcba9876543210", "dirty": True}, "packages": {"torch": "2.13.0"}},
     "seconds": {"SFT and ORPO": 100.0},
     "pairs": {"train": 100, "held_out": 20},
     "judge": {"judge": _change(0.7), "coach": _change(0.68)},
@@ -76,7 +77,7 @@ def test_a_claim_is_decided_by_its_interval() -> None:
     assert found["SFT alone raises the rejected log-probability"] == "yes"
     assert found["ORPO with λ = 1 lowers the rejected one"] == "yes"
     assert found["with λ = 1 the rejected one ends lower than with SFT"] == "yes"
-    assert found["with λ = 0.1 the rejected one ends lower than with SFT"] == "not decided"
+    assert found["with λ = 0.1 the rejected one against SFT"] == "shown, nothing claimed"
     assert found["with λ = 1 the chosen one falls, too"] == "no"
     assert found["with λ = 0.1 the rejected one does not fall"] == "not decided"
     assert found["the margin is wider with λ = 1 than λ = 0.1"] == "yes"
@@ -100,7 +101,7 @@ def test_the_page_has_its_pictures_and_numbers(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| 80.0 % (std over rounds 1.00) | 75.0 to 85.0 % | yes |" in text
     assert "69.4 to 84.0 %" in text
-    assert "`0123456789`" in text
+    assert "commit `0123456789`, finished with commit `fedcba9876` with changes." in text
 
 
 @pytest.mark.parametrize(
@@ -143,3 +144,34 @@ def test_a_missing_extra_is_said_before_anything_trains(tmp_path: Path, monkeypa
     with pytest.raises(ReproduceError, match=r"orpo-ray\[judges\]"):
         run(Place(tmp_path, scale("tiny")), Console())
     assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_is_of_one_scale(tmp_path: Path) -> None:
+    begun = Place(tmp_path, scale("tiny")).begin()
+    assert Place(tmp_path, scale("tiny")).begin() == begun
+    with pytest.raises(ReproduceError, match=r"begun with other settings \(.*prompts was 192, is 64.*--output-dir"):
+        Place(tmp_path, scale("tiny", model="some/model")).begin()
+
+
+def test_language_is_learned_from_built_in_pairs_only(tmp_path: Path) -> None:
+    with pytest.raises(ReproduceError, match=r"cannot begin with mine\.jsonl: give a pretrained model with --model"):
+        Place(tmp_path, scale("tiny", data="mine.jsonl")).begin()
+    assert not any(tmp_path.iterdir())
+
+
+def test_rlhf_has_room_for_an_answer_to_the_longest_prompt(tmp_path: Path) -> None:
+    for name in ("tiny", "small", "full"):
+        config = Place(tmp_path, scale(name)).experiment("rlhf")
+        assert config.loss.max_new_tokens is not None
+        assert config.data.max_prompt_tokens + config.loss.max_new_tokens <= config.data.max_tokens
+
+
+def test_what_a_scale_cannot_show_is_said_of_that_scale(tmp_path: Path) -> None:
+    said = {}
+    for name in ("tiny", "small", "full"):
+        result = RESULT | {"scale": name, "about": scale(name).about()}
+        page = reproduction_page.write(tmp_path, result, None, "x").read_text(encoding="utf-8")
+        said[name] = page.rpartition("## What this scale cannot show")[2]
+    assert "another model or other data" in said["tiny"]
+    assert "a weaker judge and less training" in said["small"]
+    assert "Only signs" not in said["full"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,3 +99,37 @@ def test_unfinished_answers_are_counted(folder: str) -> None:
 def test_a_prompt_that_fills_all_positions_is_refused(folder: str) -> None:
     with pytest.raises(DataError, match=r"a prompt of \d+ tokens leaves no room for an answer"):
         sample(folder, [[{"role": "user", "content": "word " * 4000}]], SamplingSettings(rounds=1))
+
+
+def test_a_long_prompt_shortens_its_own_answer_only(folder: str) -> None:
+    """Room is that of a batch; an answer that its room cut is counted as one without an end."""
+    positions = ModelConfig(path="tiny-llama-1m")
+    limit = build_model(positions, seed=0).config.max_position_embeddings
+    tokenizer = load_tokenizer(positions)
+    long = "word " * limit
+    ids = tokenizer(long)["input_ids"][: limit - 30]
+    prompts = [[{"role": "user", "content": tokenizer.decode(ids)}], PROMPTS[0]]
+    found = sample(folder, prompts, SamplingSettings(rounds=1, max_new_tokens=64, batch_tokens=64))
+    cut, whole = (len(tokenizer(answer)["input_ids"]) for answer in found.answers_RN[0])
+    assert cut < 50 < whole  # read anew, random text has a few tokens more
+    assert found.unfinished == 2
+
+
+def test_each_prompt_has_noise_of_its_own_in_vllm(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM is asked for; it is not installed here."""
+    asked: list[Any] = []
+
+    class Engine:
+        def __init__(self, **_: Any) -> None: ...
+
+        def generate(self, prompts: list[Any], how: list[Any]) -> list[Any]:
+            asked.extend(how)
+            ended = [("stop", [5, 6]), ("length", [7] * 9), ("stop", [8])]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=t, finish_reason=r)]) for r, t in ended]
+
+    stub = SimpleNamespace(LLM=Engine, SamplingParams=lambda **settings: SimpleNamespace(**settings))
+    monkeypatch.setitem(sys.modules, "vllm", stub)
+    found = sample(folder, PROMPTS, SamplingSettings(rounds=2, max_new_tokens=9), backend="vllm")
+    assert len({each.seed for each in asked}) == 6
+    assert found.unfinished == 2
+    assert [len(row) for row in found.answers_RN] == [3, 3]
