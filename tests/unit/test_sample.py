@@ -109,9 +109,9 @@ def test_a_long_prompt_shortens_its_own_answer_only(folder: str) -> None:
     long = "word " * limit
     ids = tokenizer(long)["input_ids"][: limit - 30]
     prompts = [[{"role": "user", "content": tokenizer.decode(ids)}], PROMPTS[0]]
-    found = sample(folder, prompts, SamplingSettings(rounds=1, max_new_tokens=64, batch_tokens=64))
+    found = sample(folder, prompts, SamplingSettings(rounds=1, max_new_tokens=150, batch_tokens=64))
     cut, whole = (len(tokenizer(answer)["input_ids"]) for answer in found.answers_RN[0])
-    assert cut < 50 < whole  # read anew, random text has a few tokens more
+    assert 2 * cut < whole
     assert found.unfinished == 2
 
 
