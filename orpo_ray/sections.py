@@ -203,6 +203,14 @@ class LossConfig(Section):
         """The settings that this loss reads and not all losses do."""
         return {setting: getattr(self, setting) for setting in _OWN_SETTINGS[self.name]}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_run_directories(cls, given: Any) -> Any:
+        """Until November 2026 every run directory named the temperature that rloo samples at; it is 1."""
+        if isinstance(given, dict) and given.get("sampling_temperature", 0) in (None, 1.0):
+            return {key: value for key, value in given.items() if key != "sampling_temperature"}
+        return given
+
     @model_validator(mode="after")
     def _fill_in(self) -> LossConfig:
         """Refuse what contradicts the loss or the preset, and fill in what they imply.

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from orpo_ray.config import METRIC_MODES, ConfigError, ExperimentConfig, SweepConfig, load, parse
+from orpo_ray.config import METRIC_MODES, ConfigError, ExperimentConfig, SweepConfig, as_given, load, parse
 from orpo_ray.space import Bundle, Grid, LogUniform
 
 
@@ -530,3 +530,13 @@ def test_parsing_needs_neither_torch_nor_ray_and_takes_under_a_second(tmp_path: 
     heavy, _, seconds = run.stdout.strip().rpartition(" ")
     assert heavy == "[]"
     assert float(seconds) < 1.0
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_run_directories_that_name_the_sampling_temperature_are_read(temperature) -> None:
+    dump = config().model_dump(mode="json")
+    dump["loss"]["sampling_temperature"] = temperature
+    assert parse(as_given(dump)) == config()
+    dump["loss"]["sampling_temperature"] = 0.7
+    with pytest.raises(ConfigError, match="sampling_temperature"):
+        parse(as_given(dump))
