@@ -255,7 +255,10 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
     import shlex
 
     with console.status("starting Ray"):
+        from transformers.utils import logging as transformers_logging
+
         from orpo_ray import cluster, reproduce, reproduction_page, scales
+    transformers_logging.disable_progress_bar()  # of weights: dozens, each gone in a second
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     scale = scales.scale(arguments.scale, arguments.model, arguments.data)
     name = f"paper-{scale.name}" + (f"-{Path(arguments.model).name}" if arguments.model else "")

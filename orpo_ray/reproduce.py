@@ -326,12 +326,17 @@ def _trials(place: Place) -> dict[str, tuple[Path, str]]:
 
 
 def _start(place: Place) -> np.ndarray:
-    """Mean token log-probabilities of the held-out pairs before training, fp32 [N, 2]."""
+    """Mean token log-probabilities of the held-out pairs before training, [N, 2]."""
+    kept, asked = place.kept("start"), _digest(place, "base") if place.scale.pretrain else place.scale.model
+    if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
+        return np.array(known["logps"])
     config = place.experiment("lambda", **_base(place))
     tokenizer = load_tokenizer(config.model)
     _, held_out = load_pairs(config.data, tokenizer)
     counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
-    return reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id))
+    logps_N2 = reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id))
+    _write(kept, {"asked": asked, "logps": logps_N2.tolist()})
+    return logps_N2
 
 
 def curves(place: Place) -> dict[str, list[dict[str, float]]]:
