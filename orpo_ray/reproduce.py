@@ -137,7 +137,8 @@ def run(place: Place, console: Console) -> dict[str, Any]:
         "pairs": _counts(place),
         "judge": _judge(place),
         "win_rates": {other: _win_rate(rewards_RN["orpo"], rewards_RN[other]) for other in POLICIES if other != "orpo"},
-        "control": _win_rate(rewards_RN["sft"][:1], rewards_RN["sft"][1:2]),
+        # Each round against the next one.
+        "control": _win_rate(rewards_RN["sft"], np.roll(rewards_RN["sft"], -1, axis=0)),
         "rewards": {name: rewards.ravel().tolist() for name, rewards in rewards_RN.items()},
         "answers": {
             name: {
@@ -371,10 +372,10 @@ def changes(place: Place) -> dict[str, dict[str, Any]]:
         for shown, one, other in _COMPARED
         if one in moved and other in moved
     }
-    margins = {
-        f"{name}'s margin": {"margin": _interval(sides["chosen_logp"] - sides["rejected_logp"])}
-        for name, sides in moved.items()
-    }
+    margins_N = {name: sides["chosen_logp"] - sides["rejected_logp"] for name, sides in moved.items()}
+    margins = {f"{name}'s margin": {"margin": _interval(of_N)} for name, of_N in margins_N.items()}
+    if {"orpo", "orpo-0.1"} <= margins_N.keys():
+        margins["orpo's margin less orpo-0.1's"] = {"margin": _interval(margins_N["orpo"] - margins_N["orpo-0.1"])}
     return found | apart | margins
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,12 +120,13 @@ def _moved(text: str, where: str, paper: str, change: Mapping[str, float], *, ab
 
 
 def _trend(text: str, changes: Mapping[str, Any]) -> Claim:
-    low, high = (changes[f"{name}'s margin"]["margin"] for name in ("orpo-0.1", "orpo"))
-    middle = changes["orpo-0.5's margin"]["margin"]
-    ours = ", ".join(f"{change['mean']:+.3f}" for change in (low, middle, high)) + " for λ = 0.1, 0.5, 1"
-    apart = "yes" if high["low"] > low["high"] else "no" if high["high"] < low["low"] else "not decided"
-    interval = f"{low['low']:+.3f} to {low['high']:+.3f}; {high['low']:+.3f} to {high['high']:+.3f}"
-    return Claim(text, "Fig. 9", "widest with λ = 1", ours, interval, apart)
+    margins = [changes[f"{name}'s margin"]["margin"]["mean"] for name in ("orpo-0.1", "orpo-0.5", "orpo")]
+    wider = changes["orpo's margin less orpo-0.1's"]["margin"]
+    ours = f"{', '.join(f'{mean:+.3f}' for mean in margins)} for λ = 0.1, 0.5, 1"
+    interval = f"{wider['low']:+.3f} to {wider['high']:+.3f}, λ = 1 less λ = 0.1"
+    return Claim(
+        text, "Fig. 9", "widest with λ = 1", ours, interval, _verdict(wider["low"], wider["high"], 0.0, above=True)
+    )
 
 
 def _diverse(result: Mapping[str, Any]) -> list[Claim]:
@@ -192,7 +194,8 @@ def _page(result: Mapping[str, Any], accounting: Accounting | None, command: str
         "## Log-probabilities of held-out answers",
         "Figures 3, 7 and 9: SFT (λ = 0) and ORPO. Step 0 is the model before training.\n\n"
         "![mean token log-probability of chosen and rejected answers over steps, by λ](lambda.png)",
-        f"Figure 8: probability ratio against odds ratio, both with λ = {about['main_lambda']:g}.\n\n"
+        f"Figure 8: probability ratio against odds ratio, both with λ = {about['main_lambda']:g}. "
+        f"{_how_likely(result)}\n\n"
         "![the same for the probability ratio and the odds ratio](ratio.png)",
         "## Rewards",
         "Figure 5: what the judge gives each model's answers.\n\n![reward distributions](rewards.png)",
@@ -230,6 +233,14 @@ def _commit(known: Mapping[str, Any]) -> str:
     return f"commit `{git['commit'][:10]}`{' with changes' if git['dirty'] else ''}" if git.get("commit") else ""
 
 
+def _how_likely(result: Mapping[str, Any]) -> str:
+    likely = math.exp(result["curves"]["orpo"][-1]["chosen_logp"])
+    return (
+        f"Odds are P / (1 - P), so the two ratios differ as far as P is not small; here chosen answers end at P = "
+        f"{likely:.2f}, odds of {likely / (1 - likely):.2f}."
+    )
+
+
 def _judge_text(judge: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     one, two = judge["judge"], judge["coach"]
     blind = (
@@ -241,7 +252,7 @@ def _judge_text(judge: Mapping[str, Any], control: Mapping[str, Any]) -> str:
         f"The judge, a reward model, prefers the chosen one of held-out answers in {100 * one['mean']:.1f} % "
         f"({100 * one['low']:.1f} to {100 * one['high']:.1f}); RLHF was driven by another one, trained with another "
         f"seed: {100 * two['mean']:.1f} % ({100 * two['low']:.1f} to {100 * two['high']:.1f}).{blind} As a control, "
-        f"SFT against itself, one round against another, wins {100 * control['mean']:.1f} % "
+        f"SFT against itself, each round against the next, wins {100 * control['mean']:.1f} % "
         f"({100 * control['low']:.1f} to {100 * control['high']:.1f})."
     )
 

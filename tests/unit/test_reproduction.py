@@ -60,6 +60,7 @@ RESULT: dict[str, Any] = {
         "orpo-0.1's margin": {"margin": _change(0.3)},
         "orpo-0.5's margin": {"margin": _change(0.5)},
         "orpo's margin": {"margin": _change(0.8)},
+        "orpo's margin less orpo-0.1's": {"margin": _change(0.5)},
     },
     "diversity": {name: _alike(0.6, 0.3) for name in ("orpo", "sft", "dpo", "rlhf")},
 }
