@@ -76,6 +76,8 @@ class Scale:
             data["max_tokens"] = max(self.max_tokens, self.max_prompt_tokens + self.max_new_tokens)
         if self.train_pairs is not None:
             data["train_pairs"] = self.train_pairs
+        # Two trials on a core each finish sooner than one after the other on two.
+        cpus = 1 if role in ("reward", "lambda") else 2
         return {
             "model": {"path": self.model} | ({"lora": self.lora} if self.lora and role != "base" else {}),
             "data": data | {"max_prompt_tokens": self.max_prompt_tokens},
@@ -85,7 +87,7 @@ class Scale:
             "generation": {"prompts": 2, "max_new_tokens": min(32, self.max_new_tokens)},
             "checkpoint": {"keep_last": 1},
             "deepspeed": {"zero_stage": 2},
-            "scaling": {"use_gpu": True} if self.use_gpu else {"cpus_per_worker": 2},
+            "scaling": {"use_gpu": True} if self.use_gpu else {"cpus_per_worker": cpus},
         }
 
     def about(self) -> dict[str, Any]:
