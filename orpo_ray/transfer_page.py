@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -339,7 +339,7 @@ def _draw_line(axis: Axes, law: Law) -> None:
         label="range tried",
     )
     axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: short_size(size)))
+    _number(axis.xaxis, short_size)
     axis.set_yscale("log")
     _number(axis.yaxis)
     axis.set_xlabel("parameters")
@@ -350,10 +350,10 @@ def _draw_line(axis: Axes, law: Law) -> None:
     axis.legend(frameon=False)
 
 
-def _number(axis: Axis) -> None:
+def _number(axis: Axis, name: Callable[[float], str] = "{:g}".format) -> None:
     """A logarithmic axis with numbers at 1, 2 and 5 of each decade: a range of less than one decade has some, too."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: name(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
