@@ -327,7 +327,7 @@ def _trials(place: Place) -> dict[str, tuple[Path, str]]:
 
 
 def _start(place: Place) -> np.ndarray:
-    """Mean token log-probabilities of the held-out pairs before training, [N, 2]."""
+    """Mean token log-probabilities of the held-out pairs before training, float64 [N, 2]."""
     kept, asked = place.kept("start"), _digest(place, "base") if place.scale.pretrain else place.scale.model
     if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
         return np.array(known["logps"])
@@ -335,7 +335,8 @@ def _start(place: Place) -> np.ndarray:
     tokenizer = load_tokenizer(config.model)
     _, held_out = load_pairs(config.data, tokenizer)
     counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
-    logps_N2 = reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id))
+    found_N2 = reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id))
+    logps_N2 = found_N2.astype(np.float64)  # as JSON gives them back: the same means now and later
     _write(kept, {"asked": asked, "logps": logps_N2.tolist()})
     return logps_N2
 
