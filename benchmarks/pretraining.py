@@ -1,6 +1,6 @@
 """Does SFT raise the rejected answers, too (ORPO paper, Fig. 3)? That depends on what the model had learned before.
 
-    python -m benchmarks.pretraining        # a quarter of an hour on 2 cores; a second call goes on behind the first
+    python -m benchmarks.pretraining        # a second call goes on behind the first
 
 `orpo-ray reproduce paper --scale tiny` begins from a model that has learned the language of both answers, 240 steps of
 it. Here that pretraining is cut shorter, and SFT and ORPO with λ = 1 follow as they do there. Writes

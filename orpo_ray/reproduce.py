@@ -10,8 +10,9 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from orpo_ray.model import load_tokenizer
 from orpo_ray.packing import Counting
 from orpo_ray.pair_scores import PAIRS_FILE, PairScores
 from orpo_ray.progress import SweepProgress
-from orpo_ray.results import EVENTS_FILE, read_events
+from orpo_ray.results import EVENTS_FILE, read_events, write_results
 from orpo_ray.reward import RewardModel
 from orpo_ray.rows import Message
 from orpo_ray.scales import LAMBDAS, MAIN_LAMBDA, Scale, base_pairs
@@ -75,9 +76,12 @@ class Place:
         """Where an exported model is, or will be."""
         return self.folder / "models" / name
 
-    def kept(self, name: str) -> Path:
-        """A result that is not computed twice."""
-        return self.folder / "kept" / f"{name}.json"
+    def once(self, name: str, asked: Any, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, as JSON gives it back: kept under this name for as long as the same is asked."""
+        file = self.folder / "kept" / f"{name}.json"
+        if not file.exists() or json.loads(file.read_text(encoding="utf-8"))["asked"] != asked:
+            write_results(file, {"asked": asked, "found": compute()})
+        return json.loads(file.read_text(encoding="utf-8"))["found"]
 
     def begin(self) -> dict[str, Any]:
         """Claim the folder for this scale, at the first of any number of commands.
@@ -104,7 +108,7 @@ class Place:
                 )
             return dict(begun["provenance"])
         begun = {"scale": mine, "provenance": provenance.collect()}
-        _write(file, begun)
+        write_results(file, begun)
         return dict(begun["provenance"])
 
 
@@ -126,7 +130,8 @@ def run(place: Place, console: Console) -> dict[str, Any]:
         raise ReproduceError(str(error)) from error
     begun, prompts = place.begin(), _prompts(place)
     seconds = _train_all(place, console)
-    answers_RN = {name: _answers(place, name, prompts, console) for name in POLICIES}
+    answered = {name: _answers(place, name, prompts, console) for name in POLICIES}
+    answers_RN = {name: found["answers_RN"] for name, found in answered.items()}
     rewards_RN = _rewards(place, prompts, answers_RN, console)
     result = {
         "scale": place.scale.name,
@@ -144,6 +149,7 @@ def run(place: Place, console: Console) -> dict[str, Any]:
             name: {
                 "characters": float(np.mean([len(text) for row in rounds for text in row])),
                 "examples": [row[0] for row in rounds],
+                "unfinished": answered[name]["unfinished"] / (len(rounds) * len(prompts)),
             }
             for name, rounds in answers_RN.items()
         },
@@ -152,7 +158,7 @@ def run(place: Place, console: Console) -> dict[str, Any]:
         "changes": changes(place),
         "diversity": {name: dataclasses.asdict(_diversity(answers_RN[name], embed)) for name in POLICIES},
     }
-    _write(place.folder / RESULT_FILE, result)
+    write_results(place.folder / RESULT_FILE, result)
     return result
 
 
@@ -262,41 +268,45 @@ def _digest(place: Place, name: str) -> str:
     return str(marker["digest"])
 
 
-def _answers(place: Place, name: str, prompts: list[list[Message]], console: Console) -> list[list[str]]:
-    kept, settings = place.kept(f"answers-{name}"), place.scale.sampling
+def _answers(place: Place, name: str, prompts: list[list[Message]], console: Console) -> dict[str, Any]:
+    """`answers_RN`, and how many of them are `unfinished`."""
+    settings = place.scale.sampling
     asked = {
         "settings": dataclasses.asdict(settings),
         "prompts": prompts,
         "model": _digest(place, name),
         "backend": sample.backend_here(),
     }
-    if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
-        return list(known["answers"])
-    console.print(f"{name} answers {len(prompts)} prompts, {settings.rounds} times")
-    found = sample.sample(str(place.model(name)), prompts, settings)
-    answers = [list(row) for row in found.answers_RN]
-    _write(kept, {"asked": asked, "answers": answers, "unfinished": found.unfinished})
-    return answers
+
+    def answered() -> dict[str, Any]:
+        console.print(f"{name} answers {len(prompts)} prompts, {settings.rounds} times")
+        found = sample.sample(str(place.model(name)), prompts, settings)
+        return {"answers_RN": found.answers_RN, "unfinished": found.unfinished}
+
+    return dict(place.once(f"answers-{name}", asked, answered))
 
 
 def _rewards(
     place: Place, prompts: list[list[Message]], answers_RN: Mapping[str, list[list[str]]], console: Console
 ) -> dict[str, np.ndarray]:
     """What the judge gives each model's answers, float64 [R, N]."""
-    judge: RewardModel | None = None
-    rewards_RN = {}
-    for name, answers in answers_RN.items():
-        kept, asked = place.kept(f"rewards-{name}"), {"answers": answers, "judge": _digest(place, "judge")}
-        if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
-            rewards_RN[name] = np.array(known["rewards"])
-            continue
-        if judge is None:
-            longest = place.scale.max_tokens + place.scale.max_new_tokens
-            judge = RewardModel.load(str(place.model("judge")), max_tokens=longest)
+
+    @cache
+    def judge() -> RewardModel:
+        longest = place.scale.max_tokens + place.scale.max_new_tokens
+        return RewardModel.load(str(place.model("judge")), max_tokens=longest)
+
+    def scored(name: str) -> list[list[float]]:
         console.print(f"the judge scores {name}")
-        rewards_RN[name] = judge.score(prompts, [list(row) for row in zip(*answers, strict=True)]).T
-        _write(kept, {"asked": asked, "rewards": rewards_RN[name].tolist()})
-    return rewards_RN
+        rewards_NR = judge().score(prompts, list(zip(*answers_RN[name], strict=True)))
+        return list(rewards_NR.T.tolist())
+
+    return {
+        name: np.array(
+            place.once(f"rewards-{name}", {"answers": answers, "judge": _digest(place, "judge")}, partial(scored, name))
+        )
+        for name, answers in answers_RN.items()
+    }
 
 
 def _win_rate(ours_RN: np.ndarray, theirs_RN: np.ndarray) -> dict[str, Any]:
@@ -328,17 +338,16 @@ def _trials(place: Place) -> dict[str, tuple[Path, str]]:
 
 def _start(place: Place) -> np.ndarray:
     """Mean token log-probabilities of the held-out pairs before training, float64 [N, 2]."""
-    kept, asked = place.kept("start"), _digest(place, "base") if place.scale.pretrain else place.scale.model
-    if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
-        return np.array(known["logps"])
-    config = place.experiment("lambda", **_base(place))
-    tokenizer = load_tokenizer(config.model)
-    _, held_out = load_pairs(config.data, tokenizer)
-    counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
-    found_N2 = reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id))
-    logps_N2 = found_N2.astype(np.float64)  # as JSON gives them back: the same means now and later
-    _write(kept, {"asked": asked, "logps": logps_N2.tolist()})
-    return logps_N2
+
+    def logps_N2() -> list[list[float]]:
+        config = place.experiment("lambda", **_base(place))
+        tokenizer = load_tokenizer(config.model)
+        _, held_out = load_pairs(config.data, tokenizer)
+        counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
+        return list(reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id)).tolist())
+
+    asked = _digest(place, "base") if place.scale.pretrain else place.scale.model
+    return np.array(place.once("start", asked, logps_N2))
 
 
 def curves(place: Place) -> dict[str, list[dict[str, float]]]:
@@ -406,10 +415,6 @@ def _counts(place: Place) -> dict[str, int]:
     config = place.experiment("lambda")
     train, held_out = load_pairs(config.data, load_tokenizer(config.model))
     return {"train": len(train), "held_out": len(held_out)}
-
-
-def _write(path: Path, result: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(result, indent=1, ensure_ascii=False))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -207,7 +207,7 @@ def _page(result: Mapping[str, Any], accounting: Accounting | None, command: str
         "## Cost",
         markdown_table(["step", "seconds"], [[k, f"{v:.0f}"] for k, v in result["seconds"].items()]),
         "## Settings",
-        _settings(about),
+        _settings(result),
         "## What this scale cannot show",
         "\n".join(f"- {line}" for line in _cannot(result)),
     ]
@@ -222,10 +222,12 @@ def _cannot(result: Mapping[str, Any]) -> list[str]:
 
 
 def _machine(result: Mapping[str, Any]) -> str:
-    known, finished = result["provenance"], _commit(result["finished_with"])
-    packages = ", ".join(f"{name} {version}" for name, version in known["packages"].items() if version)
-    began = _commit(known)
-    return f"{packages}{f', {began}' if began else ''}{f', finished with {finished}' if finished != began else ''}."
+    known = result["provenance"]
+    began, finished = _commit(known), _commit(result["finished_with"])
+    parts = [f"{name} {version}" for name, version in known["packages"].items() if version]
+    parts += [began] if began else []
+    parts += [f"finished with {finished}"] if finished and finished != began else []
+    return ", ".join(parts) + "."
 
 
 def _commit(known: Mapping[str, Any]) -> str:
@@ -271,8 +273,9 @@ def _compute(accounting: Accounting | None) -> str:
     return f"{said} Measured on one micro-batch:\n\n{markdown_table(*accounting_table(accounting))}"
 
 
-def _settings(about: Mapping[str, Any]) -> str:
-    lengths = about["lengths"]
+def _settings(result: Mapping[str, Any]) -> str:
+    about, lengths = result["about"], result["about"]["lengths"]
+    cut = ", ".join(f"{name.upper()} {100 * known['unfinished']:.0f} %" for name, known in result["answers"].items())
     rows = [
         ["λ", ", ".join(f"{value:g}" for value in about["lambdas"])],
         ["pairs per step", str(about["batch"])],
@@ -280,6 +283,7 @@ def _settings(about: Mapping[str, Any]) -> str:
         ["peak learning rate", ", ".join(f"{role} {lr:g}" for role, lr in about["lr"].items())],
         ["LoRA", json.dumps(about["lora"]) if about["lora"] else "none: all weights are trained"],
         ["answers", f"{about['prompts']} prompts, {about['rounds']} rounds, {about['max_new_tokens']} tokens at most"],
+        ["answers that end there, unfinished", cut],
     ]
     return markdown_table(["setting", "value"], rows)
 

@@ -125,7 +125,10 @@ def summarize(
 
 
 def write_results(path: str | Path, results: dict[str, Any]) -> None:
-    """Write results.json whole or not at all: a reader never sees half a file. NaN and infinity become null."""
+    """Write results.json, or what else is kept as JSON, whole or not at all: a reader never sees half a file.
+
+    NaN and infinity become null.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -6,7 +6,6 @@ The fits are those of `orpo_ray.transfer`; here are the sweeps they are fed from
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from rich.text import Text
 from orpo_ray import transfer
 from orpo_ray.config import MEANING_MOVED_BY, METRIC_MODES
 from orpo_ray.markdown import markdown_table
+from orpo_ray.results import write_results
 from orpo_ray.runs import SweepRecord, TrialRecord
 from orpo_ray.settings import as_text
 from orpo_ray.transfer import Law, Transfer, short_size
@@ -187,13 +187,14 @@ def table(found: Transfer) -> RenderableType:
     """For the terminal."""
     shown: list[RenderableType] = []
     for law in _laws(found):
-        rows = Table(title=f"best {_NAMES[law.axis]} by model size", title_justify="left")
+        title = f"best {_NAMES[law.axis]} by model size"
+        rows = Table(title=title, title_justify="left", box=None, pad_edge=False)
         rows.add_column("parameters")
         for title in _TITLES[1:]:
             rows.add_column(title, justify="right")
         for row in _rows(law):
             rows.add_row(*row)
-        shown += [rows, Text("\n".join(said(law)) + "\n")]
+        shown += [rows, Text("\n".join(_said(law)) + "\n")]
     if found.orpo_lambda is None:
         shown.append(Text(_NO_LAMBDA))
     return Group(*shown)
@@ -219,7 +220,7 @@ def write(folder: Path, evidence: Evidence, found: Transfer, command: str) -> Pa
         "study": dataclasses.asdict(found),
         "trials": evidence.trials.to_dict(orient="records"),
     }
-    (folder / NUMBERS_FILE).write_text(json.dumps(_without_nan(numbers), indent=1) + "\n", encoding="utf-8")
+    write_results(folder / NUMBERS_FILE, numbers)
     draw(evidence, found).savefig(folder / PICTURE_FILE, dpi=130, metadata={"Software": None})
     page = folder / PAGE_FILE
     page.write_text(_page(evidence, found, command), encoding="utf-8")
@@ -230,7 +231,7 @@ _TITLES = ["parameters", "trials", "diverged", "best", "95 % interval", "tried",
 _NO_LAMBDA = "Nothing is said of λ: fewer than two sizes have three or more λ above 0."
 
 
-def said(law: Law) -> list[str]:
+def _said(law: Law) -> list[str]:
     """One sentence for each size asked about."""
     return [each.statement for each in law.extrapolations]
 
@@ -273,7 +274,7 @@ def _page(evidence: Evidence, found: Transfer, command: str) -> str:
     for law in _laws(found):
         parts += [
             f"## The best {_NAMES[law.axis]}",
-            "\n".join(f"- **{sentence}**" for sentence in said(law)),
+            "\n".join(f"- **{sentence}**" for sentence in _said(law)),
             f"Exponent of size: {law.exponent:+.2f} ({law.exponent_low:+.2f} to {law.exponent_high:+.2f}); the sizes "
             f"are off the line by a factor of {law.farthest_off:.2f} at most.",
             markdown_table(_TITLES, _rows(law)),
@@ -355,12 +356,3 @@ def _number(axis: Axis, name: Callable[[float], str] = "{:g}".format) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: name(value)))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _without_nan(value: object) -> object:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

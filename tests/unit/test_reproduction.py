@@ -41,6 +41,7 @@ RESULT: dict[str, Any] = {
     "judge": {"judge": _change(0.7), "coach": _change(0.68)},
     "win_rates": {"sft": _rate(0.8), "dpo": _rate(0.45), "rlhf": _rate(0.52)},
     "control": _rate(0.5),
+    "answers": {name: {"unfinished": 0.25} for name in ("orpo", "sft", "dpo", "rlhf")},
     "rewards": {name: [0.0, 1.0, 2.0] for name in ("orpo", "sft", "dpo", "rlhf")},
     "curves": {
         name: [
@@ -102,6 +103,7 @@ def test_the_page_has_its_pictures_and_numbers(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| 80.0 % (std over rounds 1.00) | 75.0 to 85.0 % | yes |" in text
     assert "69.4 to 84.0 %" in text
+    assert "| ORPO 25 %, SFT 25 %, DPO 25 %, RLHF 25 % |" in text
     assert "commit `0123456789`, finished with commit `fedcba9876` with changes." in text
 
 
@@ -152,6 +154,24 @@ def test_a_folder_is_of_one_scale(tmp_path: Path) -> None:
     assert Place(tmp_path, scale("tiny")).begin() == begun
     with pytest.raises(ReproduceError, match=r"begun with other settings \(.*prompts was 192, is 64.*--output-dir"):
         Place(tmp_path, scale("tiny", model="some/model")).begin()
+
+
+def test_what_is_kept_is_computed_again_only_where_something_else_is_asked(tmp_path: Path) -> None:
+    place, computed = Place(tmp_path, scale("tiny")), []
+
+    def compute() -> list[float]:
+        computed.append(1)
+        return [0.1 + 0.2, len(computed)]
+
+    for asked, expected in (("a", 1), ("a", 1), ({"b": [1]}, 2), ({"b": [1]}, 2), ("a", 3)):
+        assert place.once("x", asked, compute) == [0.1 + 0.2, expected]
+
+
+def test_without_a_repository_there_is_no_commit_to_name(tmp_path: Path) -> None:
+    nowhere = {"git": None, "packages": {"torch": "2.13.0"}}
+    for began, said in ((nowhere, "\n\ntorch 2.13.0.\n"), (RESULT["provenance"], "commit `0123456789`.\n")):
+        result = RESULT | {"provenance": began, "finished_with": nowhere}
+        assert said in reproduction_page.write(tmp_path, result, None, "x").read_text(encoding="utf-8")
 
 
 def test_language_is_learned_from_built_in_pairs_only(tmp_path: Path) -> None:
