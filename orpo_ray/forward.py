@@ -71,6 +71,8 @@ class Prompts:
     """All ranks run as many passes as the slowest, which ZeRO-3 needs."""
     temperature: float = 0.0
     """Answers are drawn from the whole distribution at this temperature; 0 takes the likeliest token each time."""
+    answers_each: int = 1
+    """To every prompt, one after the other: row r · answers_each + a is answer a to prompt r."""
 
     @classmethod
     def padded(cls, prompts: Sequence[np.ndarray], pad_token_id: int, **rest: Any) -> Prompts:
@@ -181,24 +183,36 @@ class PairModel(torch.nn.Module):
             eos_token_id=sorted(ends),
             pad_token_id=prompts.pad_token_id,
         )
-        kernel = causal.config._attn_implementation
+        kernel, own = causal.config._attn_implementation, causal.generation_config
         if self.form.shares_prompt:  # it knows nothing of a cache
             causal.set_attn_implementation("sdpa" if causal._supports_sdpa else "eager")
-        # What the model's own file sets (temperature, top_k) is for sampling, and greedy decoding would warn of it.
-        own, causal.generation_config = causal.generation_config, settings
         try:
-            tokens_RT = self.lm.generate(  # type: ignore[operator]
-                input_ids=prompts.input_ids_RT,
-                attention_mask=prompts.attention_mask_RT,
-                generation_config=settings,
-                synced_gpus=prompts.in_step,
-            )
+            rows = self._read(prompts)
+            tokens_RT: torch.Tensor = self._generate(settings, prompts.in_step, **rows)
         finally:
             causal.generation_config = own
             if self.form.shares_prompt:
                 causal.set_attn_implementation(kernel)
-        answers_RT: torch.Tensor = tokens_RT[:, prompts.input_ids_RT.shape[1] :]
-        return answers_RT
+        return tokens_RT[:, prompts.input_ids_RT.shape[1] :]
+
+    def _read(self, prompts: Prompts) -> dict[str, Any]:
+        """Rows for `_generate`, each prompt as often as it is answered. Where all layers are known to be attention, a
+        prompt is read here, once, except for its last token, and what is known of it is copied."""
+        ids_RT, mask_RT, each = prompts.input_ids_RT, prompts.attention_mask_RT, prompts.answers_each
+        rows = {"input_ids": ids_RT.repeat_interleave(each, 0), "attention_mask": mask_RT.repeat_interleave(each, 0)}
+        if each == 1 or ids_RT.shape[1] == 1 or not self.form.shares_prompt:
+            return rows
+        first = GenerationConfig(
+            do_sample=False, max_new_tokens=1, pad_token_id=prompts.pad_token_id, return_dict_in_generate=True
+        )
+        read = self._generate(first, prompts.in_step, input_ids=ids_RT[:, :-1], attention_mask=mask_RT[:, :-1])
+        read.past_key_values.batch_repeat_interleave(each)
+        return rows | {"past_key_values": read.past_key_values}
+
+    def _generate(self, settings: GenerationConfig, in_step: bool, **rows: Any) -> Any:
+        # What the model's own file sets (temperature, top_k) is for sampling, and greedy decoding would warn of it.
+        _causal(self.lm).generation_config = settings
+        return self.lm.generate(**rows, generation_config=settings, synced_gpus=in_step)  # type: ignore[operator]
 
 
 def pair_logps(model: torch.nn.Module, batch: Batch) -> PairLogps:

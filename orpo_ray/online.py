@@ -109,11 +109,12 @@ class OnlineAnswers:
                 f"({self.config.data.max_tokens}) allow {longest + room} tokens; lower data.max_prompt_tokens"
             )
         asked = Prompts.padded(
-            [prompt for prompt in prompts for _ in range(2)],
+            prompts,
             pad_token_id=self.pad_token_id,
             eos_token_id=self.end_of_turn,
             max_new_tokens=min(loss.max_new_tokens, room),
             in_step=dist.get_world_size() > 1 and engine.zero_optimization_stage() == 3,
+            answers_each=2,
             temperature=1.0,  # another one's answers are not the model's, whose log-probabilities the loss takes
         )
         drawn_from = [self.config.train.seed, step, number, dist.get_rank()]

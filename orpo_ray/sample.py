@@ -1,13 +1,14 @@
 """Answers of a finished model to many prompts: batched, sampled at a temperature, in several rounds.
 
-With vLLM where that is installed and there is a GPU, else with transformers. Shape suffixes: N prompts, R rounds.
+With vLLM where that is installed and there is a GPU, else with transformers. Shape suffixes: N prompts, P of a
+batch, R rounds.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from orpo_ray.rows import DataError, Message
 from orpo_ray.tokens import PairTokenizer
 
 Backend = Literal["vllm", "transformers"]
+_VLLM_PROMPTS = 512
+"""At once: it batches them itself, and this is how often there is news of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +38,46 @@ class SamplingSettings:
     max_new_tokens: int = 128
     """Longest answer; a longer one is cut."""
     seed: int = 0
-    """With the round and the place of a batch it decides what is drawn."""
+    """With the place of a batch it decides what is drawn."""
     batch_tokens: int = 16_384
-    """Prompt and answer tokens of a batch at most; memory grows with it. Only transformers reads it."""
+    """Prompt and answer tokens of a batch at most, over all rounds, which are drawn at once; memory grows with it. Only
+    transformers reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Some of the prompts, answered in every round."""
+
+    indices: tuple[int, ...]
+    """Which ones, P of them."""
+    answers_RP: tuple[tuple[str, ...], ...]
+    """Texts without special tokens, stripped."""
+    unfinished: int
+    """Answers cut at `max_new_tokens`, of R × P."""
+    backend: Backend
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What a model answered."""
+    """What a model answered to all of them."""
 
     answers_RN: tuple[tuple[str, ...], ...]
-    """Texts without special tokens, stripped."""
     unfinished: int
-    """Answers cut at `max_new_tokens`, of R × N."""
+    """Of R × N."""
     backend: Backend
+
+    @classmethod
+    def of(cls, parts: Sequence[Answered]) -> Sampled:
+        """Put together what `answers` gave; in any order."""
+        rounds = range(len(parts[0].answers_RP))
+        places = [(index, part, at) for part in parts for at, index in enumerate(part.indices)]
+        places.sort(key=lambda place: place[0])
+        answers_RN = tuple(tuple(part.answers_RP[number][at] for _, part, at in places) for number in rounds)
+        return cls(answers_RN, sum(part.unfinished for part in parts), parts[0].backend)
 
 
 def backend_here() -> Backend:
-    """What `sample` uses in this process."""
+    """What `answers` uses in this process."""
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
 
 
@@ -64,7 +89,25 @@ def sample(
     chat_template: str | None = None,
     backend: Backend | None = None,
 ) -> Sampled:
-    """Let the model in a folder answer.
+    """Let the model in a folder answer, in this process, with a progress bar. Arguments and errors: see `answers`."""
+    parts = []
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("answering", total=len(prompts))
+        for part in answers(path, prompts, settings, chat_template=chat_template, backend=backend):
+            parts.append(part)
+            progress.advance(bar, len(part.indices))
+    return Sampled.of(parts)
+
+
+def answers(
+    path: str,
+    prompts: Sequence[list[Message]],
+    settings: SamplingSettings,
+    *,
+    chat_template: str | None = None,
+    backend: Backend | None = None,
+) -> Iterator[Answered]:
+    """What the model in a folder answers, batch by batch.
 
     Args:
         path: folder or hub name of a causal language model, or a tiny preset.
@@ -83,21 +126,25 @@ def sample(
     tokens = PairTokenizer(roomy, load_tokenizer(model))
     ids = [np.array(prompt, np.int32) for prompt in tokens.prompts(prompts)]
     chosen = backend or backend_here()
-    if chosen == "vllm":
-        found, cut = _by_vllm(path, ids, settings, tokens)
-    else:
-        found, cut = _by_transformers(model, ids, settings, tokens)
 
     def text(answer: list[int]) -> str:
         return str(tokens.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
-    return Sampled(tuple(tuple(map(text, row)) for row in found), cut, chosen)
+    drawn = (
+        _by_vllm(path, ids, settings, tokens) if chosen == "vllm" else _by_transformers(model, ids, settings, tokens)
+    )
+    for indices, found_RP, unfinished in drawn:
+        answers_RP = tuple(tuple(map(text, row)) for row in found_RP)
+        yield Answered(tuple(indices), answers_RP, unfinished, chosen)
+
+
+_Drawn = tuple[list[int], list[list[list[int]]], int]
+"""Which prompts, token ids by round and prompt, and how many answers have no end."""
 
 
 def _by_transformers(
     model: ModelConfig, prompts: list[np.ndarray], settings: SamplingSettings, tokens: PairTokenizer
-) -> tuple[list[list[list[int]]], int]:
-    """Token ids by round and prompt, and how many answers have no end."""
+) -> Iterator[_Drawn]:
     lm = build_model(model, seed=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pairs = PairModel(lm, form_of(lm, model.attention), product_type("auto")).to(device).eval()
@@ -107,39 +154,36 @@ def _by_transformers(
             f"a prompt of {longest} tokens leaves no room for an answer: {model.path} has {pairs.max_positions} "
             "positions; leave long prompts out"
         )
-    found: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(settings.rounds)]
-    batches = _batches([len(prompt) for prompt in prompts], settings)
     ends = pairs.ends | {tokens.end_of_turn()}
-    with Progress(transient=True) as progress, torch.no_grad(), torch.random.fork_rng():
-        bar = progress.add_task("answering", total=settings.rounds * len(batches))
-        for number in range(settings.rounds):
-            for place, mine in enumerate(batches):
-                room = pairs.max_positions - max(len(prompts[index]) for index in mine)
-                asked = Prompts.padded(
-                    [prompts[index] for index in mine],
-                    pad_token_id=int(tokens.tokenizer.pad_token_id),
-                    eos_token_id=tokens.end_of_turn(),
-                    max_new_tokens=min(settings.max_new_tokens, room),
-                    in_step=False,
-                    temperature=settings.temperature,
-                )
-                torch.manual_seed(int(np.random.SeedSequence([settings.seed, number, place]).generate_state(1)[0]))
-                for index, answer_T in zip(mine, pairs(asked.to(torch.device(device))).tolist(), strict=True):
-                    found[number][index] = _up_to(answer_T, ends)
-                progress.advance(bar)
-    return found, sum(ends.isdisjoint(answer) for row in found for answer in row)
+    for place, mine in enumerate(_batches([len(prompt) for prompt in prompts], settings)):
+        room = pairs.max_positions - max(len(prompts[index]) for index in mine)
+        asked = Prompts.padded(
+            [prompts[index] for index in mine],
+            pad_token_id=int(tokens.tokenizer.pad_token_id),
+            eos_token_id=tokens.end_of_turn(),
+            max_new_tokens=min(settings.max_new_tokens, room),
+            in_step=False,
+            temperature=settings.temperature,
+            answers_each=settings.rounds,
+        )
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(int(np.random.SeedSequence([settings.seed, place]).generate_state(1)[0]))
+            rows = [_up_to(answer_T, ends) for answer_T in pairs(asked.to(torch.device(device))).tolist()]
+        found = [rows[number :: settings.rounds] for number in range(settings.rounds)]
+        yield mine, found, sum(ends.isdisjoint(answer) for answer in rows)
 
 
 def _by_vllm(
     path: str, prompts: list[np.ndarray], settings: SamplingSettings, tokens: PairTokenizer
-) -> tuple[list[list[list[int]]], int]:
-    """As `_by_transformers`."""
+) -> Iterator[_Drawn]:
     from vllm import LLM, SamplingParams
 
-    engine: Any = LLM(model=path, seed=settings.seed)
-    found, cut = [], 0
-    for number in range(settings.rounds):
-        # A seed of its own for each prompt: vLLM seeds each request, and one for all would draw all answers alike.
+    # A prompt is asked once for each round, and read once.
+    engine: Any = LLM(model=path, seed=settings.seed, enable_prefix_caching=True)
+    for first in range(0, len(prompts), _VLLM_PROMPTS):
+        mine = list(range(first, min(first + _VLLM_PROMPTS, len(prompts))))
+        asked = [(number, index) for index in mine for number in range(settings.rounds)]
+        # A seed of its own for each answer: vLLM seeds each request, and one for all would draw all alike.
         how = [
             SamplingParams(
                 temperature=settings.temperature,
@@ -147,12 +191,14 @@ def _by_vllm(
                 stop_token_ids=[tokens.end_of_turn()],
                 seed=int(np.random.SeedSequence([settings.seed, number, index]).generate_state(1)[0]),
             )
-            for index in range(len(prompts))
+            for number, index in asked
         ]
-        outputs = engine.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], how)
-        found.append([list(output.outputs[0].token_ids) for output in outputs])
-        cut += sum(output.outputs[0].finish_reason == "length" for output in outputs)
-    return found, cut
+        outputs = [
+            o.outputs[0] for o in engine.generate([{"prompt_token_ids": prompts[i].tolist()} for _, i in asked], how)
+        ]
+        rows = [list(output.token_ids) for output in outputs]
+        found = [rows[number :: settings.rounds] for number in range(settings.rounds)]
+        yield mine, found, sum(output.finish_reason == "length" for output in outputs)
 
 
 def _batches(lengths: Sequence[int], settings: SamplingSettings) -> list[list[int]]:
@@ -160,7 +206,8 @@ def _batches(lengths: Sequence[int], settings: SamplingSettings) -> list[list[in
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     cut: list[list[int]] = []
     while order:
-        size = max(1, math.floor(settings.batch_tokens / (lengths[order[0]] + settings.max_new_tokens)))
+        each = settings.rounds * (lengths[order[0]] + settings.max_new_tokens)
+        size = max(1, math.floor(settings.batch_tokens / each))
         cut.append(order[:size])
         order = order[size:]
     return cut

@@ -1,6 +1,7 @@
 """The forms of the forward pass against each other and against the definition, for every kind of architecture."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 from orpo_ray.data import Pair
-from orpo_ray.forward import Form, PairModel, form_of, pair_logps
+from orpo_ray.forward import Form, PairModel, Prompts, form_of, pair_logps
 from orpo_ray.loss import BatchCounts, orpo
 from orpo_ray.metrics import PairSums
 from orpo_ray.packing import Counting, NllScope
@@ -130,6 +131,36 @@ def test_what_cannot_share_falls_back_and_says_why(architecture: str, pairs: lis
     torch.testing.assert_close(loss, objective(model, pairs, PLAIN), rtol=1e-5, atol=0)
     expected = gradient(model)
     assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("architecture", [*SHARING, *PADDING])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_several_answers_are_those_of_rows_on_their_own(
+    architecture: str, temperature: float, pairs: list[Pair]
+) -> None:
+    """The same tokens, likeliest or drawn, as when each prompt is read once for each of its answers."""
+    model = build(SHARING[architecture] if architecture in SHARING else PADDING[architecture][0])
+    pair_model = PairModel(model, form_of(model, "shared_prompt"))
+    ids = [pair.prompt_ids for pair in pairs]
+    ask = {"pad_token_id": 0, "eos_token_id": 2, "max_new_tokens": 8, "in_step": False, "temperature": temperature}
+
+    def answers(prompts: Prompts) -> torch.Tensor:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return pair_model(prompts)
+
+    expected = answers(Prompts.padded([each for each in ids for _ in range(3)], **ask))
+    assert torch.equal(answers(Prompts.padded(ids, **ask, answers_each=3)), expected)
+
+
+def test_a_prompt_is_read_once_for_all_of_its_answers(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
+    model, seen = copy.deepcopy(llama), []
+    model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["input_ids"].shape), with_kwargs=True)
+    prompts = Prompts.padded([pair.prompt_ids for pair in pairs], 0, eos_token_id=2, max_new_tokens=3, in_step=False)
+    with torch.no_grad():
+        PairModel(model, FAST)(dataclasses.replace(prompts, answers_each=4))
+    longest = max(prompt for prompt, _, _ in LENGTHS)
+    assert seen == [(6, longest - 1), (24, 1), (24, 1), (24, 1)]
 
 
 def test_foreign_code_that_ignores_positions_is_found_out(llama: LlamaForCausalLM) -> None:

@@ -124,12 +124,14 @@ def test_each_prompt_has_noise_of_its_own_in_vllm(folder: str, monkeypatch: pyte
 
         def generate(self, prompts: list[Any], how: list[Any]) -> list[Any]:
             asked.extend(how)
-            ended = [("stop", [5, 6]), ("length", [7] * 9), ("stop", [8])]
+            ended = [("stop", [5, 6]), ("length", [7] * 9)] * len(PROMPTS)  # to each prompt, in two rounds
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=t, finish_reason=r)]) for r, t in ended]
 
     stub = SimpleNamespace(LLM=Engine, SamplingParams=lambda **settings: SimpleNamespace(**settings))
     monkeypatch.setitem(sys.modules, "vllm", stub)
     found = sample(folder, PROMPTS, SamplingSettings(rounds=2, max_new_tokens=9), backend="vllm")
     assert len({each.seed for each in asked}) == 6
-    assert found.unfinished == 2
+    assert found.unfinished == 3
     assert [len(row) for row in found.answers_RN] == [3, 3]
+    assert [len(set(row)) for row in found.answers_RN] == [1, 1]
+    assert found.answers_RN[0] != found.answers_RN[1]
