@@ -53,7 +53,8 @@ def changed(steps: int, folder: Path, console: Console) -> dict[str, Any]:
     place = reproduce.Place(folder, replace(scales.scale("tiny"), base={"max_steps": steps}))
     place.begin()
     reproduce.train_lambdas(place, console, _LAMBDAS)
-    start, changes = reproduce.curves(place)["sft"][0], reproduce.changes(place)
+    start_N2 = reproduce.start(place, console)
+    start, changes = reproduce.curves(place, start_N2)["sft"][0], reproduce.changes(place, start_N2)
     return {"steps": steps, "start": start, "changes": {name: changes[name] for name in ("sft", "orpo")}}
 
 

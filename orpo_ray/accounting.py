@@ -21,7 +21,7 @@ FLOPs are those of matrix products, 2mkn for [m × k] · [k × n]: linear layers
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -94,6 +94,11 @@ class Accounting:
     rows: tuple[Row, ...]
     fallback: str = ""
     """Why there is no row with a shared prompt; the rows with the reference on disk are padded then."""
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> Accounting:
+        """From what `dataclasses.asdict` makes of one, as JSON gives it back."""
+        return cls(**{**tree, "rows": tuple(Row(**row) for row in tree["rows"])})
 
 
 def measure(

@@ -49,6 +49,7 @@ def _is_users_to_mend(error: Exception) -> bool:
         "SubmitError",
         "StorageError",
         "SweepError",
+        "TaskError",
         "ClusterError",
         "DoctorError",
         "CompareError",
@@ -155,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     again.add_argument("--model", help="start from this model: folder or hub name (tiny: trained with LoRA)")
     again.add_argument("--data", help="preference pairs: file or hub name (default: the scale's)")
+    again.add_argument("--seed", type=int, default=0, help="another one: the page shows those done before, too (0)")
     again.add_argument("--output-dir", type=Path, default=Path("runs"), help="where its folder is made (runs)")
     again.add_argument("--num-cpus", type=int, help="CPUs of the local Ray cluster (default: all)")
     transfer = command("transfer", _transfer, "From sweeps over sizes: a larger model's lr and λ, if any.", False)
@@ -261,8 +263,9 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
         from orpo_ray import cluster, reproduce, reproduction_page, scales
     transformers_logging.disable_progress_bar()  # of weights: dozens, each gone in a second
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    scale = scales.scale(arguments.scale, arguments.model, arguments.data)
+    scale = scales.scale(arguments.scale, arguments.model, arguments.data, arguments.seed)
     name = f"paper-{scale.name}" + (f"-{Path(arguments.model).name}" if arguments.model else "")
+    name += f"-seed-{scale.seed}" if scale.seed else ""
     place = reproduce.Place(arguments.output_dir.expanduser().absolute() / name, scale)
     with cluster.connected(arguments.num_cpus):
         result = reproduce.run(place, console)
@@ -270,7 +273,10 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
     for option in ("model", "data"):
         if (given := getattr(arguments, option)) is not None:
             command += [f"--{option}", Path(given).name if Path(given).exists() else given]
-    page = reproduction_page.write(place.folder / "page", result, reproduction_page.compute(place), shlex.join(command))
+    command += ["--seed", str(scale.seed)] if scale.seed else []
+    page = reproduction_page.write(
+        place.folder / "page", result, shlex.join(command), reproduce.of_other_seeds(place.folder)
+    )
     for claim in reproduction_page.claims(result):
         console.print(f"{claim.verdict:<12} {claim.text}: {claim.ours} ({claim.interval})", soft_wrap=True)
     console.print(f"\npage       {page}", soft_wrap=True)

@@ -10,17 +10,16 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from orpo_ray import accounting, export, provenance, reference, sample, sweep, win_rate
 from orpo_ray import config as configs
-from orpo_ray import export, provenance, reference, sample, sweep, win_rate
 from orpo_ray.bootstrap import LEVEL, RESAMPLES, draws
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.data import held_out_texts, load_pairs
@@ -32,12 +31,17 @@ from orpo_ray.progress import SweepProgress
 from orpo_ray.results import EVENTS_FILE, read_events, write_results
 from orpo_ray.reward import RewardModel
 from orpo_ray.rows import Message
-from orpo_ray.scales import LAMBDAS, MAIN_LAMBDA, Scale, base_pairs
+from orpo_ray.scales import LAMBDAS, MAIN_LAMBDA, SEEDS, Scale, base_pairs
+from orpo_ray.tasks import Task, run_all
 
 RESULT_FILE = "reproduction.json"
 _BEGUN_FILE = "begun.json"
 SIDES = ("chosen_logp", "rejected_logp")
 POLICIES = ("orpo", "sft", "dpo", "rlhf")
+_JUDGE, _COACH = 1, 2
+"""Seeds of the two reward models, from the reproduction's first."""
+_ACCOUNTED = 4
+"""Pairs that FLOPs are counted on, each way a step can run: real passes of the whole model, without adapters."""
 _COMPARED = (
     ("probability less odds", "probability", "orpo"),
     ("orpo less sft", "orpo", "sft"),
@@ -76,12 +80,9 @@ class Place:
         """Where an exported model is, or will be."""
         return self.folder / "models" / name
 
-    def once(self, name: str, asked: Any, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, as JSON gives it back: kept under this name for as long as the same is asked."""
-        file = self.folder / "kept" / f"{name}.json"
-        if not file.exists() or json.loads(file.read_text(encoding="utf-8"))["asked"] != asked:
-            write_results(file, {"asked": asked, "found": compute()})
-        return json.loads(file.read_text(encoding="utf-8"))["found"]
+    def results_of(self, tasks: Sequence[Task], console: Console) -> dict[str, Any]:
+        """What tasks give, each with the resources of a worker that trains. Ray must be initialised."""
+        return run_all(tasks, self.folder / "kept", self.experiment("lambda").scaling, console)
 
     def begin(self) -> dict[str, Any]:
         """Claim the folder for this scale, at the first of any number of commands.
@@ -130,9 +131,14 @@ def run(place: Place, console: Console) -> dict[str, Any]:
         raise ReproduceError(str(error)) from error
     begun, prompts = place.begin(), _prompts(place)
     seconds = _train_all(place, console)
-    answered = {name: _answers(place, name, prompts, console) for name in POLICIES}
-    answers_RN = {name: found["answers_RN"] for name, found in answered.items()}
-    rewards_RN = _rewards(place, prompts, answers_RN, console)
+    # All at once: none waits for another.
+    tasks = [*(_answering(place, name, prompts) for name in POLICIES), _starting(place), _accounting(place)]
+    found = place.results_of(tasks, console)
+    answered = {name: found[f"answers-{name}"] for name in POLICIES}
+    answers_RN = {name: each["answers_RN"] for name, each in answered.items()}
+    found |= place.results_of([_scoring(place, name, prompts, answers_RN[name]) for name in POLICIES], console)
+    rewards_RN = {name: np.array(found[f"rewards-{name}"]) for name in POLICIES}
+    start_N2 = np.array(found["start"])
     result = {
         "scale": place.scale.name,
         "about": place.scale.about(),
@@ -150,13 +156,15 @@ def run(place: Place, console: Console) -> dict[str, Any]:
                 "characters": float(np.mean([len(text) for row in rounds for text in row])),
                 "examples": [row[0] for row in rounds],
                 "unfinished": answered[name]["unfinished"] / (len(rounds) * len(prompts)),
+                "backend": answered[name]["backend"],
             }
             for name, rounds in answers_RN.items()
         },
         "first_prompt": prompts[0],
-        "curves": curves(place),
-        "changes": changes(place),
+        "curves": curves(place, start_N2),
+        "changes": changes(place, start_N2),
         "diversity": {name: dataclasses.asdict(_diversity(answers_RN[name], embed)) for name in POLICIES},
+        "accounting": found["accounting"],
     }
     write_results(place.folder / RESULT_FILE, result)
     return result
@@ -189,7 +197,8 @@ def _base(place: Place) -> dict[str, Any]:
 def _train_all(place: Place, console: Console) -> dict[str, float]:
     """Every model of the comparison as a folder; returns seconds of training by role."""
     seconds, base = train_lambdas(place, console), _base(place)
-    judges = {"judge": {"train.seed": 1}, "coach": {"train.seed": 2}}
+    seed = SEEDS * place.scale.seed
+    judges = {"judge": {"train.seed": seed + _JUDGE}, "coach": {"train.seed": seed + _COACH}}
     seconds["reward models"] = _train(place, "reward", judges, console, **base)
     ratio = {"probability": {"loss.orpo_lambda": MAIN_LAMBDA}}
     seconds["probability ratio"] = _train(place, "ratio", ratio, console, **base)
@@ -250,6 +259,14 @@ def _train(
 # ---- answers and rewards --------------------------------------------------------------------------------------------
 
 
+def of_other_seeds(folder: Path) -> list[dict[str, Any]]:
+    """What was found beside a reproduction's folder with the same settings but for the seed, by seed."""
+    mine = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["about"]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in folder.parent.glob(f"*/{RESULT_FILE}")]
+    alike = [each for each in found if each["about"] == mine | {"seed": each["about"].get("seed")}]
+    return sorted((each for each in alike if each["about"] != mine), key=lambda each: each["about"]["seed"])
+
+
 def _prompts(place: Place) -> list[list[Message]]:
     """Conversations of the held-out pairs, as many as the scale samples."""
     config = place.experiment("lambda")
@@ -268,45 +285,51 @@ def _digest(place: Place, name: str) -> str:
     return str(marker["digest"])
 
 
-def _answers(place: Place, name: str, prompts: list[list[Message]], console: Console) -> dict[str, Any]:
-    """`answers_RN`, and how many of them are `unfinished`."""
+def _answering(place: Place, name: str, prompts: list[list[Message]]) -> Task:
+    """Gives `answers_RN`, how many of them are `unfinished`, and the `backend`."""
     settings = place.scale.sampling
-    asked = {
-        "settings": dataclasses.asdict(settings),
-        "prompts": prompts,
-        "model": _digest(place, name),
-        "backend": sample.backend_here(),
-    }
-
-    def answered() -> dict[str, Any]:
-        console.print(f"{name} answers {len(prompts)} prompts, {settings.rounds} times")
-        found = sample.sample(str(place.model(name)), prompts, settings)
-        return {"answers_RN": found.answers_RN, "unfinished": found.unfinished}
-
-    return dict(place.once(f"answers-{name}", asked, answered))
+    return Task(
+        f"answers-{name}",
+        f"{name} answers",
+        {"settings": dataclasses.asdict(settings), "prompts": prompts, "model": _digest(place, name)},
+        _answer,
+        (str(place.model(name)), prompts, settings),
+        len(prompts),
+        lambda parts: dataclasses.asdict(sample.Sampled.of(parts)),
+    )
 
 
-def _rewards(
-    place: Place, prompts: list[list[Message]], answers_RN: Mapping[str, list[list[str]]], console: Console
-) -> dict[str, np.ndarray]:
-    """What the judge gives each model's answers, float64 [R, N]."""
+def _answer(
+    path: str, prompts: list[list[Message]], settings: sample.SamplingSettings
+) -> Iterator[tuple[int, sample.Answered]]:
+    for part in sample.answers(path, prompts, settings):
+        yield len(part.indices), part
 
-    @cache
-    def judge() -> RewardModel:
-        longest = place.scale.max_tokens + place.scale.max_new_tokens
-        return RewardModel.load(str(place.model("judge")), max_tokens=longest)
 
-    def scored(name: str) -> list[list[float]]:
-        console.print(f"the judge scores {name}")
-        rewards_NR = judge().score(prompts, list(zip(*answers_RN[name], strict=True)))
-        return list(rewards_NR.T.tolist())
+def _scoring(place: Place, name: str, prompts: list[list[Message]], answers_RN: list[list[str]]) -> Task:
+    """Gives what the judge gives a model's answers, [R, N]."""
+    longest = place.scale.max_tokens + place.scale.max_new_tokens
+    return Task(
+        f"rewards-{name}",
+        f"the judge scores {name}",
+        {"answers": answers_RN, "judge": _digest(place, "judge")},
+        _score,
+        (str(place.model("judge")), longest, prompts, answers_RN),
+        1,
+        _only,
+    )
 
-    return {
-        name: np.array(
-            place.once(f"rewards-{name}", {"answers": answers, "judge": _digest(place, "judge")}, partial(scored, name))
-        )
-        for name, answers in answers_RN.items()
-    }
+
+def _score(
+    path: str, max_tokens: int, prompts: list[list[Message]], answers_RN: list[list[str]]
+) -> Iterator[tuple[int, list[list[float]]]]:
+    rewards_NR = RewardModel.load(path, max_tokens=max_tokens).score(prompts, list(zip(*answers_RN, strict=True)))
+    yield 1, rewards_NR.T.tolist()
+
+
+def _only(parts: list[Any]) -> Any:
+    (part,) = parts
+    return part
 
 
 def _win_rate(ours_RN: np.ndarray, theirs_RN: np.ndarray) -> dict[str, Any]:
@@ -336,23 +359,27 @@ def _trials(place: Place) -> dict[str, tuple[Path, str]]:
     return found
 
 
-def _start(place: Place) -> np.ndarray:
-    """Mean token log-probabilities of the held-out pairs before training, float64 [N, 2]."""
+def start(place: Place, console: Console) -> np.ndarray:
+    """Mean token log-probabilities of the held-out pairs before training, float64 [N, 2]. Ray must be initialised."""
+    return np.array(place.results_of([_starting(place)], console)["start"])
 
-    def logps_N2() -> list[list[float]]:
-        config = place.experiment("lambda", **_base(place))
-        tokenizer = load_tokenizer(config.model)
-        _, held_out = load_pairs(config.data, tokenizer)
-        counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
-        return list(reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id)).tolist())
 
+def _starting(place: Place) -> Task:
     asked = _digest(place, "base") if place.scale.pretrain else place.scale.model
-    return np.array(place.once("start", asked, logps_N2))
+    title = "log-probabilities before training"
+    return Task("start", title, asked, _logps_before, (place.experiment("lambda", **_base(place)),), 1, _only)
 
 
-def curves(place: Place) -> dict[str, list[dict[str, float]]]:
+def _logps_before(config: ExperimentConfig) -> Iterator[tuple[int, list[list[float]]]]:
+    tokenizer = load_tokenizer(config.model)
+    _, held_out = load_pairs(config.data, tokenizer)
+    counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
+    yield 1, reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id)).tolist()
+
+
+def curves(place: Place, start_N2: np.ndarray) -> dict[str, list[dict[str, float]]]:
     """Name -> held-out log-probabilities at every evaluation, the start included as step 0."""
-    start = dict(zip(SIDES, _start(place).mean(0).tolist(), strict=True))
+    start = dict(zip(SIDES, start_N2.mean(0).tolist(), strict=True))
     found = {}
     for name, (run_dir, trial_id) in _trials(place).items():
         points = [{"step": 0.0, **start}]
@@ -364,9 +391,8 @@ def curves(place: Place) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def changes(place: Place) -> dict[str, dict[str, Any]]:
+def changes(place: Place, start_N2: np.ndarray) -> dict[str, dict[str, Any]]:
     """Name -> side -> `Change` from start to end; and of one model's end against another's (`_COMPARED`)."""
-    start_N2 = _start(place)
     end = {name: PairScores.load(d / "trials" / t / PAIRS_FILE) for name, (d, t) in _trials(place).items()}
     moved = {
         name: {
@@ -407,8 +433,20 @@ def _judge(place: Place) -> dict[str, Any]:
     for trial in results["trials"]:
         scores = PairScores.load(run_dir / "trials" / trial["trial_id"] / PAIRS_FILE)
         (_, right_N, _), *_ = scores.ratios("eval/preference_accuracy")
-        found["judge" if trial["params"]["train.seed"] == 1 else "coach"] = _interval(right_N)
+        found["judge" if trial["params"]["train.seed"] % SEEDS == _JUDGE else "coach"] = _interval(right_N)
     return found
+
+
+def _accounting(place: Place) -> Task:
+    """Gives `accounting.Accounting` of ORPO and DPO on some training pairs, with the scale's model."""
+    asked = {"model": place.scale.model, "pairs": _ACCOUNTED}
+    return Task("accounting", "counting FLOPs", asked, _account, (place.experiment("lambda"),), 1, _only)
+
+
+def _account(config: ExperimentConfig) -> Iterator[tuple[int, dict[str, Any]]]:
+    train, _ = load_pairs(config.data, load_tokenizer(config.model))
+    found = accounting.measure(config.model, [train[index] for index in range(min(_ACCOUNTED, len(train)))])
+    yield 1, dataclasses.asdict(found)
 
 
 def _counts(place: Place) -> dict[str, int]:

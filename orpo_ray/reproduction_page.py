@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from orpo_ray import published, ratio_simulation, win_rate
-from orpo_ray.accounting import Accounting, measure
+from orpo_ray.accounting import Accounting
 from orpo_ray.accounting import table as accounting_table
-from orpo_ray.data import load_pairs
 from orpo_ray.markdown import markdown_table
-from orpo_ray.model import load_tokenizer
-from orpo_ray.reproduce import Place
 
 PAGE_FILE = "reproduction.md"
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
@@ -45,14 +42,14 @@ class Claim:
     """`yes`, `no`, `not decided`, or `shown, nothing claimed`."""
 
 
-def write(folder: Path, result: Mapping[str, Any], accounting: Accounting | None, command: str) -> Path:
+def write(folder: Path, result: Mapping[str, Any], command: str, others: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Write the page and its pictures.
 
     Args:
         folder: the pictures go beside the page.
         result: of `reproduce.run`.
-        accounting: of the compute, where it was measured.
         command: that makes it again.
+        others: results with other seeds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _save(_curves(result, ("sft", "orpo-0.1", "orpo-0.5", "orpo")), folder / "lambda.png")
@@ -63,7 +60,7 @@ def write(folder: Path, result: Mapping[str, Any], accounting: Accounting | None
     )
     _save(ratio_simulation.draw(ratio_simulation.simulate()), folder / "figure6.png")
     page = folder / PAGE_FILE
-    page.write_text(_page(result, accounting, command), encoding="utf-8")
+    page.write_text(_page(result, command, others), encoding="utf-8")
     return page
 
 
@@ -161,17 +158,10 @@ def _judge_is_blind(result: Mapping[str, Any]) -> bool:
     return bool(result["judge"]["judge"]["low"] <= 0.5)
 
 
-def compute(place: Place) -> Accounting:
-    """Forward passes and FLOPs of ORPO and DPO on eight training pairs, with the scale's model."""
-    config = place.experiment("lambda")
-    train, _ = load_pairs(config.data, load_tokenizer(config.model))
-    return measure(config.model, [train[index] for index in range(min(8, len(train)))])
-
-
 # ---- text -----------------------------------------------------------------------------------------------------------
 
 
-def _page(result: Mapping[str, Any], accounting: Accounting | None, command: str) -> str:
+def _page(result: Mapping[str, Any], command: str, others: Sequence[Mapping[str, Any]]) -> str:
     about, judge, control = result["about"], result["judge"], result["control"]
     rows = [[c.text, c.where, c.paper, c.ours, c.interval, c.verdict] for c in claims(result)]
     titles = ["the paper says", "where", "its number", "ours", "95 % interval", "same sign"]
@@ -187,10 +177,11 @@ def _page(result: Mapping[str, Any], accounting: Accounting | None, command: str
         f"{Path(about['model']).name} on {Path(about['data']).name}, {result['pairs']['train']} training pairs and "
         f"{result['pairs']['held_out']} held-out ones.{began} ORPO has λ = {about['main_lambda']:g} where no other is "
         "named, which was fixed before any run. Intervals are bootstraps over prompts or pairs; they do not cover the "
-        "seed, of which there is one.",
+        f"seed, which is {about['seed']}{': see the others below' if others else ', and there is no other'}.",
         "## What came out",
         markdown_table(titles, rows),
         _judge_text(judge, control),
+        *_by_seed([result, *others]),
         "## Log-probabilities of held-out answers",
         "Figures 3, 7 and 9: SFT (λ = 0) and ORPO. Step 0 is the model before training.\n\n"
         "![mean token log-probability of chosen and rejected answers over steps, by λ](lambda.png)",
@@ -203,7 +194,7 @@ def _page(result: Mapping[str, Any], accounting: Accounting | None, command: str
         "Figure 6: 50,000 pairs of probabilities, each drawn evenly from 0 to 1. " + _figure6(),
         "![distributions of both log ratios](figure6.png)",
         "## Compute",
-        _compute(accounting),
+        _compute(result["accounting"]),
         "## Cost",
         markdown_table(["step", "seconds"], [[k, f"{v:.0f}"] for k, v in result["seconds"].items()]),
         "## Settings",
@@ -212,6 +203,22 @@ def _page(result: Mapping[str, Any], accounting: Accounting | None, command: str
         "\n".join(f"- {line}" for line in _cannot(result)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _by_seed(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every claim's number with each seed."""
+    if len(results) < 2:
+        return []
+    results = sorted(results, key=lambda result: result["about"]["seed"])
+    rows = zip(*(claims(result) for result in results), strict=True)
+    return [
+        "## With other seeds",
+        "Everything again: other initial adapters, order of pairs, reward models and draws of answers, the same pairs.",
+        markdown_table(
+            ["the paper says", *(f"seed {result['about']['seed']}" for result in results)],
+            [[row[0].text, *(f"{claim.ours.partition(' (')[0]}: {claim.verdict}" for claim in row)] for row in rows],
+        ),
+    ]
 
 
 def _cannot(result: Mapping[str, Any]) -> list[str]:
@@ -265,17 +272,19 @@ def _figure6() -> str:
     return f"Standard deviations: {spread}. The odds ratio spreads widest, as in the paper."
 
 
-def _compute(accounting: Accounting | None) -> str:
-    passes = published.FORWARD_PASSES
-    said = f"The paper (section 7.3): {passes['orpo']} forward passes per pair for ORPO, {passes['dpo']} for DPO."
-    if accounting is None:
-        return f"{said} Not measured here."
-    return f"{said} Measured on one micro-batch:\n\n{markdown_table(*accounting_table(accounting))}"
+def _compute(found: Mapping[str, Any]) -> str:
+    passes, measured = published.FORWARD_PASSES, Accounting.of(found)
+    return (
+        f"The paper (section 7.3): {passes['orpo']} forward passes per pair for ORPO, {passes['dpo']} for DPO. "
+        f"Measured on a micro-batch of {measured.pairs} pairs, of the whole model without adapters:\n\n"
+        f"{markdown_table(*accounting_table(measured))}"
+    )
 
 
 def _settings(result: Mapping[str, Any]) -> str:
     about, lengths = result["about"], result["about"]["lengths"]
     cut = ", ".join(f"{name.upper()} {100 * known['unfinished']:.0f} %" for name, known in result["answers"].items())
+    drawn = ", ".join(sorted({known["backend"] for known in result["answers"].values()}))
     rows = [
         ["λ", ", ".join(f"{value:g}" for value in about["lambdas"])],
         ["pairs per step", str(about["batch"])],
@@ -283,6 +292,7 @@ def _settings(result: Mapping[str, Any]) -> str:
         ["peak learning rate", ", ".join(f"{role} {lr:g}" for role, lr in about["lr"].items())],
         ["LoRA", json.dumps(about["lora"]) if about["lora"] else "none: all weights are trained"],
         ["answers", f"{about['prompts']} prompts, {about['rounds']} rounds, {about['max_new_tokens']} tokens at most"],
+        ["answers are drawn with", drawn],
         ["answers that end there, unfinished", cut],
     ]
     return markdown_table(["setting", "value"], rows)

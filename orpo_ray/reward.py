@@ -93,11 +93,11 @@ class RewardModel:
         for row, (prompt, prompt_ids) in enumerate(zip(prompts, self.tokens.prompts(prompts), strict=True)):
             room = max(self.max_tokens - len(prompt_ids), 1)
             ids = [np.array(answer[:room], np.int32) for answer in self.tokens.answers(prompt, answers_NK[row])]
-            # Two answers share their prompt's pass; the last of an odd number goes twice.
+            # Two answers share their prompt's pass; beside the last of an odd number goes a token for nobody.
             for first in range(0, num, 2):
-                second = min(first + 1, num - 1)
-                pairs.append(Pair(f"{row}:{first}", np.array(prompt_ids, np.int32), ids[first], ids[second], 0))
-                places.append((row, first, second))
+                other = ids[first + 1] if first + 1 < num else ids[first][:1]
+                pairs.append(Pair(f"{row}:{first}", np.array(prompt_ids, np.int32), ids[first], other, 0))
+                places.append((row, first))
         lengths_N3 = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
         cut = micro_batches(
             lengths_N3, 1, max_pairs=None, max_tokens=max_tokens_at_once, share_prompt=self.model.form.shares_prompt
@@ -105,9 +105,9 @@ class RewardModel:
         rewards_NK = np.full((len(prompts), num), np.nan)
         for (mine,) in track(cut, description="scoring", transient=True, disable=len(cut) < 8):
             rewards_P2 = self.of_pairs([pairs[int(i)] for i in mine]).double().cpu().numpy()
-            for index, (first_reward, second_reward) in zip(mine, rewards_P2, strict=True):
-                row, first, second = places[int(index)]
-                rewards_NK[row, first], rewards_NK[row, second] = first_reward, second_reward
+            for index, both in zip(mine, rewards_P2, strict=True):
+                row, first = places[int(index)]
+                rewards_NK[row, first : first + 2] = both[: num - first]
         return rewards_NK
 
 

@@ -18,6 +18,10 @@ MAIN_LAMBDA = 1.0
 """Of the model called ORPO in win rates: the authors' default, and Figure 7's. Chosen before any run."""
 
 
+SEEDS = 10
+"""Training seeds of one reproduction and of the next are so far apart."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """One size."""
@@ -52,11 +56,15 @@ class Scale:
     """Row of `published.WIN_RATES` that this repeats; others only show signs."""
     use_gpu: bool = False
     rounds: int = 3
+    dpo_pairs: int | None = None
+    """Where DPO trains on fewer: before its first step the reference reads all of them."""
+    seed: int = 0
+    """Of the training and of what is sampled; other seeds share nothing but the data."""
 
     @property
     def sampling(self) -> SamplingSettings:
         """How answers are drawn: at temperature 1, in three rounds, as in the paper."""
-        return SamplingSettings(rounds=self.rounds, temperature=1.0, max_new_tokens=self.max_new_tokens)
+        return SamplingSettings(self.rounds, temperature=1.0, max_new_tokens=self.max_new_tokens, seed=self.seed)
 
     def tree(self, role: str) -> dict[str, Any]:
         """The experiment of a role, but for its name and place."""
@@ -75,16 +83,18 @@ class Scale:
         if role == "rlhf":  # its answers are not the data's: the longest prompt leaves room for a whole one
             data["max_tokens"] = max(self.max_tokens, self.max_prompt_tokens + self.max_new_tokens)
         if self.train_pairs is not None:
-            data["train_pairs"] = self.train_pairs
-        # Two trials on a core each finish sooner than one after the other on two.
+            data["train_pairs"] = self.dpo_pairs if role == "dpo" and self.dpo_pairs else self.train_pairs
+        # Two trials on a core each take a tenth less than one after the other on two.
         cpus = 1 if role in ("reward", "lambda") else 2
         return {
             "model": {"path": self.model} | ({"lora": self.lora} if self.lora and role != "base" else {}),
             "data": data | {"max_prompt_tokens": self.max_prompt_tokens},
             "loss": losses[role],
             "optim": {"lr": lr, "schedule": "cosine", "warmup_ratio": 0.1},
-            "train": {"global_batch_size": self.batch, "max_tokens_per_micro_batch": 2048, "log_every": 5} | length,
-            "generation": {"prompts": 2, "max_new_tokens": min(32, self.max_new_tokens)},
+            "train": {"global_batch_size": self.batch, "max_tokens_per_micro_batch": 2048, "log_every": 5}
+            | {"seed": 42 + SEEDS * self.seed}  # the default is 42
+            | length,
+            "generation": {"prompts": 0},  # the finished models answer, to many more
             "checkpoint": {"keep_last": 1},
             "deepspeed": {"zero_stage": 2},
             "scaling": {"use_gpu": True} if self.use_gpu else {"cpus_per_worker": cpus},
@@ -105,6 +115,7 @@ class Scale:
             "lengths": {"policy": self.policy, "reward": self.reward, "dpo": self.dpo, "rlhf": self.rlhf},
             "lora": self.lora,
             "compared_with": self.compared_with,
+            "seed": self.seed,
             "pretrain": self.pretrain,
         }
 
@@ -137,6 +148,7 @@ _REAL = Scale(
     max_tokens=160,
     max_prompt_tokens=96,
     train_pairs=800,  # some 3 in 5 are dropped for long prompts, of the held-out pairs too
+    dpo_pairs=400,
     eval_pairs=192,
     prompts=64,
     max_new_tokens=40,
@@ -186,18 +198,18 @@ _FULL = replace(
 )
 
 
-def scale(name: ScaleName, model: str | None = None, data: str | None = None) -> Scale:
-    """A scale, with another model or other data where given.
+def scale(name: ScaleName, model: str | None = None, data: str | None = None, seed: int = 0) -> Scale:
+    """A scale, with another model, other data, or another seed where given.
 
     `tiny` without a model trains a preset from nothing on the built-in pairs; with one, that with LoRA.
     """
     chosen = {"tiny": _REAL if model else _BUILTIN, "small": _OPT, "full": _FULL}[name]
     if chosen is _REAL and data is not None and data.startswith("builtin://"):
         # None of these is dropped, and what is evaluated takes longer than what is trained on.
-        chosen = replace(chosen, max_prompt_tokens=128, train_pairs=320, eval_pairs=96, prompts=96)
+        chosen = replace(chosen, max_prompt_tokens=128, train_pairs=320, dpo_pairs=160, eval_pairs=96, prompts=96)
     # What is no longer the paper's row is not set beside it.
     row = None if model or data else chosen.compared_with
-    return replace(chosen, model=model or chosen.model, data=data or chosen.data, compared_with=row)
+    return replace(chosen, model=model or chosen.model, data=data or chosen.data, compared_with=row, seed=seed)
 
 
 def base_pairs(number: int = 4096, seed: int = 1) -> str:

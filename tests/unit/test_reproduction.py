@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from orpo_ray import reproduction_page, scales, style_pairs
-from orpo_ray.reproduce import Place, ReproduceError, run
+from orpo_ray.accounting import Accounting, Row
+from orpo_ray.reproduce import RESULT_FILE, Place, ReproduceError, of_other_seeds, run
 from orpo_ray.scales import Scale, base_pairs, scale
 
 ROLES = ("reward", "lambda", "ratio", "dpo", "rlhf")
@@ -41,8 +43,9 @@ RESULT: dict[str, Any] = {
     "judge": {"judge": _change(0.7), "coach": _change(0.68)},
     "win_rates": {"sft": _rate(0.8), "dpo": _rate(0.45), "rlhf": _rate(0.52)},
     "control": _rate(0.5),
-    "answers": {name: {"unfinished": 0.25} for name in ("orpo", "sft", "dpo", "rlhf")},
+    "answers": {name: {"unfinished": 0.25, "backend": "transformers"} for name in ("orpo", "sft", "dpo", "rlhf")},
     "rewards": {name: [0.0, 1.0, 2.0] for name in ("orpo", "sft", "dpo", "rlhf")},
+    "accounting": dataclasses.asdict(Accounting(4, 10, (Row("ORPO", 2, 1, 9.0, 1e9, 2e9, 8, 0, 8, 16),))),
     "curves": {
         name: [
             {"step": 0.0, "chosen_logp": -2.0, "rejected_logp": -2.0},
@@ -96,13 +99,14 @@ def test_a_judge_no_better_than_chance_decides_nothing() -> None:
 
 
 def test_the_page_has_its_pictures_and_numbers(tmp_path: Path) -> None:
-    page = reproduction_page.write(tmp_path, RESULT, None, "orpo-ray reproduce paper --scale tiny")
+    page = reproduction_page.write(tmp_path, RESULT, "orpo-ray reproduce paper --scale tiny")
     text = page.read_text(encoding="utf-8")
     for name in ("lambda.png", "ratio.png", "rewards.png", "figure6.png"):
         assert f"]({name})" in text
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| 80.0 % (std over rounds 1.00) | 75.0 to 85.0 % | yes |" in text
     assert "69.4 to 84.0 %" in text
+    assert "| answers are drawn with | transformers |" in text
     assert "| ORPO 25 %, SFT 25 %, DPO 25 %, RLHF 25 % |" in text
     assert "commit `0123456789`, finished with commit `fedcba9876` with changes." in text
 
@@ -156,22 +160,35 @@ def test_a_folder_is_of_one_scale(tmp_path: Path) -> None:
         Place(tmp_path, scale("tiny", model="some/model")).begin()
 
 
-def test_what_is_kept_is_computed_again_only_where_something_else_is_asked(tmp_path: Path) -> None:
-    place, computed = Place(tmp_path, scale("tiny")), []
+def test_other_seeds_stand_beside_their_own_kind_only(tmp_path: Path) -> None:
+    """Not those with other settings, and not those that have not ended."""
+    for name, changes in (("a", {}), ("b", {"seed": 2}), ("c", {"seed": 1}), ("d", {"seed": 3, "batch": 7})):
+        (tmp_path / name).mkdir()
+        about = RESULT["about"] | changes
+        (tmp_path / name / RESULT_FILE).write_text(json.dumps(RESULT | {"about": about}), encoding="utf-8")
+    (tmp_path / "e").mkdir()
+    others = of_other_seeds(tmp_path / "a")
+    assert [other["about"]["seed"] for other in others] == [1, 2]
+    others[0]["win_rates"]["sft"] = _rate(0.3)
+    page = reproduction_page.write(tmp_path, RESULT, "x", others).read_text(encoding="utf-8")
+    assert "| the paper says | seed 0 | seed 1 | seed 2 |" in page
+    assert "| ORPO against SFT wins more than half | 80.0 %: yes | 30.0 %: no | 80.0 %: yes |" in page
+    alone = reproduction_page.write(tmp_path, RESULT, "x").read_text(encoding="utf-8")
+    assert "the seed, which is 0, and there is no other." in alone
+    assert "other seeds" not in alone
 
-    def compute() -> list[float]:
-        computed.append(1)
-        return [0.1 + 0.2, len(computed)]
 
-    for asked, expected in (("a", 1), ("a", 1), ({"b": [1]}, 2), ({"b": [1]}, 2), ("a", 3)):
-        assert place.once("x", asked, compute) == [0.1 + 0.2, expected]
+def test_seeds_share_none_of_their_own() -> None:
+    seeds = [scale("tiny", seed=number).tree(role)["train"]["seed"] for number in range(4) for role in ROLES[1:]]
+    assert len(set(seeds)) == 4
+    assert [scale("tiny", seed=number).sampling.seed for number in (0, 3)] == [0, 3]
 
 
 def test_without_a_repository_there_is_no_commit_to_name(tmp_path: Path) -> None:
     nowhere = {"git": None, "packages": {"torch": "2.13.0"}}
     for began, said in ((nowhere, "\n\ntorch 2.13.0.\n"), (RESULT["provenance"], "commit `0123456789`.\n")):
         result = RESULT | {"provenance": began, "finished_with": nowhere}
-        assert said in reproduction_page.write(tmp_path, result, None, "x").read_text(encoding="utf-8")
+        assert said in reproduction_page.write(tmp_path, result, "x").read_text(encoding="utf-8")
 
 
 def test_language_is_learned_from_built_in_pairs_only(tmp_path: Path) -> None:
@@ -191,7 +208,7 @@ def test_what_a_scale_cannot_show_is_said_of_that_scale(tmp_path: Path) -> None:
     said = {}
     for name in ("tiny", "small", "full"):
         result = RESULT | {"scale": name, "about": scale(name).about()}
-        page = reproduction_page.write(tmp_path, result, None, "x").read_text(encoding="utf-8")
+        page = reproduction_page.write(tmp_path, result, "x").read_text(encoding="utf-8")
         said[name] = page.rpartition("## What this scale cannot show")[2]
     assert "another model or other data" in said["tiny"]
     assert "a weaker judge and less training" in said["small"]
