@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import memory, memory_model, pretraining, search_quality, throughput
+from benchmarks import memory, memory_model, more_steps, pretraining, search_quality, throughput
 from benchmarks.rounds import RESULTS
 
 README = Path(__file__).resolve().parent / "README.md"
@@ -63,6 +63,7 @@ def render(text: str, results: Path, folder: Path) -> str:
         "sweep-scale": sweep_scale_part,
         "mlflow-delivery": mlflow_delivery_part,
         "pretraining": pretraining_part,
+        "more-steps": more_steps_part,
     }
 
     def made(match: re.Match[str]) -> str:
@@ -249,6 +250,14 @@ def pretraining_part(sections: dict[str, Any], folder: Path, device: str) -> str
     contents = sorted(sections.values(), key=lambda content: content["row"]["steps"])
     rows = [pretraining.shown(content["row"]) for content in contents]
     return "\n".join([*sorted({about(content) for content in contents}), "", *markdown(pretraining.HEADER, rows)])
+
+
+def more_steps_part(sections: dict[str, Any], folder: Path, device: str) -> str:
+    """Log-probabilities over the steps, by model."""
+    lines = []
+    for content in sections.values():
+        lines += [about(content), "", *markdown(more_steps.HEADER, more_steps.shown(content["found"])), ""]
+    return "\n".join(lines[:-1])
 
 
 def search_quality_part(sections: dict[str, Any], folder: Path, device: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import memory, pretraining, report, rounds, scaling, throughput, workload
+from benchmarks import memory, more_steps, pretraining, report, rounds, scaling, throughput, workload
 from benchmarks import steps as measured
 from benchmarks.case import SIDES, Case
 from benchmarks.flops import pair_flops, parts, predicted_tokens, seen_keys, shape_of
@@ -453,3 +453,25 @@ def test_what_sft_and_orpo_moved_is_a_row_by_pretraining(tmp_path: Path) -> None
     assert lines[1].startswith("`python -m benchmarks.pretraining`, ")
     assert [line.split(" |")[0] for line in lines[5:7]] == ["| 15 steps", "| 240 steps"]
     assert lines[5].split(" | ")[1:4] == ["-2.500", "+0.500 (+0.400 to +0.600)", "+0.250 (+0.150 to +0.350)"]
+
+
+def test_log_probabilities_over_the_steps_are_a_table(tmp_path: Path) -> None:
+    def moved(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+    def curve(*rejected: float) -> list[dict[str, float]]:
+        return [{"step": 20.0 * at, "chosen_logp": -1.0, "rejected_logp": value} for at, value in enumerate(rejected)]
+
+    found = {
+        "curves": {"orpo": curve(-2, -1.9, -2.5), "sft": curve(-2, -1.5, -1.4)},
+        "changes": {"sft": {"chosen_logp": moved(0), "rejected_logp": moved(0.6)}, "orpo": {}},
+    }
+    found["changes"]["orpo"] = {"chosen_logp": moved(0), "rejected_logp": moved(-0.5)}
+    rounds.save(more_steps.NAME, "a", {"made": rounds.described("python -m x"), "found": found}, tmp_path)
+    lines = report.render("<!-- more-steps-cpu -->\n<!-- /more-steps-cpu -->", tmp_path, tmp_path).splitlines()
+    assert lines[5:8] == [
+        "| 0 | -1.000 | -2.000 | -1.000 | -2.000 |",
+        "| 20 | -1.000 | -1.500 | -1.000 | -1.900 |",
+        "| 40 | -1.000 | -1.400 | -1.000 | -2.500 |",
+    ]
+    assert lines[8].endswith("| -0.500 (-0.600 to -0.400) |")

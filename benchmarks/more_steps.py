@@ -1,0 +1,75 @@
+"""Does ORPO bring rejected answers below where they began (ORPO paper, Figs. 7, 9)? In more steps than `tiny` has.
+
+    python -m benchmarks.more_steps --model FOLDER        # a second call goes on behind the first
+
+`orpo-ray reproduce paper --scale tiny --model FOLDER --data builtin://style-pairs` trains for 20 steps. Here SFT and
+ORPO with λ = 1 train as they do there, on one pass over more pairs of the same generator. Writes
+benchmarks/results/more-steps-cpu.json; `python -m benchmarks.report` puts it into benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.rounds import RESULTS, described, save
+from orpo_ray import cluster, reproduce, scales
+
+NAME = "more-steps-cpu"
+HEADER = ["step", "chosen, SFT", "rejected, SFT", "chosen, λ = 1", "rejected, λ = 1"]
+_MODELS = ("sft", "orpo")
+
+
+def main(words: list[str] | None = None) -> int:
+    """Train and write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.more_steps", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="pretrained chat model: folder or hub name")
+    parser.add_argument("--steps", type=int, default=120, help="of training, 8 pairs each (120)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs are kept (runs)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
+    options = parser.parse_args(words)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    console, name = Console(highlight=False), Path(options.model).name
+    made = described(f"python -m benchmarks.more_steps --model {name} --steps {options.steps}")
+    with cluster.connected():
+        folder = options.runs.absolute() / f"more-steps-{name}-{options.steps}"
+        found = trained(options.model, options.steps, folder, console)
+    save(NAME, name, {"made": made, "found": found}, options.results)
+    for row in shown(found):
+        console.print(" | ".join(row))
+    return 0
+
+
+def trained(model: str, steps: int, folder: Path, console: Console) -> dict[str, Any]:
+    """Held-out log-probabilities over the steps, and how far they moved. Ray must be initialised."""
+    scale = scales.scale("tiny", model, "builtin://style-pairs")
+    longer = {"policy": {"max_steps": steps}, "train_pairs": steps * scale.batch}
+    place = reproduce.Place(folder, replace(scale, **longer, evaluations={"eval_every": 20}))
+    place.begin()
+    reproduce.train_lambdas(place, console, (0.0, scales.MAIN_LAMBDA))
+    start_N2 = reproduce.start(place, console)
+    curves, changes = reproduce.curves(place, start_N2), reproduce.changes(place, start_N2)
+    return {
+        "steps": steps,
+        "pairs": len(start_N2),
+        "curves": {name: curves[name] for name in _MODELS},
+        "changes": {name: changes[name] for name in (*_MODELS, "orpo less sft")},
+    }
+
+
+def shown(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Under `HEADER`: a row for every evaluation, and one for the change."""
+    both = zip(*(found["curves"][name] for name in _MODELS), strict=True)
+    rows = [(f"{p[0]['step']:.0f}", *(f"{each[side]:.3f}" for each in p for side in reproduce.SIDES)) for p in both]
+    moved = [found["changes"][name][side] for name in _MODELS for side in reproduce.SIDES]
+    return [*rows, ("change", *(f"{m['mean']:+.3f} ({m['low']:+.3f} to {m['high']:+.3f})" for m in moved))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
