@@ -262,6 +262,7 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
 
         from orpo_ray import cluster, reproduce, reproduction_page, scales
     transformers_logging.disable_progress_bar()  # of weights: dozens, each gone in a second
+    transformers_logging.set_verbosity_error()  # a reward model's score is new before its training: no news
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     scale = scales.scale(arguments.scale, arguments.model, arguments.data, arguments.seed)
     name = f"paper-{scale.name}" + (f"-{Path(arguments.model).name}" if arguments.model else "")

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import pickle
+import warnings
 from collections.abc import Iterator, Set
 from functools import lru_cache
 from pathlib import Path
@@ -219,17 +220,13 @@ def _with_lora(model: PreTrainedModel, lora: LoraConfig, task: str = "CAUSAL_LM"
     from peft import get_peft_model
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = PeftLoraConfig(
+        task_type=task, r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
+    )
     try:
-        return get_peft_model(
-            model,
-            PeftLoraConfig(
-                task_type=task,
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=targets,
-            ),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads a name that transformers 5.23 renames
+            return get_peft_model(model, settings)
     except ValueError as error:
         raise ModelError(f"model.lora.target_modules {lora.target_modules}: {error}") from error
 

@@ -177,7 +177,7 @@ def _page(result: Mapping[str, Any], command: str, others: Sequence[Mapping[str,
         f"{Path(about['model']).name} on {Path(about['data']).name}, {result['pairs']['train']} training pairs and "
         f"{result['pairs']['held_out']} held-out ones.{began} ORPO has λ = {about['main_lambda']:g} where no other is "
         "named, which was fixed before any run. Intervals are bootstraps over prompts or pairs; they do not cover the "
-        f"seed, which is {about['seed']}{': see the others below' if others else ', and there is no other'}.",
+        f"seed{': for that, see those below' if others else ', of which there is one'}.",
         "## What came out",
         markdown_table(titles, rows),
         _judge_text(judge, control),

@@ -174,7 +174,7 @@ def test_other_seeds_stand_beside_their_own_kind_only(tmp_path: Path) -> None:
     assert "| the paper says | seed 0 | seed 1 | seed 2 |" in page
     assert "| ORPO against SFT wins more than half | 80.0 %: yes | 30.0 %: no | 80.0 %: yes |" in page
     alone = reproduction_page.write(tmp_path, RESULT, "x").read_text(encoding="utf-8")
-    assert "the seed, which is 0, and there is no other." in alone
+    assert "they do not cover the seed, of which there is one." in alone
     assert "other seeds" not in alone
 
 
