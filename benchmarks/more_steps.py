@@ -2,9 +2,10 @@
 
     python -m benchmarks.more_steps --model FOLDER        # a second call goes on behind the first
 
-`orpo-ray reproduce paper --scale tiny --model FOLDER --data builtin://style-pairs` trains for 20 steps. Here SFT and
-ORPO with λ = 1 train as they do there, on one pass over more pairs of the same generator. Writes
-benchmarks/results/more-steps-cpu.json; `python -m benchmarks.report` puts it into benchmarks/README.md.
+`orpo-ray reproduce paper --scale tiny --model FOLDER --data builtin://style-pairs` trains for 20 steps. Here SFT, ORPO
+with λ = 1, and that with the probability ratio (Fig. 8) train as they do there, on one pass over more pairs of the same
+generator. Writes benchmarks/results/more-steps-cpu.json; `python -m benchmarks.report` puts it into
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from benchmarks.rounds import RESULTS, described, save
 from orpo_ray import cluster, reproduce, scales
 
 NAME = "more-steps-cpu"
-HEADER = ["step", "chosen, SFT", "rejected, SFT", "chosen, λ = 1", "rejected, λ = 1"]
-_MODELS = ("sft", "orpo")
+_MODELS = {"sft": "SFT", "orpo": "λ = 1", "probability": "probability ratio"}
+HEADER = ["step", *(f"{side}, {shown}" for shown in _MODELS.values() for side in ("chosen", "rejected"))]
+_COMPARED = {"orpo less sft": ("less SFT's", 1), "probability less odds": ("less the odds ratio's", 2)}
+"""Of `reproduce.changes`: what it is called here, and under which of the models it stands."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -53,22 +56,33 @@ def trained(model: str, steps: int, folder: Path, console: Console) -> dict[str,
     place = reproduce.Place(folder, replace(scale, **longer, evaluations={"eval_every": 20}))
     place.begin()
     reproduce.train_lambdas(place, console, (0.0, scales.MAIN_LAMBDA))
+    reproduce.train_ratio(place, console)
     start_N2 = reproduce.start(place, console)
     curves, changes = reproduce.curves(place, start_N2), reproduce.changes(place, start_N2)
     return {
         "steps": steps,
         "pairs": len(start_N2),
         "curves": {name: curves[name] for name in _MODELS},
-        "changes": {name: changes[name] for name in (*_MODELS, "orpo less sft")},
+        "changes": {name: changes[name] for name in (*_MODELS, *_COMPARED)},
     }
 
 
 def shown(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Under `HEADER`: a row for every evaluation, and one for the change."""
+    """Under `HEADER`: a row for every evaluation, one for the change, and those that compare changes pair by pair."""
     both = zip(*(found["curves"][name] for name in _MODELS), strict=True)
     rows = [(f"{p[0]['step']:.0f}", *(f"{each[side]:.3f}" for each in p for side in reproduce.SIDES)) for p in both]
-    moved = [found["changes"][name][side] for name in _MODELS for side in reproduce.SIDES]
-    return [*rows, ("change", *(f"{m['mean']:+.3f} ({m['low']:+.3f} to {m['high']:+.3f})" for m in moved))]
+    changes = found["changes"]
+    moved = [_interval(changes[name][side]) for name in _MODELS for side in reproduce.SIDES]
+    rows.append(("change", *moved))
+    for name, (title, at) in _COMPARED.items():
+        cells = ["–"] * len(moved)
+        cells[2 * at : 2 * at + 2] = (_interval(changes[name][side]) for side in reproduce.SIDES)
+        rows.append((title, *cells))
+    return rows
+
+
+def _interval(change: dict[str, float]) -> str:
+    return f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
 
 
 if __name__ == "__main__":

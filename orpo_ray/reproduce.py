@@ -189,6 +189,11 @@ def train_lambdas(place: Place, console: Console, lambdas: Sequence[float] = LAM
     return seconds
 
 
+def train_ratio(place: Place, console: Console) -> float:
+    """ORPO with the probability ratio, from the same base; returns seconds of training. As `train_lambdas`."""
+    return _train(place, "ratio", {"probability": {"loss.orpo_lambda": MAIN_LAMBDA}}, console, **_base(place))
+
+
 def _base(place: Place) -> dict[str, Any]:
     """What everything but RLHF and DPO begins from, as settings."""
     return {"model.path": str(place.model("base"))} if place.scale.pretrain else {}
@@ -200,8 +205,7 @@ def _train_all(place: Place, console: Console) -> dict[str, float]:
     seed = SEEDS * place.scale.seed
     judges = {"judge": {"train.seed": seed + _JUDGE}, "coach": {"train.seed": seed + _COACH}}
     seconds["reward models"] = _train(place, "reward", judges, console, **base)
-    ratio = {"probability": {"loss.orpo_lambda": MAIN_LAMBDA}}
-    seconds["probability ratio"] = _train(place, "ratio", ratio, console, **base)
+    seconds["probability ratio"] = train_ratio(place, console)
     from_sft = {"model.path": str(place.model("sft"))}
     seconds["DPO"] = _train(place, "dpo", {"dpo": {}}, console, **from_sft)
     coach = {"loss.reward_model": str(place.model("coach"))}

@@ -462,16 +462,18 @@ def test_log_probabilities_over_the_steps_are_a_table(tmp_path: Path) -> None:
     def curve(*rejected: float) -> list[dict[str, float]]:
         return [{"step": 20.0 * at, "chosen_logp": -1.0, "rejected_logp": value} for at, value in enumerate(rejected)]
 
+    moves = {"sft": 0.6, "orpo": -0.5, "probability": -0.7, "orpo less sft": -1.1, "probability less odds": -0.2}
     found = {
-        "curves": {"orpo": curve(-2, -1.9, -2.5), "sft": curve(-2, -1.5, -1.4)},
-        "changes": {"sft": {"chosen_logp": moved(0), "rejected_logp": moved(0.6)}, "orpo": {}},
+        "curves": {"orpo": curve(-2, -1.9, -2.5), "sft": curve(-2, -1.5, -1.4), "probability": curve(-2, -2.5, -2.7)},
+        "changes": {name: {"chosen_logp": moved(0), "rejected_logp": moved(mean)} for name, mean in moves.items()},
     }
-    found["changes"]["orpo"] = {"chosen_logp": moved(0), "rejected_logp": moved(-0.5)}
     rounds.save(more_steps.NAME, "a", {"made": rounds.described("python -m x"), "found": found}, tmp_path)
     lines = report.render("<!-- more-steps-cpu -->\n<!-- /more-steps-cpu -->", tmp_path, tmp_path).splitlines()
     assert lines[5:8] == [
-        "| 0 | -1.000 | -2.000 | -1.000 | -2.000 |",
-        "| 20 | -1.000 | -1.500 | -1.000 | -1.900 |",
-        "| 40 | -1.000 | -1.400 | -1.000 | -2.500 |",
+        "| 0 | -1.000 | -2.000 | -1.000 | -2.000 | -1.000 | -2.000 |",
+        "| 20 | -1.000 | -1.500 | -1.000 | -1.900 | -1.000 | -2.500 |",
+        "| 40 | -1.000 | -1.400 | -1.000 | -2.500 | -1.000 | -2.700 |",
     ]
-    assert lines[8].endswith("| -0.500 (-0.600 to -0.400) |")
+    assert lines[8].split(" | ")[4] == "-0.500 (-0.600 to -0.400)"
+    assert lines[9].startswith("| less SFT's | – | – | +0.000 (-0.100 to +0.100) | -1.100 (-1.200 to -1.000) | – | – |")
+    assert lines[10].endswith(" | – | +0.000 (-0.100 to +0.100) | -0.200 (-0.300 to -0.100) |")
