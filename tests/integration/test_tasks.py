@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
+import ray
 from rich.console import Console
-from orpo_ray import cluster
 from orpo_ray.config import ScalingConfig
 from orpo_ray.rows import DataError
 from orpo_ray.tasks import Task, TaskError, run_all
@@ -47,22 +47,30 @@ def dies(name):
     os._exit(3)
     yield
 
+def devices(name):
+    yield 1, ray.get_gpu_ids()
+
 def task(name, parts, *arguments, asked="a"):
     return Task(name, f"work {name}", {"asked": (asked,)}, parts, (name, *arguments), 2, list)
 
-def outcome(*tasks):
+def outcome(*tasks, use_gpu=False):
     try:
-        return run_all(tasks, folder / "kept", ScalingConfig(use_gpu=False), Console())
+        return run_all(tasks, folder / "kept", ScalingConfig(use_gpu=use_gpu), Console())
     except (DataError, TaskError) as error:
         return [type(error).__name__, str(error)]
 
-with cluster.connected(num_cpus=2):
+# A GPU that is not there, but Ray hands out what it is told of.
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+try:
     first = outcome(task("x", meets, "y"), task("y", meets, "x"))
     again = outcome(task("x", meets, "y"), task("y", meets, "x", asked="b"))
     failed = outcome(task("z", fails))
     died = outcome(task("x", meets, "y"), task("w", dies))
+    on_gpu = [outcome(task(f"d{use}", devices), use_gpu=use)[f"d{use}"] for use in (True, "auto", False)]
+finally:
+    ray.shutdown()
 ran = sorted(path.name.partition("-")[0] for path in (folder / "runs").iterdir())
-print(json.dumps([first, again, failed, died, ran]))
+print(json.dumps([first, again, failed, died, on_gpu, ran]))
 """
 
 
@@ -80,13 +88,14 @@ def test_tasks_run_side_by_side_are_kept_and_raise_what_they_raise(tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     found: list[Any] = json.loads(done.stdout.splitlines()[-1])
-    first, again, failed, died, ran = found
+    first, again, failed, died, on_gpu, ran = found
     assert first == {"x": [0.1 + 0.2, 2], "y": [0.1 + 0.2, 2]}
     assert again == first
     assert failed == ["DataError", "no such pairs"]
     assert died[0] == "TaskError"
     assert "work w: the worker's process was lost" in died[1]
+    assert on_gpu == [[[0]], [[0]], [[]]]
     # Once each: what is kept is not computed again, and what asks something else is.
     assert [ran.count(name) for name in "xyz"] == [1, 2, 1]
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["x.json", "y.json"]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir())[-2:] == ["x.json", "y.json"]
     assert "work x: done" in done.stdout
