@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import memory, memory_model, more_steps, pretraining, search_quality, throughput
 from benchmarks.rounds import RESULTS
+from orpo_ray import reproduction_page
 
 README = Path(__file__).resolve().parent / "README.md"
 _MARKER = re.compile(r"<!-- (?P<name>[a-z-]+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
@@ -253,10 +254,13 @@ def pretraining_part(sections: dict[str, Any], folder: Path, device: str) -> str
 
 
 def more_steps_part(sections: dict[str, Any], folder: Path, device: str) -> str:
-    """Log-probabilities over the steps, by model."""
+    """Log-probabilities over the steps, drawn and as a table."""
     lines = []
-    for content in sections.values():
-        lines += [about(content), "", *markdown(more_steps.HEADER, more_steps.shown(content["found"])), ""]
+    for model, content in sections.items():
+        found, figure = content["found"], f"more-steps-{model}-{device}.png"
+        reproduction_page.draw_curves(found["curves"], list(found["curves"])).savefig(folder / figure, dpi=130)
+        shown = markdown(more_steps.HEADER, more_steps.shown(found))
+        lines += [about(content), "", f"![log-probabilities over the steps]({figure})", "", *shown, ""]
     return "\n".join(lines[:-1])
 
 

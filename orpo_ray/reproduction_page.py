@@ -52,8 +52,8 @@ def write(folder: Path, result: Mapping[str, Any], command: str, others: Sequenc
         others: results with other seeds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _save(_curves(result, ("sft", "orpo-0.1", "orpo-0.5", "orpo")), folder / "lambda.png")
-    _save(_curves(result, ("orpo", "probability")), folder / "ratio.png")
+    _save(draw_curves(result["curves"], ("sft", "orpo-0.1", "orpo-0.5", "orpo")), folder / "lambda.png")
+    _save(draw_curves(result["curves"], ("orpo", "probability")), folder / "ratio.png")
     unit = "reward by the judge"
     _save(
         win_rate.histogram({k.upper(): np.array(v) for k, v in result["rewards"].items()}, unit), folder / "rewards.png"
@@ -301,13 +301,19 @@ def _settings(result: Mapping[str, Any]) -> str:
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
-def _curves(result: Mapping[str, Any], names: tuple[str, ...]) -> Figure:
+def draw_curves(curves: Mapping[str, Any], names: Sequence[str]) -> Figure:
+    """Held-out log-probabilities over the steps, of the chosen and of the rejected answers.
+
+    Args:
+        curves: of `reproduce.curves`.
+        names: which of them.
+    """
     figure = Figure(figsize=(8.0, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, side, title in zip(axes, ("chosen_logp", "rejected_logp"), ("chosen", "rejected"), strict=True):
         for name, colour in zip(names, _COLOURS, strict=False):
-            points = result["curves"][name]
+            points = curves[name]
             shown = _SHOWN.get(name, f"λ = {name.removeprefix('orpo-')}")
             axis.plot([p["step"] for p in points], [p[side] for p in points], "o-", color=colour, label=shown, ms=3.5)
         axis.set_title(title, loc="left")

@@ -469,11 +469,15 @@ def test_log_probabilities_over_the_steps_are_a_table(tmp_path: Path) -> None:
     }
     rounds.save(more_steps.NAME, "a", {"made": rounds.described("python -m x"), "found": found}, tmp_path)
     lines = report.render("<!-- more-steps-cpu -->\n<!-- /more-steps-cpu -->", tmp_path, tmp_path).splitlines()
-    assert lines[5:8] == [
+    assert lines[3] == "![log-probabilities over the steps](more-steps-a-cpu.png)"
+    assert (tmp_path / "more-steps-a-cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert lines[7:10] == [
         "| 0 | -1.000 | -2.000 | -1.000 | -2.000 | -1.000 | -2.000 |",
         "| 20 | -1.000 | -1.500 | -1.000 | -1.900 | -1.000 | -2.500 |",
         "| 40 | -1.000 | -1.400 | -1.000 | -2.500 | -1.000 | -2.700 |",
     ]
-    assert lines[8].split(" | ")[4] == "-0.500 (-0.600 to -0.400)"
-    assert lines[9].startswith("| less SFT's | – | – | +0.000 (-0.100 to +0.100) | -1.100 (-1.200 to -1.000) | – | – |")
-    assert lines[10].endswith(" | – | +0.000 (-0.100 to +0.100) | -0.200 (-0.300 to -0.100) |")
+    assert lines[10].split(" | ")[4] == "-0.500 (-0.600 to -0.400)"
+    assert lines[11].startswith(
+        "| less SFT's | – | – | +0.000 (-0.100 to +0.100) | -1.100 (-1.200 to -1.000) | – | – |"
+    )
+    assert lines[12].endswith(" | – | +0.000 (-0.100 to +0.100) | -0.200 (-0.300 to -0.100) |")
