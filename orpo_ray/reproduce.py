@@ -10,7 +10,8 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from orpo_ray.tasks import Task, run_all
 
 RESULT_FILE = "reproduction.json"
 _BEGUN_FILE = "begun.json"
+_CLOCK_FILE = "seconds.json"
 SIDES = ("chosen_logp", "rejected_logp")
 POLICIES = ("orpo", "sft", "dpo", "rlhf")
 _JUDGE, _COACH = 1, 2
@@ -124,12 +126,34 @@ def run(place: Place, console: Console) -> dict[str, Any]:
         ReproduceError: embeddings are not installed, the folder holds a reproduction with other settings, or a training
             did not end with a model.
     """
-    began = time.monotonic()
     try:
         embed = local_embedder()
     except ImportError as error:  # said before half an hour of training, not behind it
         raise ReproduceError(str(error)) from error
-    begun, prompts = place.begin(), _prompts(place)
+    begun = place.begin()
+    with _clocked(place) as spent:
+        return _run(place, embed, begun, spent, console)
+
+
+@contextmanager
+def _clocked(place: Place) -> Iterator[Callable[[], list[float]]]:
+    """Gives what tells the seconds of every command so far, this one the last; they are kept, however it ends."""
+    file, began = place.folder / _CLOCK_FILE, time.monotonic()
+    earlier = json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.exists() else []
+
+    def spent() -> list[float]:
+        return [*earlier, time.monotonic() - began]
+
+    try:
+        yield spent
+    finally:
+        write_results(file, {"seconds": spent()})
+
+
+def _run(
+    place: Place, embed: Embed, begun: dict[str, Any], spent: Callable[[], list[float]], console: Console
+) -> dict[str, Any]:
+    prompts = _prompts(place)
     seconds = _train_all(place, console)
     # All at once: none waits for another.
     tasks = [*(_answering(place, name, prompts) for name in POLICIES), _starting(place), _accounting(place)]
@@ -144,7 +168,8 @@ def run(place: Place, console: Console) -> dict[str, Any]:
         "about": place.scale.about(),
         "provenance": begun,
         "finished_with": provenance.collect(),
-        "seconds": seconds | {"since this command began": time.monotonic() - began},
+        "seconds": seconds,
+        "commands": spent(),
         "pairs": _counts(place),
         "judge": _judge(place),
         "win_rates": {other: _win_rate(rewards_RN["orpo"], rewards_RN[other]) for other in POLICIES if other != "orpo"},

@@ -196,7 +196,7 @@ def _page(result: Mapping[str, Any], command: str, others: Sequence[Mapping[str,
         "## Compute",
         _compute(result["accounting"]),
         "## Cost",
-        markdown_table(["step", "seconds"], [[k, f"{v:.0f}"] for k, v in result["seconds"].items()]),
+        _cost(result),
         "## Settings",
         _settings(result),
         "## What this scale cannot show",
@@ -279,6 +279,14 @@ def _compute(found: Mapping[str, Any]) -> str:
         f"Measured on a micro-batch of {measured.pairs} pairs, of the whole model without adapters:\n\n"
         f"{markdown_table(*accounting_table(measured))}"
     )
+
+
+def _cost(result: Mapping[str, Any]) -> str:
+    commands = result["commands"]
+    rows = [[f"training: {role}, over its models", f"{seconds:.0f}"] for role, seconds in result["seconds"].items()]
+    rows.append(["all of it, by the clock", f"{sum(commands):.0f}"])
+    again = f" The command was given {len(commands)} times." if len(commands) > 1 else ""
+    return f"Models train two at a time where there is room.{again}\n\n{markdown_table(['step', 'seconds'], rows)}"
 
 
 def _settings(result: Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ RESULT: dict[str, Any] = {
     "provenance": {"git": {"commit": "0123456789abcdef", "dirty": False}, "packages": {"torch": "2.13.0"}},
     "finished_with": {"git": {"commit": "fedcba9876543210", "dirty": True}, "packages": {"torch": "2.13.0"}},
     "seconds": {"SFT and ORPO": 100.0},
+    "commands": [90.0, 4.0],
     "pairs": {"train": 100, "held_out": 20},
     "judge": {"judge": _change(0.7), "coach": _change(0.68)},
     "win_rates": {"sft": _rate(0.8), "dpo": _rate(0.45), "rlhf": _rate(0.52)},
@@ -106,6 +107,8 @@ def test_the_page_has_its_pictures_and_numbers(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| 80.0 % (std over rounds 1.00) | 75.0 to 85.0 % | yes |" in text
     assert "69.4 to 84.0 %" in text
+    assert "| training: SFT and ORPO, over its models | 100 |\n| all of it, by the clock | 94 |" in text
+    assert "The command was given 2 times." in text
     assert "| answers are drawn with | transformers |" in text
     assert "| ORPO 25 %, SFT 25 %, DPO 25 %, RLHF 25 % |" in text
     assert "commit `0123456789`, finished with commit `fedcba9876` with changes." in text
