@@ -283,10 +283,11 @@ def _compute(found: Mapping[str, Any]) -> str:
 
 def _cost(result: Mapping[str, Any]) -> str:
     commands = result["commands"]
-    rows = [[f"training: {role}, over its models", f"{seconds:.0f}"] for role, seconds in result["seconds"].items()]
+    rows = [[f"training {role}", f"{seconds:.0f}"] for role, seconds in result["seconds"].items()]
     rows.append(["all of it, by the clock", f"{sum(commands):.0f}"])
     again = f" The command was given {len(commands)} times." if len(commands) > 1 else ""
-    return f"Models train two at a time where there is room.{again}\n\n{markdown_table(['step', 'seconds'], rows)}"
+    about = f"Training is summed over models, of which two train at a time where there is room.{again}"
+    return f"{about}\n\n{markdown_table(['step', 'seconds'], rows)}"
 
 
 def _settings(result: Mapping[str, Any]) -> str:

@@ -107,7 +107,7 @@ def test_the_page_has_its_pictures_and_numbers(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| 80.0 % (std over rounds 1.00) | 75.0 to 85.0 % | yes |" in text
     assert "69.4 to 84.0 %" in text
-    assert "| training: SFT and ORPO, over its models | 100 |\n| all of it, by the clock | 94 |" in text
+    assert "| training SFT and ORPO | 100 |\n| all of it, by the clock | 94 |" in text
     assert "The command was given 2 times." in text
     assert "| answers are drawn with | transformers |" in text
     assert "| ORPO 25 %, SFT 25 %, DPO 25 %, RLHF 25 % |" in text
