@@ -275,9 +275,7 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
         if (given := getattr(arguments, option)) is not None:
             command += [f"--{option}", Path(given).name if Path(given).exists() else given]
     command += ["--seed", str(scale.seed)] if scale.seed else []
-    page = reproduction_page.write(
-        place.folder / "page", result, shlex.join(command), reproduce.of_other_seeds(place.folder)
-    )
+    page = reproduction_page.write(place.folder / "page", result, shlex.join(command), reproduce.of_other_seeds(place))
     for claim in reproduction_page.claims(result):
         console.print(f"{claim.verdict:<12} {claim.text}: {claim.ours} ({claim.interval})", soft_wrap=True)
     console.print(f"\npage       {page}", soft_wrap=True)

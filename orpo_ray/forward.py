@@ -76,8 +76,9 @@ class Prompts:
 
     @classmethod
     def padded(cls, prompts: Sequence[np.ndarray], pad_token_id: int, **rest: Any) -> Prompts:
-        """Token ids of each prompt, side by side with their ends together."""
-        longest = max(map(len, prompts))
+        """Token ids of each prompt, side by side with their ends together, and at least two columns of them: whether
+        there is something before the last must not differ between ranks (`PairModel._read`)."""
+        longest = max(2, *map(len, prompts))
         input_ids_RT = torch.full((len(prompts), longest), pad_token_id)
         attention_mask_RT = torch.zeros_like(input_ids_RT)
         for row, ids in enumerate(prompts):
@@ -200,7 +201,7 @@ class PairModel(torch.nn.Module):
         prompt is read here, once, except for its last token, and what is known of it is copied."""
         ids_RT, mask_RT, each = prompts.input_ids_RT, prompts.attention_mask_RT, prompts.answers_each
         rows = {"input_ids": ids_RT.repeat_interleave(each, 0), "attention_mask": mask_RT.repeat_interleave(each, 0)}
-        if each == 1 or ids_RT.shape[1] == 1 or not self.form.shares_prompt:
+        if each == 1 or not self.form.shares_prompt:
             return rows
         first = GenerationConfig(
             do_sample=False, max_new_tokens=1, pad_token_id=prompts.pad_token_id, return_dict_in_generate=True

@@ -225,7 +225,8 @@ def _with_lora(model: PreTrainedModel, lora: LoraConfig, task: str = "CAUSAL_LM"
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads a name that transformers 5.23 renames
+            # peft 0.21 still asks for it by the name that transformers 5.23 gives up.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             return get_peft_model(model, settings)
     except ValueError as error:
         raise ModelError(f"model.lora.target_modules {lora.target_modules}: {error}") from error

@@ -93,8 +93,11 @@ class Place:
             Of the first command, what `provenance.collect` tells.
 
         Raises:
-            ReproduceError: what the folder holds was begun with other settings, or the scale's data cannot be used.
+            ReproduceError: what the folder holds was begun with other settings, or the scale's data or seed cannot be
+                used.
         """
+        if self.scale.seed < 0:
+            raise ReproduceError(f"--seed ({self.scale.seed}) must be 0 or more")
         if self.scale.pretrain and not self.scale.data.startswith("builtin://"):
             raise ReproduceError(
                 f"scale {self.scale.name} trains a model from nothing on the language of the built-in pairs, so it "
@@ -123,8 +126,9 @@ def run(place: Place, console: Console) -> dict[str, Any]:
 
     Raises:
         DataError, ModelError, SweepError: what it was given cannot be used.
-        ReproduceError: embeddings are not installed, the folder holds a reproduction with other settings, or a training
-            did not end with a model.
+        ReproduceError: embeddings are not installed, the folder holds a reproduction with other settings, a training
+            did not end with a model, or models answered by unlike backends.
+        TaskError: a worker that answered or scored was lost.
     """
     try:
         embed = local_embedder()
@@ -159,6 +163,12 @@ def _run(
     tasks = [*(_answering(place, name, prompts) for name in POLICIES), _starting(place), _accounting(place)]
     found = place.results_of(tasks, console)
     answered = {name: found[f"answers-{name}"] for name in POLICIES}
+    if len({each["backend"] for each in answered.values()}) > 1:
+        drawn = ", ".join(f"{name} by {each['backend']}" for name, each in answered.items())
+        raise ReproduceError(
+            f"answers that are compared must be drawn alike, and these are not: {drawn}; remove "
+            f"{place.folder / 'kept'}/answers-*.json, and all are drawn again where this command runs now"
+        )
     answers_RN = {name: each["answers_RN"] for name, each in answered.items()}
     found |= place.results_of([_scoring(place, name, prompts, answers_RN[name]) for name in POLICIES], console)
     rewards_RN = {name: np.array(found[f"rewards-{name}"]) for name in POLICIES}
@@ -169,7 +179,6 @@ def _run(
         "provenance": begun,
         "finished_with": provenance.collect(),
         "seconds": seconds,
-        "commands": spent(),
         "pairs": _counts(place),
         "judge": _judge(place),
         "win_rates": {other: _win_rate(rewards_RN["orpo"], rewards_RN[other]) for other in POLICIES if other != "orpo"},
@@ -191,6 +200,7 @@ def _run(
         "diversity": {name: dataclasses.asdict(_diversity(answers_RN[name], embed)) for name in POLICIES},
         "accounting": found["accounting"],
     }
+    result["commands"] = spent()
     write_results(place.folder / RESULT_FILE, result)
     return result
 
@@ -288,12 +298,18 @@ def _train(
 # ---- answers and rewards --------------------------------------------------------------------------------------------
 
 
-def of_other_seeds(folder: Path) -> list[dict[str, Any]]:
-    """What was found beside a reproduction's folder with the same settings but for the seed, by seed."""
-    mine = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["about"]
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in folder.parent.glob(f"*/{RESULT_FILE}")]
-    alike = [each for each in found if each["about"] == mine | {"seed": each["about"].get("seed")}]
-    return sorted((each for each in alike if each["about"] != mine), key=lambda each: each["about"]["seed"])
+def of_other_seeds(place: Place) -> list[dict[str, Any]]:
+    """What was found in the folders beside it with the same settings but for the seed, by seed."""
+
+    def settings(folder: Path) -> dict[str, Any]:
+        return dict(json.loads((folder / _BEGUN_FILE).read_text(encoding="utf-8"))["scale"])
+
+    mine, found = settings(place.folder), {}
+    for file in sorted(place.folder.parent.glob(f"*/{RESULT_FILE}")):
+        theirs = settings(file.parent)
+        if theirs | {"seed": mine["seed"]} == mine and theirs != mine:
+            found[theirs["seed"]] = json.loads(file.read_text(encoding="utf-8"))
+    return [found[seed] for seed in sorted(found)]
 
 
 def _prompts(place: Place) -> list[list[Message]]:
@@ -469,7 +485,8 @@ def _judge(place: Place) -> dict[str, Any]:
 def _accounting(place: Place) -> Task:
     """Gives `accounting.Accounting` of ORPO and DPO on some training pairs, with the scale's model."""
     asked = {"model": place.scale.model, "pairs": _ACCOUNTED}
-    return Task("accounting", "counting FLOPs", asked, _account, (place.experiment("lambda"),), 1, _only)
+    arguments = (place.experiment("lambda"),)
+    return Task("accounting", "counting FLOPs", asked, _account, arguments, 1, _only, uses_gpu=False)
 
 
 def _account(config: ExperimentConfig) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -213,7 +213,7 @@ def _by_seed(results: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = zip(*(claims(result) for result in results), strict=True)
     return [
         "## With other seeds",
-        "Everything again: other initial adapters, order of pairs, reward models and draws of answers, the same pairs.",
+        "Everything again with the same pairs: their order, weights that are new, reward models and draws are others.",
         markdown_table(
             ["the paper says", *(f"seed {result['about']['seed']}" for result in results)],
             [[row[0].text, *(f"{claim.ours.partition(' (')[0]}: {claim.verdict}" for claim in row)] for row in rows],
@@ -286,7 +286,7 @@ def _cost(result: Mapping[str, Any]) -> str:
     rows = [[f"training {role}", f"{seconds:.0f}"] for role, seconds in result["seconds"].items()]
     rows.append(["all of it, by the clock", f"{sum(commands):.0f}"])
     again = f" The command was given {len(commands)} times." if len(commands) > 1 else ""
-    about = f"Training is summed over models, of which two train at a time where there is room.{again}"
+    about = f"Training is summed over models, which train side by side as far as there is room.{again}"
     return f"{about}\n\n{markdown_table(['step', 'seconds'], rows)}"
 
 

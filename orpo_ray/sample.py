@@ -38,7 +38,7 @@ class SamplingSettings:
     max_new_tokens: int = 128
     """Longest answer; a longer one is cut."""
     seed: int = 0
-    """With the place of a batch it decides what is drawn."""
+    """With the place of a batch (transformers), or of round and prompt (vLLM), it decides what is drawn."""
     batch_tokens: int = 16_384
     """Prompt and answer tokens of a batch at most, over all rounds, which are drawn at once; memory grows with it. Only
     transformers reads it."""
@@ -68,10 +68,17 @@ class Sampled:
 
     @classmethod
     def of(cls, parts: Sequence[Answered]) -> Sampled:
-        """Put together what `answers` gave; in any order."""
+        """Put together what `answers` gave, in any order.
+
+        Raises:
+            ValueError: prompts are missing or there twice, or backends differ.
+        """
         rounds = range(len(parts[0].answers_RP))
         places = [(index, part, at) for part in parts for at, index in enumerate(part.indices)]
         places.sort(key=lambda place: place[0])
+        backends = {part.backend for part in parts}
+        if [index for index, _, _ in places] != list(range(len(places))) or len(backends) > 1:
+            raise ValueError(f"{len(places)} answered prompts by {', '.join(backends)} are not one set, each once")
         answers_RN = tuple(tuple(part.answers_RP[number][at] for _, part, at in places) for number in rounds)
         return cls(answers_RN, sum(part.unfinished for part in parts), parts[0].backend)
 

@@ -16,9 +16,12 @@ from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.progress import Progress
 
-from orpo_ray.capacity import Resources
+from orpo_ray.capacity import Resources, look
 from orpo_ray.config import ScalingConfig
 from orpo_ray.results import write_results
+
+_RETRIES = 2
+"""Of a task whose process was lost; Ray begins it again and hands on the parts that are missing."""
 
 
 class TaskError(RuntimeError):
@@ -43,6 +46,8 @@ class Task:
     """Over all parts."""
     joined: Callable[[list[Any]], Any]
     """From what came out of the parts to JSON."""
+    uses_gpu: bool = True
+    """False: it computes on CPUs wherever it runs."""
 
 
 def run_all(tasks: Sequence[Task], folder: Path, scaling: ScalingConfig, console: Console) -> dict[str, Any]:
@@ -55,39 +60,63 @@ def run_all(tasks: Sequence[Task], folder: Path, scaling: ScalingConfig, console
         console: shows a bar for each.
 
     Raises:
-        TaskError: a worker's process died, or its node.
-        Exception: whatever a task raises.
+        TaskError: a worker's process died, or its node, or Ray could not begin it.
+        Exception: whatever a task raises. Either is raised when the others have ended, and what they gave is kept.
     """
-    needs = Resources.of(scaling, cluster_has_gpus=ray.cluster_resources().get("GPU", 0) > 0)
     missing = [task for task in tasks if not _is_kept(task, folder)]
-    streams = {_started(task, needs): task for task in missing}
+    streams = {_started(task, scaling): task for task in missing}
     done: dict[str, list[Any]] = {task.name: [] for task in missing}
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bars = {task.name: progress.add_task(task.title, total=task.units) for task in missing}
-        while streams:
-            (stream, *_), _ = ray.wait(list(streams), num_returns=1)
-            task = streams[stream]
-            try:
-                units, part = ray.get(next(stream))
-            except StopIteration:
-                del streams[stream]
-                _keep(task, folder, task.joined(done[task.name]))
-                console.print(f"{task.title}: done", soft_wrap=True)
-            except RayTaskError as error:
-                raise error.cause from None
-            except RayError as error:
-                raise TaskError(
-                    f"{task.title}: the worker's process was lost ({error!s:.300}); the same command goes on from here"
-                ) from error
-            else:
-                done[task.name].append(part)
-                progress.advance(bars[task.name], units)
+    failures: list[Exception] = []
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            bars = {task.name: progress.add_task(task.title, total=task.units) for task in missing}
+            while streams:
+                (stream, *_), _ = ray.wait(list(streams), num_returns=1)
+                task = streams[stream]
+                try:
+                    units, part = ray.get(next(stream))
+                except StopIteration:
+                    del streams[stream]
+                    _keep(task, folder, task.joined(done[task.name]))
+                    console.print(f"{task.title}: done", soft_wrap=True)
+                except RayError as error:
+                    del streams[stream]
+                    failures.append(_failure(task, error))
+                    console.print(f"{task.title}: failed", style="red", soft_wrap=True)
+                else:
+                    done[task.name].append(part)
+                    progress.advance(bars[task.name], units)
+    finally:
+        for stream in streams:  # interrupted
+            ray.cancel(stream)
+    if failures:
+        raise failures[0]
     return {task.name: _read(task, folder)["found"] for task in tasks}
 
 
-def _started(task: Task, needs: Resources) -> Any:
-    remote = ray.remote(num_returns="streaming", num_cpus=needs.cpus_per_worker, num_gpus=needs.gpus_per_worker)
-    return remote(task.parts).remote(*task.arguments)
+def _started(task: Task, scaling: ScalingConfig) -> Any:
+    cluster = look()
+    needs = Resources.of(scaling, bool(cluster.has_gpus))
+    cpus, gpus = needs.cpus_per_worker, needs.gpus_per_worker
+    if gpus and not task.uses_gpu:  # then one CPU would be too few, and there are more where GPUs are
+        cpus, gpus = max(1, int(max(node.get("CPU", 0) for node in cluster.nodes.values())) // 2), 0
+    options: dict[str, Any] = {"num_returns": "streaming", "num_cpus": cpus, "num_gpus": gpus, "max_retries": _RETRIES}
+    if not gpus and any(node.get("GPU", 0) for node in cluster.nodes.values()):
+        # Ray leaves them visible to a task that has asked for none.
+        options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+    return ray.remote(**options)(task.parts).remote(*task.arguments)
+
+
+def _failure(task: Task, error: RayError) -> Exception:
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        error.cause.__cause__ = error  # whose text has the worker's traceback
+        return error.cause
+    told = TaskError(
+        f"{task.title}: {type(error).__name__}: {error!s:.300}; what other tasks gave is kept, and the same command "
+        "begins this one again"
+    )
+    told.__cause__ = error
+    return told
 
 
 def _file(task: Task, folder: Path) -> Path:

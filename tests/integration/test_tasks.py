@@ -47,8 +47,15 @@ def dies(name):
     os._exit(3)
     yield
 
+def dies_once(name):
+    noted(name)
+    yield 1, "a"
+    if len(list((folder / "runs").glob(f"{name}-*"))) == 1:
+        os._exit(3)
+    yield 1, "b"
+
 def devices(name):
-    yield 1, ray.get_gpu_ids()
+    yield 1, [ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES")]
 
 def task(name, parts, *arguments, asked="a"):
     return Task(name, f"work {name}", {"asked": (asked,)}, parts, (name, *arguments), 2, list)
@@ -64,13 +71,14 @@ ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_t
 try:
     first = outcome(task("x", meets, "y"), task("y", meets, "x"))
     again = outcome(task("x", meets, "y"), task("y", meets, "x", asked="b"))
-    failed = outcome(task("z", fails))
+    failed = outcome(task("z", fails), task("v", dies_once))
+    once = outcome(task("v", dies_once))
     died = outcome(task("x", meets, "y"), task("w", dies))
     on_gpu = [outcome(task(f"d{use}", devices), use_gpu=use)[f"d{use}"] for use in (True, "auto", False)]
 finally:
     ray.shutdown()
 ran = sorted(path.name.partition("-")[0] for path in (folder / "runs").iterdir())
-print(json.dumps([first, again, failed, died, on_gpu, ran]))
+print(json.dumps([first, again, failed, once, died, on_gpu, ran]))
 """
 
 
@@ -88,14 +96,15 @@ def test_tasks_run_side_by_side_are_kept_and_raise_what_they_raise(tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     found: list[Any] = json.loads(done.stdout.splitlines()[-1])
-    first, again, failed, died, on_gpu, ran = found
+    first, again, failed, once, died, on_gpu, ran = found
     assert first == {"x": [0.1 + 0.2, 2], "y": [0.1 + 0.2, 2]}
     assert again == first
     assert failed == ["DataError", "no such pairs"]
     assert died[0] == "TaskError"
-    assert "work w: the worker's process was lost" in died[1]
-    assert on_gpu == [[[0]], [[0]], [[]]]
+    assert died[1].startswith("work w: WorkerCrashedError: ")
+    assert on_gpu == [[[[0], "0"]], [[[0], "0"]], [[[], ""]]]
+    assert once == {"v": ["a", "b"]}  # no part twice; and kept, though another task had failed beside it
     # Once each: what is kept is not computed again, and what asks something else is.
-    assert [ran.count(name) for name in "xyz"] == [1, 2, 1]
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir())[-2:] == ["x.json", "y.json"]
+    assert [ran.count(name) for name in "xyzvw"] == [1, 2, 1, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir())[-3:] == ["v.json", "x.json", "y.json"]
     assert "work x: done" in done.stdout

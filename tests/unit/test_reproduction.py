@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orpo_ray import reproduction_page, scales, style_pairs
+from orpo_ray import reproduce, reproduction_page, scales, style_pairs
 from orpo_ray.accounting import Accounting, Row
 from orpo_ray.reproduce import RESULT_FILE, Place, ReproduceError, of_other_seeds, run
 from orpo_ray.scales import Scale, base_pairs, scale
@@ -165,12 +165,14 @@ def test_a_folder_is_of_one_scale(tmp_path: Path) -> None:
 
 def test_other_seeds_stand_beside_their_own_kind_only(tmp_path: Path) -> None:
     """Not those with other settings, and not those that have not ended."""
-    for name, changes in (("a", {}), ("b", {"seed": 2}), ("c", {"seed": 1}), ("d", {"seed": 3, "batch": 7})):
-        (tmp_path / name).mkdir()
-        about = RESULT["about"] | changes
-        (tmp_path / name / RESULT_FILE).write_text(json.dumps(RESULT | {"about": about}), encoding="utf-8")
-    (tmp_path / "e").mkdir()
-    others = of_other_seeds(tmp_path / "a")
+    chosen = scale("tiny")
+    for name, changes in (("a", {}), ("b", {"seed": 2}), ("c", {"seed": 1}), ("d", {"seed": 3, "base": {}}), ("e", {})):
+        place = Place(tmp_path / name, dataclasses.replace(chosen, **changes))
+        place.begin()
+        result = RESULT | {"about": place.scale.about()}
+        if name != "e":
+            (place.folder / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
+    others = of_other_seeds(Place(tmp_path / "a", chosen))
     assert [other["about"]["seed"] for other in others] == [1, 2]
     others[0]["win_rates"]["sft"] = _rate(0.3)
     page = reproduction_page.write(tmp_path, RESULT, "x", others).read_text(encoding="utf-8")
@@ -182,9 +184,20 @@ def test_other_seeds_stand_beside_their_own_kind_only(tmp_path: Path) -> None:
 
 
 def test_seeds_share_none_of_their_own() -> None:
-    seeds = [scale("tiny", seed=number).tree(role)["train"]["seed"] for number in range(4) for role in ROLES[1:]]
-    assert len(set(seeds)) == 4
+    """Whatever two reproductions train, policies and reward models, they train with other seeds."""
+    taken = [
+        {scale("tiny", seed=number).tree("lambda")["train"]["seed"]}
+        | {scales.SEEDS * number + offset for offset in (reproduce._JUDGE, reproduce._COACH)}
+        for number in range(12)
+    ]
+    assert len(set.union(*taken)) == 3 * 12
     assert [scale("tiny", seed=number).sampling.seed for number in (0, 3)] == [0, 3]
+
+
+def test_a_seed_below_zero_is_refused_before_anything_trains(tmp_path: Path) -> None:
+    with pytest.raises(ReproduceError, match=r"--seed \(-1\) must be 0 or more"):
+        Place(tmp_path, scale("tiny", seed=-1)).begin()
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_a_repository_there_is_no_commit_to_name(tmp_path: Path) -> None:

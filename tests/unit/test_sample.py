@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orpo_ray.config import ModelConfig
 from orpo_ray.model import build_model, load_tokenizer
 from orpo_ray.rows import DataError
-from orpo_ray.sample import SamplingSettings, sample
+from orpo_ray.sample import Answered, Sampled, SamplingSettings, sample
 from orpo_ray.tokens import ORPO_CHAT_TEMPLATE
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Which?", "Why is the sky blue today, of all days?", "Hm.")]
@@ -135,3 +136,12 @@ def test_each_prompt_has_noise_of_its_own_in_vllm(folder: str, monkeypatch: pyte
     assert [len(row) for row in found.answers_RN] == [3, 3]
     assert [len(set(row)) for row in found.answers_RN] == [1, 1]
     assert found.answers_RN[0] != found.answers_RN[1]
+
+
+def test_parts_of_answers_are_put_together_whole_only() -> None:
+    first = Answered((2, 0), (("c", "a"), ("C", "A")), 1, "transformers")
+    second = Answered((1,), (("b",), ("B",)), 2, "transformers")
+    assert Sampled.of([first, second]) == Sampled((("a", "b", "c"), ("A", "B", "C")), 3, "transformers")
+    for parts in ([first], [first, second, second], [first, replace(second, backend="vllm")]):
+        with pytest.raises(ValueError, match="are not one set, each once"):
+            Sampled.of(parts)
