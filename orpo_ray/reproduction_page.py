@@ -297,6 +297,11 @@ def _settings(result: Mapping[str, Any]) -> str:
     rows = [
         ["λ", ", ".join(f"{value:g}" for value in about["lambdas"])],
         ["pairs per step", str(about["batch"])],
+        *(
+            [["DPO's pairs, before those with long prompts are dropped", str(about["dpo_pairs"])]]
+            if about["dpo_pairs"]
+            else []
+        ),
         *([f"length of {role}", ", ".join(f"{k} {v}" for k, v in length.items())] for role, length in lengths.items()),
         ["peak learning rate", ", ".join(f"{role} {lr:g}" for role, lr in about["lr"].items())],
         ["LoRA", json.dumps(about["lora"]) if about["lora"] else "none: all weights are trained"],

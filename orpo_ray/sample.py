@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.progress import Progress
 
 from orpo_ray.config import DataConfig, ModelConfig
 from orpo_ray.forward import PairModel, Prompts, form_of, product_type
@@ -86,24 +85,6 @@ class Sampled:
 def backend_here() -> Backend:
     """What `answers` uses in this process."""
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
-
-
-def sample(
-    path: str,
-    prompts: Sequence[list[Message]],
-    settings: SamplingSettings,
-    *,
-    chat_template: str | None = None,
-    backend: Backend | None = None,
-) -> Sampled:
-    """Let the model in a folder answer, in this process, with a progress bar. Arguments and errors: see `answers`."""
-    parts = []
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("answering", total=len(prompts))
-        for part in answers(path, prompts, settings, chat_template=chat_template, backend=backend):
-            parts.append(part)
-            progress.advance(bar, len(part.indices))
-    return Sampled.of(parts)
 
 
 def answers(

@@ -84,7 +84,7 @@ class Scale:
             data["max_tokens"] = max(self.max_tokens, self.max_prompt_tokens + self.max_new_tokens)
         if self.train_pairs is not None:
             data["train_pairs"] = self.dpo_pairs if role == "dpo" and self.dpo_pairs else self.train_pairs
-        # Two trials on a core each take a tenth less than one after the other on two.
+        # Two trials on a core each took about a tenth less than one after the other on two (docs/log.md, 2026-11-27).
         cpus = 1 if role in ("reward", "lambda") else 2
         return {
             "model": {"path": self.model} | ({"lora": self.lora} if self.lora and role != "base" else {}),
@@ -116,6 +116,7 @@ class Scale:
             "lora": self.lora,
             "compared_with": self.compared_with,
             "seed": self.seed,
+            "dpo_pairs": self.dpo_pairs,
             "pretrain": self.pretrain,
         }
 

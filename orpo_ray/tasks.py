@@ -16,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.progress import Progress
 
-from orpo_ray.capacity import Resources, look
+from orpo_ray.capacity import Capacity, Resources, look
 from orpo_ray.config import ScalingConfig
 from orpo_ray.results import write_results
 
@@ -25,7 +25,7 @@ _RETRIES = 2
 
 
 class TaskError(RuntimeError):
-    """A task was lost with its process; the message says which one, and what to do."""
+    """A task was lost with its process, or Ray could not begin it; the message says which one, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ def run_all(tasks: Sequence[Task], folder: Path, scaling: ScalingConfig, console
         Exception: whatever a task raises. Either is raised when the others have ended, and what they gave is kept.
     """
     missing = [task for task in tasks if not _is_kept(task, folder)]
-    streams = {_started(task, scaling): task for task in missing}
+    cluster = look()
+    streams = {_started(task, scaling, cluster): task for task in missing}
     done: dict[str, list[Any]] = {task.name: [] for task in missing}
     failures: list[Exception] = []
     try:
@@ -82,7 +83,7 @@ def run_all(tasks: Sequence[Task], folder: Path, scaling: ScalingConfig, console
                 except RayError as error:
                     del streams[stream]
                     failures.append(_failure(task, error))
-                    console.print(f"{task.title}: failed", style="red", soft_wrap=True)
+                    console.print(f"{task.title}: failed: {failures[-1]}", style="red", markup=False, soft_wrap=True)
                 else:
                     done[task.name].append(part)
                     progress.advance(bars[task.name], units)
@@ -94,8 +95,7 @@ def run_all(tasks: Sequence[Task], folder: Path, scaling: ScalingConfig, console
     return {task.name: _read(task, folder)["found"] for task in tasks}
 
 
-def _started(task: Task, scaling: ScalingConfig) -> Any:
-    cluster = look()
+def _started(task: Task, scaling: ScalingConfig, cluster: Capacity) -> Any:
     needs = Resources.of(scaling, bool(cluster.has_gpus))
     cpus, gpus = needs.cpus_per_worker, needs.gpus_per_worker
     if gpus and not task.uses_gpu:  # then one CPU would be too few, and there are more where GPUs are

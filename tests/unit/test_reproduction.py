@@ -107,6 +107,7 @@ def test_the_page_has_its_pictures_and_numbers(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| 80.0 % (std over rounds 1.00) | 75.0 to 85.0 % | yes |" in text
     assert "69.4 to 84.0 %" in text
+    assert "DPO's pairs" not in text
     assert "| training SFT and ORPO | 100 |\n| all of it, by the clock | 94 |" in text
     assert "The command was given 2 times." in text
     assert "| answers are drawn with | transformers |" in text
@@ -181,6 +182,13 @@ def test_other_seeds_stand_beside_their_own_kind_only(tmp_path: Path) -> None:
     alone = reproduction_page.write(tmp_path, RESULT, "x").read_text(encoding="utf-8")
     assert "they do not cover the seed, of which there is one." in alone
     assert "other seeds" not in alone
+
+
+def test_fewer_pairs_for_dpo_are_told_and_taken(tmp_path: Path) -> None:
+    chosen = scale("tiny", model="some/model", data="some/pairs")
+    assert [chosen.tree(role)["data"]["train_pairs"] for role in ("lambda", "dpo")] == [800, 400]
+    page = reproduction_page.write(tmp_path, RESULT | {"about": chosen.about()}, "x").read_text(encoding="utf-8")
+    assert "| DPO's pairs, before those with long prompts are dropped | 400 |" in page
 
 
 def test_seeds_share_none_of_their_own() -> None:

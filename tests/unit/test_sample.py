@@ -15,10 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orpo_ray.config import ModelConfig
 from orpo_ray.model import build_model, load_tokenizer
 from orpo_ray.rows import DataError
-from orpo_ray.sample import Answered, Sampled, SamplingSettings, sample
+from orpo_ray.sample import Answered, Sampled, SamplingSettings, answers
 from orpo_ray.tokens import ORPO_CHAT_TEMPLATE
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Which?", "Why is the sky blue today, of all days?", "Hm.")]
+
+
+def sample(*arguments: Any, **options: Any) -> Sampled:
+    return Sampled.of(list(answers(*arguments, **options)))
 
 
 @pytest.fixture(scope="module")
