@@ -28,7 +28,9 @@ from rich.table import Table
 from benchmarks.rounds import RESULTS, ROOT, described, save
 from benchmarks.workload import CACHE, WorkloadError, hh_path
 from orpo_ray import config as configs
-from orpo_ray.memory import GIB, Device, architecture_of, peak_memory, tokens_per_pass
+from orpo_ray.fitting import device_of
+from orpo_ray.memory import GIB, architecture_of, peak_memory, tokens_per_pass
+from orpo_ray.plan import this_machine
 
 TARGET = 0.15
 """Largest relative error that is accepted."""
@@ -150,7 +152,8 @@ def main(words: list[str] | None = None) -> int:
 def compared(case: MemoryCase) -> dict[str, Any]:
     """A case's prediction and its measurement, in bytes, and their relative difference."""
     config = case.experiment()
-    predicted = peak_memory(config, architecture_of(config.model), Device.CPU, is_first_trial=True)
+    device = device_of(False, [this_machine()])
+    predicted = peak_memory(config, architecture_of(config.model), device, is_first_trial=True)
     row: dict[str, Any] = {
         "name": case.name,
         "settings": case.settings | {"model.path": Path(case.model).name},

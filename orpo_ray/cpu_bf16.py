@@ -1,7 +1,7 @@
 """bf16 on CPUs without units for it: values are kept in bf16, products run through fp32 kernels.
 
-On such CPUs a bf16 matrix product takes about twice as long as an fp32 one (`benchmarks/limit.py`). An fp32 product of
-the same values is at least as exact: bf16 kernels accumulate in fp32 too.
+On such CPUs a bf16 matrix product takes about twice as long as an fp32 one, where with units it takes half as long
+(`benchmarks/limit.py`). An fp32 product of the same values is at least as exact: bf16 kernels accumulate in fp32 too.
 """
 
 from __future__ import annotations
@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 
+from orpo_ray.memory import BF16_FLAGS
+
+BLOCK = 64
+"""Where bf16 kernels are used, rows are filled up to a multiple of so many tokens: oneDNN compiles a kernel for each
+shape and keeps it, some 0.5 MiB, for as long as the process lives."""
+
 
 def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 matrices faster than fp32 ones (AMX)."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones (`memory.BF16_FLAGS`)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(flag, False) for flag in BF16_FLAGS)
 
 
 def use_fp32_products(model: torch.nn.Module) -> None:

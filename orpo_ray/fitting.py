@@ -28,7 +28,7 @@ class NodeMemory:
     gpu_memory_bytes: int = 0
     """Of each GPU."""
     bf16_units: bool = False
-    """Its CPUs multiply bf16 matrices faster than fp32 ones (AMX)."""
+    """Its CPUs multiply bf16 matrices faster than fp32 ones (AMX or AVX-512 BF16)."""
 
 
 def fit_to(config: ExperimentConfig, nodes: list[NodeMemory], longest_pair: int | None = None) -> ExperimentConfig:

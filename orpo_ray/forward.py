@@ -111,10 +111,24 @@ class PairModel(torch.nn.Module):
         self.lm = lm
         self.form = form
         self.autocast = autocast
-        if autocast is not None and not torch.cuda.is_available() and not cpu_bf16.has_bf16_units():
+        if autocast is not None and not self._has_bf16_products:
             cpu_bf16.use_fp32_products(lm)
         if form.shares_prompt:
             _causal(lm).set_attn_implementation(attention.NAME)
+
+    def frozen(self) -> PairModel:
+        """Itself, made ready to be read from only. Where products run in bf16, so do its linear layers' weights lie
+        there: autocast would make the same of them anew in every pass, of one token in generation."""
+        self.eval().requires_grad_(False)
+        if self._has_bf16_products:
+            for module in self.modules():
+                if type(module) is torch.nn.Linear:  # a tied head parts with its embedding, which stays fp32
+                    module.weight = torch.nn.Parameter(module.weight.to(self.autocast), requires_grad=False)
+        return self
+
+    @property
+    def _has_bf16_products(self) -> bool:
+        return self.autocast is not None and (torch.cuda.is_available() or cpu_bf16.has_bf16_units())
 
     @property
     def outside_parameters(self) -> list[torch.nn.Parameter]:
@@ -142,13 +156,17 @@ class PairModel(torch.nn.Module):
 
     def collate(self, pairs: Sequence[Pair], counting: Counting, pad_token_id: int) -> Batch:
         """A micro-batch in this model's form, on the host."""
-        cuda = next(self.parameters()).is_cuda
+        multiple = 1
+        if next(self.parameters()).is_cuda:
+            multiple = attention.FLEX_BLOCK
+        elif self._has_bf16_products:
+            multiple = cpu_bf16.BLOCK
         return collate(
             pairs,
             counting,
             share_prompt=self.form.shares_prompt,
             pad_token_id=pad_token_id,
-            multiple_of=attention.FLEX_BLOCK if cuda else 1,
+            multiple_of=multiple,
         )
 
     def forward(self, batch: Batch | Prompts) -> torch.Tensor:

@@ -59,6 +59,10 @@ _TOKENS_PER_MASK_ENTRY = 8
 _PLAIN_MLPS = frozenset({"gpt2", "gpt_neox", "gpt_neo", "opt", "bloom", "phi", "falcon"})
 """Model types whose MLP is not gated."""
 
+BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+"""Of CPUs that multiply bf16 matrices faster than fp32 ones, as Linux and torch write them: Intel's with AMX, AMD's
+from Zen 4 on."""
+
 
 class Device(StrEnum):
     """What a worker computes on."""
@@ -376,8 +380,11 @@ def activation_bytes_per_token(
     else:
         # Autocast makes a bf16 copy of the norm's output for each linear layer behind it.
         copies = 3 + (2 if a.gated else 1)
-        size = _FP32 * norms * a.hidden
-        size += _BF16 * (copies * a.hidden + 3 * a.attention + key_values + mlp + mask)
+        size = _FP32 * norms * a.hidden + _BF16 * (copies * a.hidden + mlp)
+        if device is Device.CUDA:
+            size += _BF16 * (3 * a.attention + key_values)
+        else:  # fp32 attention, whose output goes on in bf16
+            size += _FP32 * (2 * a.attention + key_values + mask) + _BF16 * a.attention
     if lora is not None:
         adapters = 7 if a.gated else 6
         size += adapters * lora.rank * (_BF16 if bf16 else _FP32)

@@ -62,11 +62,11 @@ class OnlineAnswers:
             )
         lm = build_model(config.model.model_copy(update={"lora": None}), config.train.seed)
         # The form is the policy's, so that both read the same rows.
-        reference = PairModel(lm, engine.module.form, products).to(engine.device).eval()
+        reference = PairModel(lm, engine.module.form, products).to(engine.device).frozen()
         return cls(
             engine=engine,
             config=config,
-            reference=reference.requires_grad_(False),
+            reference=reference,
             reward=reward,
             counting=Counting("response"),
             pad_token_id=int(tokenizer.pad_token_id),

@@ -141,7 +141,8 @@ def collate(
         counting: which tokens count.
         share_prompt: one row [prompt | chosen | rejected | prompt | ...]; otherwise 2P padded rows.
         pad_token_id: fills rows up; any id, it is never looked at.
-        multiple_of: the shared row is filled up to a multiple of this many tokens.
+        multiple_of: the shared row is filled up to a multiple of this many tokens, and the targets too, with such that
+            no sum counts.
     """
     num = len(pairs)
     width = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
@@ -187,7 +188,8 @@ def collate(
             count(np.array([chosen_from + chosen - 1]), eos, index, None)
             count(np.array([rejected_from + rejected - 1]), eos, num + index, None)
 
-    weights_KN = np.zeros((3 * num, at), dtype=np.float32)
+    filling = np.zeros(-at % multiple_of, dtype=np.int64)  # place and token 0: the first pair's
+    weights_KN = np.zeros((3 * num, at + len(filling)), dtype=np.float32)
     for row, start, end in counted:
         weights_KN[row, start:end] = 1.0
     for rows_and_places in nll_targets:
@@ -199,8 +201,8 @@ def collate(
     )
     return Batch(
         **rows,
-        source_N=torch.from_numpy(np.concatenate(sources)),
-        target_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        source_N=torch.from_numpy(np.concatenate([*sources, filling])),
+        target_N=torch.from_numpy(np.concatenate([*targets, filling]).astype(np.int64)),
         weights_KN=torch.from_numpy(weights_KN),
         tokens_K=torch.from_numpy(tokens_K),
     )

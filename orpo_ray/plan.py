@@ -25,6 +25,7 @@ from orpo_ray.cost import CostModel
 from orpo_ray.fitting import SAFETY, NodeMemory, device_of, fit_to, workers_on
 from orpo_ray.history import History
 from orpo_ray.memory import (
+    BF16_FLAGS,
     GIB,
     Architecture,
     Memory,
@@ -201,12 +202,13 @@ def this_machine() -> NodeMemory:
     """CPUs, GPUs and memory of the machine this runs on."""
     gpus = _gpu_memory()
     cpu_info = Path("/proc/cpuinfo")
+    known = cpu_info.read_text(encoding="utf-8") if cpu_info.is_file() else ""
     return NodeMemory(
         cpus=os.cpu_count() or 1,
         gpus=len(gpus),
         memory_bytes=psutil.virtual_memory().total,
         gpu_memory_bytes=min(gpus, default=0),
-        bf16_units=cpu_info.is_file() and "amx_bf16" in cpu_info.read_text(encoding="utf-8"),
+        bf16_units=any(flag in known for flag in BF16_FLAGS),
     )
 
 

@@ -69,7 +69,7 @@ def logps_of(config: ExperimentConfig, pairs: PairDataset, counting: Counting, p
     def model() -> PairModel:
         lm = build_model(config.model.model_copy(update={"lora": None}), config.train.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return PairModel(lm, form_of(lm, config.model.attention), products).to(device).eval()
+        return PairModel(lm, form_of(lm, config.model.attention), products).to(device).frozen()
 
     def compute(members: Sequence[Pair]) -> PairLogps:
         batch = model().collate(members, counting, pad_token_id)

@@ -54,9 +54,9 @@ class RewardModel:
         tokenizer = load_tokenizer(settings)
         lm = build_reward_model(settings, seed=0)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = PairModel(lm, form_of(lm, settings.attention), product_type(precision)).to(device).eval()
+        model = PairModel(lm, form_of(lm, settings.attention), product_type(precision)).to(device).frozen()
         data = DataConfig(path="unused", max_tokens=max_tokens, max_prompt_tokens=max_tokens - 1)
-        return cls(path, model.requires_grad_(False), PairTokenizer(data, tokenizer), max_tokens)
+        return cls(path, model, PairTokenizer(data, tokenizer), max_tokens)
 
     @torch.no_grad()
     def of_pairs(self, pairs: Sequence[Pair]) -> torch.Tensor:

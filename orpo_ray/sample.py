@@ -135,7 +135,7 @@ def _by_transformers(
 ) -> Iterator[_Drawn]:
     lm = build_model(model, seed=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pairs = PairModel(lm, form_of(lm, model.attention), product_type("auto")).to(device).eval()
+    pairs = PairModel(lm, form_of(lm, model.attention), product_type("auto")).to(device).frozen()
     longest = max(map(len, prompts))
     if longest >= pairs.max_positions:
         raise DataError(

@@ -31,6 +31,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from orpo_ray import cpu_bf16
 from orpo_ray.data import Pair
 from orpo_ray.forward import Form, PairModel, Prompts, form_of, pair_logps
 from orpo_ray.loss import BatchCounts, orpo
@@ -256,6 +257,59 @@ def test_bf16_is_within_its_rounding(pairs: list[Pair]) -> None:
         errors[name] = (found - exact_gradient).norm() / exact_gradient.norm()
         torch.testing.assert_close(loss, exact, rtol=5e-3, atol=0)
     assert 0 < errors["shared"] < 2 * errors["plain"] < 0.1
+
+
+@pytest.mark.parametrize("architecture", [*SHARING, "bloom"])
+def test_a_frozen_model_gives_the_same_bits(
+    architecture: str, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_bf16, "has_bf16_units", lambda: True)  # its kernels run on any CPU
+    monkeypatch.setattr("orpo_ray.head.has_bf16_units", lambda: True)
+    model = build((SHARING | {name: config for name, (config, _) in PADDING.items()})[architecture])
+    form = form_of(model, "shared_prompt")
+    frozen = PairModel(copy.deepcopy(model), form, torch.bfloat16).frozen()
+    model = PairModel(model, form, torch.bfloat16).eval()
+    prompts = Prompts.padded(
+        [pair.prompt_ids for pair in pairs],
+        pad_token_id=0,
+        eos_token_id=2,
+        max_new_tokens=8,
+        in_step=False,
+        temperature=1.0,
+    )
+
+    def read(mine: PairModel) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return mine(mine.collate(pairs, ALL, 0)), mine(prompts)
+
+    for found, expected in zip(read(frozen), read(model), strict=True):
+        assert torch.equal(found, expected)
+    linear = [module for module in frozen.modules() if type(module) is torch.nn.Linear]
+    assert {module.weight.dtype for module in linear} <= {torch.bfloat16}
+    assert frozen.lm.get_input_embeddings().weight.dtype is torch.float32
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_rows_for_bf16_units_are_filled_up_and_nothing_else(
+    llama: LlamaForCausalLM, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To few shapes: each costs memory that is never given back (`cpu_bf16.BLOCK`)."""
+    monkeypatch.setattr(cpu_bf16, "has_bf16_units", lambda: True)
+    model = PairModel(copy.deepcopy(llama), FAST, torch.bfloat16)
+    filled = model.collate(pairs, ALL, 0)
+    assert filled.input_ids_RT.shape[1] % cpu_bf16.BLOCK == filled.source_N.shape[0] % cpu_bf16.BLOCK == 0
+    exact = PairModel(copy.deepcopy(llama), FAST)
+    bare = exact.collate(pairs, ALL, 0)
+    assert bare.input_ids_RT.shape[1] == sum(map(sum, LENGTHS))
+    # In fp32, for which rounding is small, and with all gradients.
+    sums, gradients = [], []
+    for batch in (bare, filled):
+        sums.append(exact(batch))
+        sums[-1].sum().backward()
+        gradients.append(gradient(exact))
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5 * gradients[0].abs().max().item())
 
 
 @pytest.mark.parametrize("form", FORMS)

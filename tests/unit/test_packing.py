@@ -27,7 +27,7 @@ def test_a_shared_row_by_hand() -> None:
     assert batch.layout.lengths == ((2, 2, 1), (1, 1, 3))
     assert batch.layout.pair_T.tolist() == [0] * 5 + [1] * 5 + [-1] * 2
     assert batch.layout.part_T.tolist() == [0, 0, 1, 1, 2, 0, 1, 2, 2, 2, -1, -1]
-    # Both answers of a pair are predicted from the prompt's last token, first.
+    # Both answers of a pair are predicted from the prompt's last token, first. There are 8 targets, a multiple already.
     assert batch.source_N.tolist() == [0, 1, 2, 1, 5, 5, 7, 8]
     assert batch.target_N.tolist() == [6, 7, 8, 9, 3, 2, 1, 2]
     third = 1 / 3
@@ -41,6 +41,19 @@ def test_a_shared_row_by_hand() -> None:
     ]
     torch.testing.assert_close(batch.weights_KN, torch.tensor(expected, dtype=torch.float32))
     assert batch.tokens_K.tolist() == [2, 1, 1, 3, 3, 1]
+
+
+def test_targets_that_fill_up_count_nowhere() -> None:
+    bare, filled = (
+        collate(PAIRS, Counting("prompt_and_response"), share_prompt=True, multiple_of=multiple) for multiple in (1, 5)
+    )
+    assert (bare.source_N.shape, filled.source_N.shape) == ((8,), (10,))
+    assert filled.input_ids_RT.shape == (1, 10)
+    for name in ("source_N", "target_N"):
+        assert getattr(filled, name).tolist() == [*getattr(bare, name).tolist(), 0, 0]
+    torch.testing.assert_close(filled.weights_KN[:, :8], bare.weights_KN)
+    assert not filled.weights_KN[:, 8:].any()
+    assert torch.equal(filled.tokens_K, bare.tokens_K)
 
 
 def test_padded_rows_by_hand() -> None:

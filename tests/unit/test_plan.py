@@ -15,9 +15,10 @@ from rich.console import Console
 
 from orpo_ray import estimate
 from orpo_ray.config import DataConfig, parse
+from orpo_ray.cpu_bf16 import has_bf16_units
 from orpo_ray.fitting import NodeMemory
 from orpo_ray.memory import GIB, architecture_of
-from orpo_ray.plan import Plan, plan
+from orpo_ray.plan import Plan, plan, this_machine
 from orpo_ray.results import EVENTS_FILE
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -207,3 +208,7 @@ def test_ten_thousand_trials_are_planned_in_seconds() -> None:
     assert found["trials"] == 10_000, run.stderr
     # CPU time: others may use the machine too.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5.0
+
+
+def test_bf16_units_are_those_that_a_worker_finds_with_torch() -> None:
+    assert this_machine().bf16_units == has_bf16_units()
