@@ -35,7 +35,7 @@ from orpo_ray.data import Pair
 from orpo_ray.forward import Form, PairModel, form_of, pair_logps, product_type
 from orpo_ray.markdown import number
 from orpo_ray.model import build_model, count_parameters, load_tokenizer
-from orpo_ray.packing import Batch, Counting
+from orpo_ray.packing import Batch, Counting, collate
 
 ORPO_PADDED = "ORPO, two padded sequences per pair (as the paper counts)"
 ORPO_SHARED = "ORPO, shared prompt (ours)"
@@ -44,7 +44,8 @@ DPO_FIRST_EPOCH = "DPO, reference kept on disk: first epoch (ours)"
 DPO_LATER_EPOCHS = "DPO, reference kept on disk: later epochs (ours)"
 
 _WEIGHT_BYTES = 4
-"""Per parameter, policy or reference: fp32 at every `train.precision`, which acts through autocast (`engine`)."""
+"""Per parameter: fp32 at every `train.precision`, which acts through autocast (`engine`). Where products run in bf16 a
+reference of ours keeps its linear layers in bf16 (`PairModel.frozen`); that is not counted."""
 _GRADIENT_BYTES = 4
 """Per trained parameter."""
 _MOMENT_BYTES = 8
@@ -216,7 +217,8 @@ def _passes(model: PairModel, pairs: Sequence[Pair], pad_token_id: int) -> tuple
     # Both losses count the same targets, as trials do that differ in `loss.name` only. DPO's objective does not read
     # the prompt's log-probabilities, but the NLL that it reports does.
     orpo, dpo = LossConfig(name="orpo"), LossConfig(name="dpo")
-    batch = model.collate(pairs, Counting(orpo.nll_scope), pad_token_id)
+    # Not `model.collate`, which fills rows up for some devices' kernels.
+    batch = collate(pairs, Counting(orpo.nll_scope), share_prompt=model.form.shares_prompt, pad_token_id=pad_token_id)
     trained, _ = _run(model, batch, orpo)
     frozen, kept = _run(model, batch, None)
     reference_P2 = torch.stack([kept.chosen_logps_P, kept.rejected_logps_P], dim=1)

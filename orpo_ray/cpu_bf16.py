@@ -1,7 +1,8 @@
-"""bf16 on CPUs without units for it: values are kept in bf16, products run through fp32 kernels.
+"""bf16 on CPUs: whether there are units for it, and what to do where there are none.
 
-On such CPUs a bf16 matrix product takes about twice as long as an fp32 one, where with units it takes half as long
-(`benchmarks/limit.py`). An fp32 product of the same values is at least as exact: bf16 kernels accumulate in fp32 too.
+With units a bf16 matrix product takes half as long as an fp32 one, without them about twice as long
+(`benchmarks/limit.py`). There values are kept in bf16, and products run through fp32 kernels. An fp32 product of the
+same values is at least as exact: bf16 kernels accumulate in fp32 too.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from orpo_ray.memory import BF16_FLAGS
 
 BLOCK = 64
-"""Where bf16 kernels are used, rows are filled up to a multiple of so many tokens: oneDNN compiles a kernel for each
-shape and keeps it, some 0.5 MiB, for as long as the process lives."""
+"""Where bf16 kernels are used, shared rows and targets are filled up to a multiple of this: oneDNN compiles a kernel
+for each shape, which takes time, and keeps it, which takes some 0.5 MiB."""
 
 
 def has_bf16_units() -> bool:
@@ -24,11 +25,9 @@ def has_bf16_units() -> bool:
     return any(capabilities.get(flag, False) for flag in BF16_FLAGS)
 
 
-def use_fp32_products(model: torch.nn.Module) -> None:
-    """Make the plain linear layers of a model compute in fp32 and return bf16, as they do under autocast."""
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
+def use_fp32_product(module: torch.nn.Linear) -> None:
+    """Make a linear layer compute in fp32 and return bf16, which it does under autocast."""
+    module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
 
 
 def _linear(module: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:

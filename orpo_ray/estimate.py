@@ -20,6 +20,8 @@ _SHARE_OF_LIMIT = 0.25
 """Assumed length of a sequence over `data.max_tokens` where the data are not at hand."""
 _EFFICIENCY = 0.6
 """Operations per second of a step over those of its matrix products alone (66 % in `benchmarks.limit`)."""
+CPU_BF16_GAIN = 1.5
+"""A step in bf16 over one in fp32, on a CPU with units for it (docs/log.md, 2026-11-27)."""
 _RECOMPUTATION = 4 / 3
 _ADAPTERS_ONLY = 2 / 3
 """Frozen weights need no gradient: one of three products less."""

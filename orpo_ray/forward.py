@@ -112,19 +112,25 @@ class PairModel(torch.nn.Module):
         self.form = form
         self.autocast = autocast
         if autocast is not None and not self._has_bf16_products:
-            cpu_bf16.use_fp32_products(lm)
+            for module in self._products():
+                cpu_bf16.use_fp32_product(module)
         if form.shares_prompt:
             _causal(lm).set_attn_implementation(attention.NAME)
 
     def frozen(self) -> PairModel:
-        """Itself, made ready to be read from only. Where products run in bf16, so do its linear layers' weights lie
-        there: autocast would make the same of them anew in every pass, of one token in generation."""
+        """Itself, made ready to be read from only. Where products run in bf16, its linear layers' weights are kept in
+        bf16: autocast would make the same of them anew in every pass, and in generation a pass is a token."""
         self.eval().requires_grad_(False)
         if self._has_bf16_products:
-            for module in self.modules():
-                if type(module) is torch.nn.Linear:  # a tied head parts with its embedding, which stays fp32
-                    module.weight = torch.nn.Parameter(module.weight.to(self.autocast), requires_grad=False)
+            for module in self._products():  # a tied head parts with its embedding, which stays fp32
+                module.weight = torch.nn.Parameter(module.weight.to(self.autocast), requires_grad=False)
         return self
+
+    def _products(self) -> list[torch.nn.Linear]:
+        """The plain linear layers whose products `autocast` is for: all but a reward model's score."""
+        score = getattr(_causal(self.lm), "score", None)
+        apart = set() if score is None else set(score.modules())
+        return [module for module in self.lm.modules() if type(module) is torch.nn.Linear and module not in apart]
 
     @property
     def _has_bf16_products(self) -> bool:
@@ -189,8 +195,11 @@ class PairModel(torch.nn.Module):
 
     def _rewards(self, batch: Batch) -> torch.Tensor:
         causal = _causal(self.lm)
-        rewards_N1: torch.Tensor = causal.score(_hidden(causal, batch))
-        return rewards_N1.squeeze(1).float()
+        hidden_ND = _hidden(causal, batch)
+        # One number per answer: bf16 would save nothing, and leave rewards of 2 to 4 steps of 1/64.
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            rewards_N1: torch.Tensor = causal.score(hidden_ND.float())
+        return rewards_N1.squeeze(1)
 
     def _answers(self, prompts: Prompts) -> torch.Tensor:
         causal = _causal(self.lm)

@@ -1,6 +1,6 @@
 """Pairs to micro-batches: [prompt | chosen | rejected] rows without padding, or padded rows where a model needs them.
 
-Shape suffixes: P pairs of a micro-batch, T tokens of a row, R rows, N counted targets, K = 3P sums over them.
+Shape suffixes: P pairs of a micro-batch, T tokens of a row, R rows, N targets, K = 3P sums over them.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ class Batch:
     layout: SharedPrompt | None
     """None: one sequence per row, padded on the right; chosen sequences first."""
     source_N: torch.Tensor
-    """int64: place in the flattened rows whose output predicts the target, or is an answer's reward."""
+    """int64: place in the flattened rows whose output predicts the target, or is an answer's reward. 0 in targets that
+    only fill up."""
     target_N: torch.Tensor
-    """int64: token id; 0 where rewards are read."""
+    """int64: token id; 0 where rewards are read, and in targets that only fill up."""
     weights_KN: torch.Tensor
     """fp32: rows 0..P-1 average the chosen answers' targets, P..2P-1 the rejected ones', 2P..3P-1 sum the NLL's."""
     tokens_K: torch.Tensor
@@ -141,8 +142,7 @@ def collate(
         counting: which tokens count.
         share_prompt: one row [prompt | chosen | rejected | prompt | ...]; otherwise 2P padded rows.
         pad_token_id: fills rows up; any id, it is never looked at.
-        multiple_of: the shared row is filled up to a multiple of this many tokens, and the targets too, with such that
-            no sum counts.
+        multiple_of: a shared row is filled up to a multiple of this many tokens, and N with targets that no sum counts.
     """
     num = len(pairs)
     width = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)

@@ -28,6 +28,7 @@ from orpo_ray.memory import (
     BF16_FLAGS,
     GIB,
     Architecture,
+    Device,
     Memory,
     architecture_of,
     checkpoint_bytes,
@@ -319,6 +320,7 @@ def _size(
     workers = trial.scaling.num_workers
     on_gpu = node.gpus > 0 if trial.scaling.use_gpu == "auto" else trial.scaling.use_gpu
     device = device_of(on_gpu, [node])
+    precision = precision_on(trial.train.precision, device)
     step, basis = None, "time not known: give --flops-per-second of the device"
     if label in measured:
         step, basis = measured[label] / workers, "measured"
@@ -326,6 +328,8 @@ def _size(
         rate, basis = flops_per_second, f"at {flops_per_second or 0:.2g} operations per second"
         if rate is None:
             rate = trial.scaling.cpus_per_worker * estimate.cpu_rate(shape)
+            if device is Device.CPU_BF16 and precision == "bf16":
+                rate *= estimate.CPU_BF16_GAIN
             basis = "estimated from a matrix product measured here"
         step = estimate.step_seconds(trial, estimate.pair_flops(trial, shape, tokens), rate)
     steps = trial.train.max_steps
@@ -348,7 +352,7 @@ def _size(
         offload_optimizer=trial.deepspeed.offload_optimizer,
         gradient_checkpointing=trial.model.gradient_checkpointing,
         tokens_per_pass=tokens_per_pass(trial),
-        precision=precision_on(trial.train.precision, device),
+        precision=precision,
         memory=None if shape is None else peak_memory(trial, shape, device, is_first_trial=sweep.num_trials == 1),
         checkpoint_bytes=None if shape is None else checkpoint_bytes(trial, shape),
         seconds_per_step=step,

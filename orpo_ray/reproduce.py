@@ -179,7 +179,7 @@ def _run(
         "provenance": begun,
         "finished_with": provenance.collect(),
         "seconds": seconds,
-        "pairs": _counts(place),
+        **_facts(place),
         "judge": _judge(place),
         "win_rates": {other: _win_rate(rewards_RN["orpo"], rewards_RN[other]) for other in POLICIES if other != "orpo"},
         # Each round against the next one.
@@ -495,10 +495,13 @@ def _account(config: ExperimentConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     yield 1, dataclasses.asdict(found)
 
 
-def _counts(place: Place) -> dict[str, int]:
-    config = place.experiment("lambda")
-    train, held_out = load_pairs(config.data, load_tokenizer(config.model))
-    return {"train": len(train), "held_out": len(held_out)}
+def _facts(place: Place) -> dict[str, Any]:
+    """What SFT's and ORPO's trials told when they began: of their data, and what `train.precision: auto` was there."""
+    told = [e["facts"] for e in read_events(place.folder / "lambda" / EVENTS_FILE) if e["event"] == "started"]
+    return {
+        "pairs": {"train": told[0]["data/train_pairs"], "held_out": told[0]["data/eval_pairs"]},
+        "products": sorted({facts["forward/products"] for facts in told}),
+    }
 
 
 def _write_text(path: Path, text: str) -> None:

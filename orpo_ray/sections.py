@@ -285,7 +285,8 @@ class TrainConfig(Section):
     """Pairs per forward pass per worker at most; by default as many as `max_tokens_per_micro_batch` holds."""
     max_tokens_per_micro_batch: int = Field(4096, ge=1)
     """Tokens per forward pass per worker at most, a prompt counted once (in padded rows twice, and padding too); a
-    longer pair goes alone. Memory grows with it; speed does too, up to some thousand tokens."""
+    longer pair goes alone. A multiple of 128 is best: rows are filled up to one on a GPU, and to one of 64 where a CPU
+    computes in bf16. Memory grows with it; speed does too, up to some thousand tokens."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps. Give this or `epochs`."""
     epochs: float | None = Field(None, gt=0)

@@ -36,7 +36,7 @@ from orpo_ray.data import Pair
 from orpo_ray.forward import Form, PairModel, Prompts, form_of, pair_logps
 from orpo_ray.loss import BatchCounts, orpo
 from orpo_ray.metrics import PairSums
-from orpo_ray.packing import Counting, NllScope
+from orpo_ray.packing import Counting, NllScope, collate
 from tests.forwards import ALL, CHUNKED, FAST, FORMS, PLAIN, gradient, logps
 
 SCOPES: list[NllScope] = ["prompt_and_response", "response"]
@@ -245,8 +245,16 @@ def test_probe_leaves_the_mode_and_the_gradients_alone(llama: LlamaForCausalLM) 
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_bf16_is_within_its_rounding(pairs: list[Pair]) -> None:
+def pretend(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
+    """Make this CPU one with bf16 units, or without: either's kernels run on any."""
+    monkeypatch.setattr(cpu_bf16, "has_bf16_units", lambda: has_units)
+    monkeypatch.setattr("orpo_ray.head.has_bf16_units", lambda: has_units)
+
+
+@pytest.mark.parametrize("has_units", [False, True])
+def test_bf16_is_within_its_rounding(has_units: bool, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """Either form in bf16 is about as far from fp32 as the other."""
+    pretend(monkeypatch, has_units)
     model = build(LlamaConfig(**{**GATED, "initializer_range": 0.1}))
     exact = objective(model, pairs, PLAIN)
     exact_gradient = gradient(model)
@@ -259,12 +267,12 @@ def test_bf16_is_within_its_rounding(pairs: list[Pair]) -> None:
     assert 0 < errors["shared"] < 2 * errors["plain"] < 0.1
 
 
-@pytest.mark.parametrize("architecture", [*SHARING, "bloom"])
+@pytest.mark.parametrize("has_units", [False, True])
+@pytest.mark.parametrize("architecture", [*SHARING, *PADDING])
 def test_a_frozen_model_gives_the_same_bits(
-    architecture: str, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+    architecture: str, has_units: bool, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_bf16, "has_bf16_units", lambda: True)  # its kernels run on any CPU
-    monkeypatch.setattr("orpo_ray.head.has_bf16_units", lambda: True)
+    pretend(monkeypatch, has_units)
     model = build((SHARING | {name: config for name, (config, _) in PADDING.items()})[architecture])
     form = form_of(model, "shared_prompt")
     frozen = PairModel(copy.deepcopy(model), form, torch.bfloat16).frozen()
@@ -285,8 +293,10 @@ def test_a_frozen_model_gives_the_same_bits(
 
     for found, expected in zip(read(frozen), read(model), strict=True):
         assert torch.equal(found, expected)
-    linear = [module for module in frozen.modules() if type(module) is torch.nn.Linear]
-    assert {module.weight.dtype for module in linear} <= {torch.bfloat16}
+    # fp32 kernels take fp32 weights.
+    expected_dtype = torch.bfloat16 if has_units else torch.float32
+    assert frozen.lm.get_output_embeddings().weight.dtype is expected_dtype
+    assert {m.weight.dtype for m in frozen.modules() if type(m) is torch.nn.Linear} == {expected_dtype}
     assert frozen.lm.get_input_embeddings().weight.dtype is torch.float32
     assert not any(p.requires_grad for p in frozen.parameters())
 
@@ -294,11 +304,8 @@ def test_a_frozen_model_gives_the_same_bits(
 def test_rows_for_bf16_units_are_filled_up_and_nothing_else(
     llama: LlamaForCausalLM, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To few shapes: each costs memory that is never given back (`cpu_bf16.BLOCK`)."""
-    monkeypatch.setattr(cpu_bf16, "has_bf16_units", lambda: True)
-    model = PairModel(copy.deepcopy(llama), FAST, torch.bfloat16)
-    filled = model.collate(pairs, ALL, 0)
-    assert filled.input_ids_RT.shape[1] % cpu_bf16.BLOCK == filled.source_N.shape[0] % cpu_bf16.BLOCK == 0
+    pretend(monkeypatch, has_units=True)
+    filled = PairModel(copy.deepcopy(llama), FAST, torch.bfloat16).collate(pairs, ALL, 0)
     exact = PairModel(copy.deepcopy(llama), FAST)
     bare = exact.collate(pairs, ALL, 0)
     assert bare.input_ids_RT.shape[1] == sum(map(sum, LENGTHS))
@@ -310,6 +317,44 @@ def test_rows_for_bf16_units_are_filled_up_and_nothing_else(
         gradients.append(gradient(exact))
     torch.testing.assert_close(sums[1], sums[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5 * gradients[0].abs().max().item())
+
+
+def test_passes_of_many_lengths_need_few_bf16_kernels(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is compiled for each shape, which takes time and memory (`cpu_bf16.BLOCK`)."""
+    pretend(monkeypatch, has_units=True)
+    model, shapes = PairModel(copy.deepcopy(llama), FAST, torch.bfloat16), set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            tensors = [a for a in args if isinstance(a, torch.Tensor) and a.dtype is torch.bfloat16]
+            if len(tensors) >= 2 and "mm" in str(func):
+                shapes.add((str(func), *(tuple(t.shape) for t in tensors)))
+            return func(*args, **(kwargs or {}))
+
+    rng = np.random.default_rng(0)
+    found = []
+    for lengths in ((20, 10, 12), (19, 9, 3), (5, 30, 22), (7, 2, 28)):  # up to 64 tokens, up to 64 targets
+        pair = Pair("p", *(rng.integers(1, VOCABULARY, n).astype(np.int32) for n in lengths), chosen_bytes=1)
+        with Products():
+            model(model.collate([pair], ALL, 0)).sum().backward()
+        found.append(len(shapes))
+    assert found == [found[0]] * 4
+    assert found[0] > 10  # they were seen at all
+
+
+def test_a_diverged_first_pair_is_the_only_one_where_rows_are_filled_up(
+    llama: LlamaForCausalLM, pairs: list[Pair]
+) -> None:
+    """Targets that fill up read the first pair's first token."""
+    model, only_here = copy.deepcopy(llama), VOCABULARY - 1
+    parts = [[np.minimum(ids, only_here - 1) for ids in (p.prompt_ids, p.chosen_ids, p.rejected_ids)] for p in pairs]
+    parts[0][0][0] = only_here
+    with torch.no_grad():
+        model.model.embed_tokens.weight[only_here] = torch.inf
+    batch = collate([Pair("t", *ids, chosen_bytes=1) for ids in parts], ALL, share_prompt=True, multiple_of=64)
+    finite_KP = PairModel(model, FAST)(batch).isfinite().reshape(3, len(pairs))
+    assert not finite_KP[:, 0].any()
+    assert finite_KP[:, 1:].all()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -41,6 +41,7 @@ RESULT: dict[str, Any] = {
     "seconds": {"SFT and ORPO": 100.0},
     "commands": [90.0, 4.0],
     "pairs": {"train": 100, "held_out": 20},
+    "products": ["bf16"],
     "judge": {"judge": _change(0.7), "coach": _change(0.68)},
     "win_rates": {"sft": _rate(0.8), "dpo": _rate(0.45), "rlhf": _rate(0.52)},
     "control": _rate(0.5),
@@ -110,6 +111,7 @@ def test_the_page_has_its_pictures_and_numbers(tmp_path: Path) -> None:
     assert "DPO's pairs" not in text
     assert "| training SFT and ORPO | 100 |\n| all of it, by the clock | 94 |" in text
     assert "The command was given 2 times." in text
+    assert "| matrix products | bf16 |" in text
     assert "| answers are drawn with | transformers |" in text
     assert "| ORPO 25 %, SFT 25 %, DPO 25 %, RLHF 25 % |" in text
     assert "commit `0123456789`, finished with commit `fedcba9876` with changes." in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from transformers import (
 )
 
 from orpo_ray import config as configs
+from orpo_ray import cpu_bf16
 from orpo_ray.config import ConfigError, LossConfig, ModelConfig
 from orpo_ray.data import Pair
-from orpo_ray.forward import form_of
+from orpo_ray.forward import PairModel, form_of
 from orpo_ray.loss import BatchCounts, PairLogps, ReferenceLogps, bradley_terry, from_config, rloo
 from orpo_ray.model import ModelError, build_model, build_reward_model, load_tokenizer
 from orpo_ray.packing import Counting
@@ -54,7 +56,8 @@ def _pairs() -> list[Pair]:
 
 def _model(name: str) -> Any:
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(SMALL[name]).eval()
+    # A copy, for the attention function is a setting of the config.
+    return AutoModelForSequenceClassification.from_config(copy.deepcopy(SMALL[name])).eval()
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -74,6 +77,20 @@ def test_a_reward_is_what_transformers_says_of_the_whole_sequence(name: str) -> 
         assert found.rejected_logps_P.tolist() == pytest.approx([rejected for _, rejected in expected], abs=1e-5)
         assert found.nll_tokens_P.tolist() == [0, 0, 0]
     assert form_of(model, "shared_prompt") == FAST
+
+
+@pytest.mark.parametrize("has_units", [False, True])
+def test_rewards_are_not_rounded_to_bf16(has_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has steps of 1/64 between 2 and 4, and answers that differ by less would be equal."""
+    monkeypatch.setattr(cpu_bf16, "has_bf16_units", lambda: has_units)
+    for freeze in (False, True):
+        model = PairModel(_model("llama"), FAST, torch.bfloat16)
+        model = model.frozen() if freeze else model
+        rewards = model(model.collate(_pairs(), REWARDS, 0))[:6]
+        exact = PairModel(_model("llama"), FAST)(model.collate(_pairs(), REWARDS, 0))[:6]
+        torch.testing.assert_close(rewards, exact, rtol=0.05, atol=0.005)
+        assert not torch.equal(rewards, exact)
+        assert not torch.equal(rewards, rewards.bfloat16().float())
 
 
 def test_both_forms_have_the_same_gradient() -> None:
@@ -143,7 +160,7 @@ def test_scores_do_not_depend_on_their_company(tmp_path: Path) -> None:
     config = ModelConfig(path="tiny-llama-1m")
     build_reward_model(config, seed=0).save_pretrained(tmp_path)
     load_tokenizer(config).save_pretrained(tmp_path)
-    judge = RewardModel.load(str(tmp_path), max_tokens=64)
+    judge = RewardModel.load(str(tmp_path), max_tokens=64, precision="fp32")
     prompts = [[{"role": "user", "content": text}] for text in ("Which?", "Why is the sky blue today, of all days?")]
     answers = [["This.", "That one over there.", ""], ["I do not know.", "Because.", "It is not " * 60]]
     together = judge.score(prompts, answers)
