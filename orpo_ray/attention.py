@@ -79,8 +79,8 @@ def shared_prompt_attention(
     if torch.is_autocast_enabled(device):
         # Rotary embeddings leave fp32 queries beside bf16 values, and FlexAttention is not among what autocast casts.
         result = torch.get_autocast_dtype(device)
-        # With AVX-512 BF16 attention was no faster than in fp32 (AMX was not at hand), and its shapes are the pairs'
-        # lengths, which cannot be filled up: each would cost a kernel (`cpu_bf16.BLOCK`).
+        # With AVX-512 BF16 attention was no faster than in fp32, and its shapes are the pairs' lengths, which cannot be
+        # filled up: each would cost a kernel (`cpu_bf16.BLOCK`). With AMX it may be faster; that was not at hand.
         inside = torch.float32 if device == "cpu" else result
         with torch.autocast(device, enabled=False):
             query, key, value = (x.to(inside) for x in (query_1HTD, key_1HTD, value_1HTD))

@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "--scale",
         choices=("tiny", "small", "full"),
         default="tiny",
-        help="tiny: 2 CPU cores, 13 minutes, or 40 with a --model of 135M (default); small: OPT-125M on a GPU; full: "
+        help="tiny: 2 CPU cores, 10 minutes, or 25 with a --model of 135M (default); small: OPT-125M on a GPU; full: "
         "OPT-1.3B as in the paper",
     )
     again.add_argument("--model", help="start from this model: folder or hub name (tiny: trained with LoRA)")

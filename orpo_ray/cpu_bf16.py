@@ -1,12 +1,13 @@
 """bf16 on CPUs: whether there are units for it, and what to do where there are none.
 
-With units a bf16 matrix product takes half as long as an fp32 one, without them about twice as long
-(`benchmarks/limit.py`). There values are kept in bf16, and products run through fp32 kernels. An fp32 product of the
-same values is at least as exact: bf16 kernels accumulate in fp32 too.
+With units a bf16 matrix product takes half as long as an fp32 one, without them about twice as long (docs/log.md).
+Where there are none, values are kept in bf16 and products run through fp32 kernels. An fp32 product of the same values
+is at least as exact: bf16 kernels accumulate in fp32 too.
 """
 
 from __future__ import annotations
 
+import os
 from types import MethodType
 from typing import Any
 
@@ -17,6 +18,8 @@ from orpo_ray.memory import BF16_FLAGS
 BLOCK = 64
 """Where bf16 kernels are used, shared rows and targets are filled up to a multiple of this: oneDNN compiles a kernel
 for each shape, which takes time, and keeps it, which takes some 0.5 MiB."""
+_KEPT_KERNELS = "256"
+"""A step of a model whose layers are alike needs some 20 for each length of its rows."""
 
 
 def has_bf16_units() -> bool:
@@ -25,8 +28,18 @@ def has_bf16_units() -> bool:
     return any(capabilities.get(flag, False) for flag in BF16_FLAGS)
 
 
+def bound_kernel_caches() -> None:
+    """Keep few of the kernels of padded rows and of prompts to be answered, which have lengths of every kind.
+
+    The caches are oneDNN's and torch's own, of 1,024 entries each; both look here when they are first used. With AMX,
+    torch's attention has another one in each thread, which nothing bounds.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _KEPT_KERNELS)
+
+
 def use_fp32_product(module: torch.nn.Linear) -> None:
-    """Make a linear layer compute in fp32 and return bf16, which it does under autocast."""
+    """Make a linear layer compute in fp32 and return bf16, as it would under autocast."""
     module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
 
 

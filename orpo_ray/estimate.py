@@ -21,7 +21,8 @@ _SHARE_OF_LIMIT = 0.25
 _EFFICIENCY = 0.6
 """Operations per second of a step over those of its matrix products alone (66 % in `benchmarks.limit`)."""
 CPU_BF16_GAIN = 1.5
-"""A step in bf16 over one in fp32, on a CPU with units for it (docs/log.md, 2026-11-27)."""
+"""How many times the fp32 rate a step in bf16 has on a CPU with units for it: 1.3 to 1.6 with AVX-512 BF16
+(docs/log.md, 2026-11-27); with AMX not measured."""
 _RECOMPUTATION = 4 / 3
 _ADAPTERS_ONLY = 2 / 3
 """Frozen weights need no gradient: one of three products less."""

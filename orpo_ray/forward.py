@@ -111,7 +111,9 @@ class PairModel(torch.nn.Module):
         self.lm = lm
         self.form = form
         self.autocast = autocast
-        if autocast is not None and not self._has_bf16_products:
+        if self._has_bf16_products:
+            cpu_bf16.bound_kernel_caches()
+        elif autocast is not None:
             for module in self._products():
                 cpu_bf16.use_fp32_product(module)
         if form.shares_prompt:

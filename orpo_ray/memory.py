@@ -61,7 +61,7 @@ _PLAIN_MLPS = frozenset({"gpt2", "gpt_neox", "gpt_neo", "opt", "bloom", "phi", "
 
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 """Of CPUs that multiply bf16 matrices faster than fp32 ones, as Linux and torch write them: Intel's with AMX, AMD's
-from Zen 4 on."""
+from Zen 4 on. (Some of Intel's have AVX-512 BF16 without AMX: no such machine was at hand.)"""
 
 
 class Device(StrEnum):

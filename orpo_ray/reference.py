@@ -29,7 +29,7 @@ from orpo_ray.model import build_model
 from orpo_ray.packing import Counting, micro_batches
 from orpo_ray.presets import PRESETS
 
-_FORMAT_VERSION = 1  # raise it whenever the same model and pairs would get other numbers
+_FORMAT_VERSION = 2  # raise it whenever the same model and pairs would get other numbers
 
 
 class ReferenceLogpsError(ArithmeticError):

@@ -496,11 +496,14 @@ def _account(config: ExperimentConfig) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _facts(place: Place) -> dict[str, Any]:
-    """What SFT's and ORPO's trials told when they began: of their data, and what `train.precision: auto` was there."""
-    told = [e["facts"] for e in read_events(place.folder / "lambda" / EVENTS_FILE) if e["event"] == "started"]
+    """What trials told when they began: SFT and ORPO of their data, all of what `train.precision: auto` was there."""
+    told = {
+        file.parent.name: [event["facts"] for event in read_events(file) if event["event"] == "started"]
+        for file in place.folder.glob(f"*/{EVENTS_FILE}")
+    }
     return {
-        "pairs": {"train": told[0]["data/train_pairs"], "held_out": told[0]["data/eval_pairs"]},
-        "products": sorted({facts["forward/products"] for facts in told}),
+        "pairs": {"train": told["lambda"][0]["data/train_pairs"], "held_out": told["lambda"][0]["data/eval_pairs"]},
+        "products": sorted({facts["forward/products"] for each in told.values() for facts in each}),
     }
 
 

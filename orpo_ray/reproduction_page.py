@@ -305,7 +305,7 @@ def _settings(result: Mapping[str, Any]) -> str:
         *([f"length of {role}", ", ".join(f"{k} {v}" for k, v in length.items())] for role, length in lengths.items()),
         ["peak learning rate", ", ".join(f"{role} {lr:g}" for role, lr in about["lr"].items())],
         ["LoRA", json.dumps(about["lora"]) if about["lora"] else "none: all weights are trained"],
-        ["matrix products", ", ".join(result["products"])],
+        ["matrix products of the training", ", ".join(result["products"])],
         ["answers", f"{about['prompts']} prompts, {about['rounds']} rounds, {about['max_new_tokens']} tokens at most"],
         ["answers are drawn with", drawn],
         ["answers that end there, unfinished", cut],

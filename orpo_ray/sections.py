@@ -300,7 +300,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of matrix products. bf16 keeps fp32 master weights and optimizer state, and the loss is computed in fp32
     either way. `auto` is bf16 where the device has units for it (GPUs, CPUs with AMX or AVX-512 BF16), else fp32, which
-    is faster there; the run logs which."""
+    is faster there; the run logs which. Name one of them where a sweep may be continued on machines of another kind."""
     seed: int = Field(42, ge=0)
     """Initialisation of new weights, order of the pairs, dropout."""
 

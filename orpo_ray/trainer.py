@@ -33,8 +33,6 @@ _AFTERMATH_S = 30.0
 """For so long after a group has ended with an error, what its controller had reserved is looked for."""
 _END_S = 10.0
 """How long the end of a group's controller takes at most to get here."""
-_KEPT_KERNELS = "256"
-"""Of each cache; a step of a model whose layers are alike needs some 20 for each length of its rows."""
 
 
 class _Introduction(ControllerCallback):
@@ -100,9 +98,6 @@ class WorkerGroup:
 
 def _worker_environment(resources: Resources) -> dict[str, str]:
     environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(resources.cpus_per_worker)}
-    # A bf16 kernel is compiled for each shape and kept, in oneDNN's cache and in torch's own: together half a MiB. Rows
-    # with a shared prompt have few shapes (`cpu_bf16.BLOCK`); padded rows and prompts to be answered have many.
-    environment |= dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), _KEPT_KERNELS)
     return environment if resources.gpus_per_worker else environment | {"DS_ACCELERATOR": "cpu"}
 
 

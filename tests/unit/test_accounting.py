@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orpo_ray import accounting
+from orpo_ray import accounting, cpu_bf16
 from orpo_ray.accounting import (
     DPO_FIRST_EPOCH,
     DPO_IN_MEMORY,
@@ -114,7 +114,12 @@ def test_bytes_follow_from_the_parameters(found: Accounting, rows: dict[str, Row
     assert rows[DPO_IN_MEMORY].reference_bytes == 4 * number
 
 
-def test_counts_do_not_depend_on_precision_or_recomputation(found: Accounting, pairs: list[Pair]) -> None:
+@pytest.mark.parametrize("has_units", [False, True])
+def test_counts_do_not_depend_on_precision_or_recomputation(
+    has_units: bool, found: Accounting, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_bf16, "has_bf16_units", lambda: has_units)
+    monkeypatch.setattr("orpo_ray.head.has_bf16_units", lambda: has_units)
     recomputing = TINY.model_copy(update={"gradient_checkpointing": True})
     assert measure(recomputing, pairs, precision="bf16") == found
 

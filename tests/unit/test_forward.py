@@ -304,11 +304,14 @@ def test_a_frozen_model_gives_the_same_bits(
 def test_rows_for_bf16_units_are_filled_up_and_nothing_else(
     llama: LlamaForCausalLM, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pretend(monkeypatch, has_units=False)
+    assert PairModel(copy.deepcopy(llama), FAST, torch.bfloat16).collate(pairs, ALL, 0).input_ids_RT.shape[1] == 93
     pretend(monkeypatch, has_units=True)
     filled = PairModel(copy.deepcopy(llama), FAST, torch.bfloat16).collate(pairs, ALL, 0)
     exact = PairModel(copy.deepcopy(llama), FAST)
     bare = exact.collate(pairs, ALL, 0)
-    assert bare.input_ids_RT.shape[1] == sum(map(sum, LENGTHS))
+    assert bare.input_ids_RT.shape[1] == sum(map(sum, LENGTHS)) == 93
+    assert filled.input_ids_RT.shape[1] == filled.source_N.shape[0] == 128
     # In fp32, for which rounding is small, and with all gradients.
     sums, gradients = [], []
     for batch in (bare, filled):
@@ -327,6 +330,7 @@ def test_passes_of_many_lengths_need_few_bf16_kernels(llama: LlamaForCausalLM, m
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             tensors = [a for a in args if isinstance(a, torch.Tensor) and a.dtype is torch.bfloat16]
+            assert "attention" not in str(func) or not tensors, "each pair of lengths would need a kernel"
             if len(tensors) >= 2 and "mm" in str(func):
                 shapes.add((str(func), *(tuple(t.shape) for t in tensors)))
             return func(*args, **(kwargs or {}))

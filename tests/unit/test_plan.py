@@ -210,5 +210,16 @@ def test_ten_thousand_trials_are_planned_in_seconds() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5.0
 
 
+def test_a_step_in_bf16_is_faster_on_a_cpu_with_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "cpu_rate", lambda shape: 1e11)
+    without, with_units = (
+        planned(NodeMemory(2, 0, 16 * GIB, bf16_units=units), sizes=None, rate=None).sizes[0] for units in (False, True)
+    )
+    assert (without.precision, with_units.precision) == ("fp32", "bf16")
+    assert with_units.seconds_per_step == pytest.approx(without.seconds_per_step / estimate.CPU_BF16_GAIN)
+    assert "for bf16" not in without.time_basis
+    assert with_units.time_basis.endswith("times 1.5 for bf16")
+
+
 def test_bf16_units_are_those_that_a_worker_finds_with_torch() -> None:
     assert this_machine().bf16_units == has_bf16_units()

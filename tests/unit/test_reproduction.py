@@ -111,7 +111,7 @@ def test_the_page_has_its_pictures_and_numbers(tmp_path: Path) -> None:
     assert "DPO's pairs" not in text
     assert "| training SFT and ORPO | 100 |\n| all of it, by the clock | 94 |" in text
     assert "The command was given 2 times." in text
-    assert "| matrix products | bf16 |" in text
+    assert "| matrix products of the training | bf16 |" in text
     assert "| answers are drawn with | transformers |" in text
     assert "| ORPO 25 %, SFT 25 %, DPO 25 %, RLHF 25 % |" in text
     assert "commit `0123456789`, finished with commit `fedcba9876` with changes." in text

@@ -21,11 +21,11 @@ from transformers import (
 
 from orpo_ray import config as configs
 from orpo_ray import cpu_bf16
-from orpo_ray.config import ConfigError, LossConfig, ModelConfig
+from orpo_ray.config import ConfigError, LoraConfig, LossConfig, ModelConfig
 from orpo_ray.data import Pair
 from orpo_ray.forward import PairModel, form_of
 from orpo_ray.loss import BatchCounts, PairLogps, ReferenceLogps, bradley_terry, from_config, rloo
-from orpo_ray.model import ModelError, build_model, build_reward_model, load_tokenizer
+from orpo_ray.model import ModelError, _with_lora, build_model, build_reward_model, load_tokenizer
 from orpo_ray.packing import Counting
 from orpo_ray.reward import RewardModel
 from tests.forwards import CHUNKED, FAST, gradient, logps
@@ -80,14 +80,17 @@ def test_a_reward_is_what_transformers_says_of_the_whole_sequence(name: str) -> 
 
 
 @pytest.mark.parametrize("has_units", [False, True])
-def test_rewards_are_not_rounded_to_bf16(has_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has steps of 1/64 between 2 and 4, and answers that differ by less would be equal."""
+@pytest.mark.parametrize("name", SMALL)
+def test_rewards_are_not_rounded_to_bf16(name: str, has_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 has steps of 1/64 between 2 and 4, and answers that differ by less would be equal."""
     monkeypatch.setattr(cpu_bf16, "has_bf16_units", lambda: has_units)
-    for freeze in (False, True):
-        model = PairModel(_model("llama"), FAST, torch.bfloat16)
+    for freeze, adapted in ((False, False), (True, False), (False, True)):
+        lm = _model(name)
+        lm = _with_lora(lm, LoraConfig(rank=4), "SEQ_CLS") if adapted else lm
+        model = PairModel(lm, FAST, torch.bfloat16)
         model = model.frozen() if freeze else model
         rewards = model(model.collate(_pairs(), REWARDS, 0))[:6]
-        exact = PairModel(_model("llama"), FAST)(model.collate(_pairs(), REWARDS, 0))[:6]
+        exact = PairModel(_model(name), FAST)(model.collate(_pairs(), REWARDS, 0))[:6]
         torch.testing.assert_close(rewards, exact, rtol=0.05, atol=0.005)
         assert not torch.equal(rewards, exact)
         assert not torch.equal(rewards, rewards.bfloat16().float())
