@@ -2,7 +2,7 @@
 
     python -m benchmarks.more_steps --model FOLDER        # a second call goes on behind the first
 
-`orpo-ray reproduce paper --scale tiny --model FOLDER --data builtin://style-pairs` trains for 20 steps. Here SFT, ORPO
+`orpo-ray reproduce paper --scale tiny --model FOLDER --data builtin://style-pairs` trains for 30 steps. Here SFT, ORPO
 with λ = 1, and that with the probability ratio (Fig. 8) train as they do there, on one pass over more pairs of the same
 generator. Writes benchmarks/results/more-steps-cpu.json; `python -m benchmarks.report` puts it into
 benchmarks/README.md.
