@@ -223,3 +223,9 @@ def test_a_step_in_bf16_is_faster_on_a_cpu_with_units(monkeypatch: pytest.Monkey
 
 def test_bf16_units_are_those_that_a_worker_finds_with_torch() -> None:
     assert this_machine().bf16_units == has_bf16_units()
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("amx_bf16", True), ("avx512_bf16", True), ("avx512_f", False)])
+def test_which_cpus_have_bf16_units(flag: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {flag: True})
+    assert has_bf16_units() is expected
