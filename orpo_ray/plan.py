@@ -321,7 +321,6 @@ def _size(
     on_gpu = node.gpus > 0 if trial.scaling.use_gpu == "auto" else trial.scaling.use_gpu
     device = device_of(on_gpu, [node])
     precision = precision_on(trial.train.precision, device)
-    in_bf16 = ""
     step, basis = None, "time not known: give --flops-per-second of the device"
     if label in measured:
         step, basis = measured[label] / workers, "measured"
@@ -329,9 +328,10 @@ def _size(
         rate, basis = flops_per_second, f"at {flops_per_second or 0:.2g} operations per second"
         if rate is None:
             rate = trial.scaling.cpus_per_worker * estimate.cpu_rate(shape)
+            basis = "estimated from a matrix product measured here"
             if device is Device.CPU_BF16 and precision == "bf16":
-                rate, in_bf16 = rate * estimate.CPU_BF16_GAIN, f", times {estimate.CPU_BF16_GAIN:g} for bf16"
-            basis = f"estimated from a matrix product measured here{in_bf16}"
+                rate *= estimate.CPU_BF16_GAIN
+                basis += f", times {estimate.CPU_BF16_GAIN:g} for bf16"
         step = estimate.step_seconds(trial, estimate.pair_flops(trial, shape, tokens), rate)
     steps = trial.train.max_steps
     seconds = None
