@@ -108,12 +108,12 @@ def _measure(stage: int, case: Case, rounds: int, into: Path) -> None:
     import torch.distributed as dist
 
     from benchmarks.ours_side import experiment
-    from orpo_ray.checkpoint import Checkpoints
-    from orpo_ray.engine import destroy, init_process_group
-    from orpo_ray.loop import _Run
-    from orpo_ray.metrics import PairSums
-    from orpo_ray.sections import CheckpointConfig
-    from orpo_ray.storage import Storage
+    from orpo_ray.config.sections import CheckpointConfig
+    from orpo_ray.storage.object_store import Storage
+    from orpo_ray.training.checkpoint import Checkpoints
+    from orpo_ray.training.engine import destroy, init_process_group
+    from orpo_ray.training.loop import _Run
+    from orpo_ray.training.metrics import PairSums
 
     init_process_group()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))

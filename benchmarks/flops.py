@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import workload
 from benchmarks.case import Case
-from orpo_ray.model import PRESETS, build_model
+from orpo_ray.models.loading import PRESETS, build_model
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ def measure(case: Case) -> dict[str, Any]:
     from benchmarks import ours_side
     from benchmarks.flops import parts, shape_of
     from benchmarks.probe import Probe
-    from orpo_ray.metrics import PairSums
+    from orpo_ray.training.metrics import PairSums
 
     shape, probe = shape_of(case), Probe(case.device)
     with ours_side.started(case) as trial:

@@ -1,4 +1,4 @@
-"""Predicted against measured peak memory of workers: `orpo_ray.memory` beside real trials, each in fresh processes.
+"""Predicted against measured peak memory of workers: `planning.memory` beside real trials, each in fresh processes.
 
     python -m benchmarks.memory_model                 # all cases that this machine has models for, about 8 minutes
     python -m benchmarks.memory_model --only tiny     # cases whose name contains one of the words
@@ -27,10 +27,10 @@ from rich.table import Table
 
 from benchmarks.rounds import RESULTS, ROOT, described, save
 from benchmarks.workload import CACHE, WorkloadError, hh_path
-from orpo_ray import config as configs
-from orpo_ray.fitting import device_of
-from orpo_ray.memory import GIB, architecture_of, peak_memory, tokens_per_pass
-from orpo_ray.plan import this_machine
+from orpo_ray.config import experiment as configs
+from orpo_ray.planning.fit import device_of
+from orpo_ray.planning.memory import GIB, architecture_of, peak_memory, tokens_per_pass
+from orpo_ray.planning.plan import this_machine
 
 TARGET = 0.15
 """Largest relative error that is accepted."""
@@ -235,10 +235,10 @@ def _run_rank(job: dict[str, Any]) -> None:
     import psutil
     import torch
 
-    import orpo_ray.worker  # noqa: F401
+    import orpo_ray.orchestration.worker  # noqa: F401
     from benchmarks.probe import Probe
-    from orpo_ray import loop
-    from orpo_ray.engine import init_process_group
+    from orpo_ray.training import loop
+    from orpo_ray.training.engine import init_process_group
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     init_process_group()

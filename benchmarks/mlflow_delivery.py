@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rounds import RESULTS, described, save
-from orpo_ray import config as configs
-from orpo_ray.tracking import SweepTracker
-from tests.browser import mlflow_server
+from orpo_ray.config import experiment as configs
+from orpo_ray.tracking.sweep_tracker import SweepTracker
+from tests.support.browser import mlflow_server
 
 TRIALS, METRICS, STEPS = 64, 50, 10
 _LIMIT_S = 400.0

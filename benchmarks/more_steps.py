@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.rounds import RESULTS, described, save
-from orpo_ray import cluster, reproduce, scales
+from orpo_ray.orchestration import ray_session
+from orpo_ray.reproduction import run, scales
 
 NAME = "more-steps-cpu"
 _MODELS = {"sft": "SFT", "orpo": "λ = 1", "probability": "probability ratio"}
@@ -40,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     console, name = Console(highlight=False), Path(options.model).name
     made = described(f"python -m benchmarks.more_steps --model {name} --steps {options.steps}")
-    with cluster.connected():
+    with ray_session.connected():
         folder = options.runs.absolute() / f"more-steps-{name}-{options.steps}"
         found = trained(options.model, options.steps, folder, console)
     save(NAME, name, {"made": made, "found": found}, options.results)
@@ -53,12 +54,12 @@ def trained(model: str, steps: int, folder: Path, console: Console) -> dict[str,
     """Held-out log-probabilities over the steps, and how far they moved. Ray must be initialised."""
     scale = scales.scale("tiny", model, "builtin://style-pairs")
     longer = {"policy": {"max_steps": steps}, "train_pairs": steps * scale.batch}
-    place = reproduce.Place(folder, replace(scale, **longer, evaluations={"eval_every": 20}))
+    place = run.Place(folder, replace(scale, **longer, evaluations={"eval_every": 20}))
     place.begin()
-    reproduce.train_lambdas(place, console, (0.0, scales.MAIN_LAMBDA))
-    reproduce.train_ratio(place, console)
-    start_N2 = reproduce.start(place, console)
-    curves, changes = reproduce.curves(place, start_N2), reproduce.changes(place, start_N2)
+    run.train_lambdas(place, console, (0.0, scales.MAIN_LAMBDA))
+    run.train_ratio(place, console)
+    start_N2 = run.start(place, console)
+    curves, changes = run.curves(place, start_N2), run.changes(place, start_N2)
     return {
         "steps": steps,
         "pairs": len(start_N2),
@@ -70,13 +71,13 @@ def trained(model: str, steps: int, folder: Path, console: Console) -> dict[str,
 def shown(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """Under `HEADER`: a row for every evaluation, one for the change, and those that compare changes pair by pair."""
     both = zip(*(found["curves"][name] for name in _MODELS), strict=True)
-    rows = [(f"{p[0]['step']:.0f}", *(f"{each[side]:.3f}" for each in p for side in reproduce.SIDES)) for p in both]
+    rows = [(f"{p[0]['step']:.0f}", *(f"{each[side]:.3f}" for each in p for side in run.SIDES)) for p in both]
     changes = found["changes"]
-    moved = [_interval(changes[name][side]) for name in _MODELS for side in reproduce.SIDES]
+    moved = [_interval(changes[name][side]) for name in _MODELS for side in run.SIDES]
     rows.append(("change", *moved))
     for name, (title, at) in _COMPARED.items():
         cells = ["–"] * len(moved)
-        cells[2 * at : 2 * at + 2] = (_interval(changes[name][side]) for side in reproduce.SIDES)
+        cells[2 * at : 2 * at + 2] = (_interval(changes[name][side]) for side in run.SIDES)
         rows.append((title, *cells))
     return rows
 

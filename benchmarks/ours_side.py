@@ -14,10 +14,10 @@ import torch.distributed as dist
 from benchmarks import workload
 from benchmarks.case import LR, ORPO_LAMBDA, Case
 from benchmarks.probe import Probe
-from orpo_ray import config as configs
-from orpo_ray.engine import destroy, init_process_group
-from orpo_ray.loop import _Run
-from orpo_ray.metrics import PairSums
+from orpo_ray.config import experiment as configs
+from orpo_ray.training.engine import destroy, init_process_group
+from orpo_ray.training.loop import _Run
+from orpo_ray.training.metrics import PairSums
 
 
 def run(case: Case, probe: Probe) -> list[float]:

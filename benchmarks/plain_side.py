@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from benchmarks import workload
 from benchmarks.case import LR, ORPO_LAMBDA, Case
 from benchmarks.probe import Probe
-from orpo_ray.data import Pair
-from orpo_ray.model import load_tokenizer
+from orpo_ray.data.dataset import Pair
+from orpo_ray.models.loading import load_tokenizer
 
 IGNORED = -100
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]

@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.rounds import RESULTS, described, save
-from orpo_ray import cluster, reproduce, scales
+from orpo_ray.orchestration import ray_session
+from orpo_ray.reproduction import run, scales
 
 STEPS = (15, 30, 60, 120, 240)
 """Of pretraining; the last is the scale's own."""
@@ -38,7 +39,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     console, made = Console(highlight=False), described("python -m benchmarks.pretraining")
-    with cluster.connected():
+    with ray_session.connected():
         for steps in options.steps:
             section = f"{steps} steps"
             row = changed(steps, options.runs.absolute() / f"pretraining-{steps}", console)
@@ -50,11 +51,11 @@ def main(words: list[str] | None = None) -> int:
 
 def changed(steps: int, folder: Path, console: Console) -> dict[str, Any]:
     """Held-out log-probabilities before SFT and ORPO, and how far both move them. Ray must be initialised."""
-    place = reproduce.Place(folder, replace(scales.scale("tiny"), base={"max_steps": steps}))
+    place = run.Place(folder, replace(scales.scale("tiny"), base={"max_steps": steps}))
     place.begin()
-    reproduce.train_lambdas(place, console, _LAMBDAS)
-    start_N2 = reproduce.start(place, console)
-    start, changes = reproduce.curves(place, start_N2)["sft"][0], reproduce.changes(place, start_N2)
+    run.train_lambdas(place, console, _LAMBDAS)
+    start_N2 = run.start(place, console)
+    start, changes = run.curves(place, start_N2)["sft"][0], run.changes(place, start_N2)
     return {"steps": steps, "start": start, "changes": {name: changes[name] for name in ("sft", "orpo")}}
 
 
@@ -67,7 +68,7 @@ def known(section: str, results: Path) -> dict[str, Any] | None:
 
 def shown(row: dict[str, Any]) -> tuple[str, ...]:
     """Under `HEADER`."""
-    moved = [row["changes"][name][side] for name in ("sft", "orpo") for side in reproduce.SIDES]
+    moved = [row["changes"][name][side] for name in ("sft", "orpo") for side in run.SIDES]
     cells = [f"{m['mean']:+.3f} ({m['low']:+.3f} to {m['high']:+.3f})" for m in moved]
     return (f"{row['steps']} steps", f"{row['start']['rejected_logp']:.3f}", *cells)
 

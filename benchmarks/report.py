@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import memory, memory_model, more_steps, pretraining, search_quality, throughput
 from benchmarks.rounds import RESULTS
-from orpo_ray import reproduction_page
+from orpo_ray.reproduction import page
 
 README = Path(__file__).resolve().parent / "README.md"
 _MARKER = re.compile(r"<!-- (?P<name>[a-z-]+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
@@ -258,7 +258,7 @@ def more_steps_part(sections: dict[str, Any], folder: Path, device: str) -> str:
     lines = []
     for model, content in sections.items():
         found, figure = content["found"], f"more-steps-{model}-{device}.png"
-        reproduction_page.draw_curves(found["curves"], list(found["curves"])).savefig(folder / figure, dpi=130)
+        page.draw_curves(found["curves"], list(found["curves"])).savefig(folder / figure, dpi=130)
         shown = markdown(more_steps.HEADER, more_steps.shown(found))
         lines += [about(content), "", f"![log-probabilities over the steps]({figure})", "", *shown, ""]
     return "\n".join(lines[:-1])

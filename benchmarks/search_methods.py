@@ -2,7 +2,7 @@
 
 All draw from the same space. Baselines decide by the classes that a user would run: Optuna's TPESampler and Ray Tune's
 AsyncHyperBandScheduler, one for each size, told what Ray Tune's OptunaSearch would tell (a stopped trial's last value).
-Ours are `orpo_ray.ladder.Ladder` and `orpo_ray.rungs.Rungs`, fed by a journal's events as in a sweep.
+Ours are `orpo_ray.search.ladder.Ladder` and `orpo_ray.search.asha.Rungs`, fed by a journal's events as in a sweep.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from benchmarks.surfaces import EVAL_EVERY, LAMBDA, LARGEST, LR, LR_HIGH, LR_LOW, MAX_STEPS, PARAMETERS, SIZE, Surface
-from orpo_ray.config import SweepConfig
-from orpo_ray.history import LOST, Exhausted, History, TrialHistory
-from orpo_ray.ladder import Ladder
-from orpo_ray.rungs import Rungs
+from orpo_ray.config.experiment import SweepConfig
+from orpo_ray.search.asha import Rungs
+from orpo_ray.search.ladder import Ladder
+from orpo_ray.storage.history import LOST, Exhausted, History, TrialHistory
 
 METRIC = "eval/preference_accuracy"
 DEVICES = 4

@@ -38,7 +38,7 @@ def run(case: cases.Case) -> dict[str, Any]:
     prepare_process(case)
     from benchmarks import workload
     from benchmarks.probe import Probe
-    from orpo_ray.model import count_parameters_of
+    from orpo_ray.models.loading import count_parameters_of
 
     probe = Probe(case.device)
     losses = _trainer(case.side)(case, probe)

@@ -12,8 +12,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from benchmarks import workload
 from benchmarks.case import LR, ORPO_LAMBDA, Case
 from benchmarks.probe import Probe
-from orpo_ray.data import Pair
-from orpo_ray.model import load_tokenizer
+from orpo_ray.data.dataset import Pair
+from orpo_ray.models.loading import load_tokenizer
 
 
 class _Clock(TrainerCallback):

@@ -17,8 +17,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from orpo_ray.results import load_results
-from tests.browser import chromium, mlflow_server
+from orpo_ray.storage.results import load_results
+from tests.support.browser import chromium, mlflow_server
 
 HERE = Path(__file__).parent
 _SETTLE_S = 3.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orpo_ray.runs import load_runs
+    from orpo_ray.results.runs import load_runs
 
 __all__ = ["load_runs"]
 
@@ -13,7 +13,7 @@ __all__ = ["load_runs"]
 def __getattr__(name: str) -> Any:
     # At first use: whoever imports the package, the command line among them, does not wait for pandas and MLflow.
     if name == "load_runs":
-        from orpo_ray.runs import load_runs
+        from orpo_ray.results.runs import load_runs
 
         return load_runs
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

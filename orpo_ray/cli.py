@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orpo_ray.config import ExperimentConfig
+    from orpo_ray.config.experiment import ExperimentConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -199,13 +199,13 @@ Exit code: 0 the job succeeded, 1 it failed, 2 it could not be sent, 3 it was st
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray.config import load
+    from orpo_ray.config.experiment import load
 
     return _run(load(arguments.file, [*arguments.overrides, "sweep=null"]), arguments.num_cpus, console)
 
 
 def _sweep(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray.config import ConfigError, load
+    from orpo_ray.config.experiment import ConfigError, load
 
     config = load(arguments.file, arguments.overrides)
     if config.sweep is None:
@@ -215,18 +215,20 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
 
 def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> int:
     with console.status("starting Ray"):
-        from orpo_ray import cluster, mlflow_uri, progress, report, sweep
+        from orpo_ray.orchestration import ray_session, sweep
         from orpo_ray.provenance import without_password
+        from orpo_ray.reports import progress, report
+        from orpo_ray.tracking import uri as mlflow_uri
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
     _, settings = config.as_sweep()
     num_trials = settings.num_trials + settings.num_confirmations
     display = progress.SweepProgress(console, settings.metric, num_trials)
-    with cluster.connected(num_cpus), display:
+    with ray_session.connected(num_cpus), display:
         outcome = sweep.run(config, display)
     console.print(report.results_table(outcome.results))
     best = outcome.results["best"]
     if best is not None:
-        from orpo_ray.space import describe
+        from orpo_ray.config.space import describe
 
         value = best["metrics"][settings.metric]
         console.print(f"\nbest       [bold green]{describe(best['params'])}[/]   {settings.metric} {value:.4f}")
@@ -260,7 +262,10 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
     with console.status("starting Ray"):
         from transformers.utils import logging as transformers_logging
 
-        from orpo_ray import cluster, reproduce, reproduction_page, scales
+        from orpo_ray.orchestration import ray_session
+        from orpo_ray.reproduction import page as reproduction_page
+        from orpo_ray.reproduction import run as reproduce
+        from orpo_ray.reproduction import scales
     transformers_logging.disable_progress_bar()  # of weights: dozens, each gone in a second
     transformers_logging.set_verbosity_error()  # a reward model's score is new before its training: no news
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -268,7 +273,7 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
     name = f"paper-{scale.name}" + (f"-{Path(arguments.model).name}" if arguments.model else "")
     name += f"-seed-{scale.seed}" if scale.seed else ""
     place = reproduce.Place(arguments.output_dir.expanduser().absolute() / name, scale)
-    with cluster.connected(arguments.num_cpus):
+    with ray_session.connected(arguments.num_cpus):
         result = reproduce.run(place, console)
     command = ["orpo-ray", "reproduce", "paper", "--scale", scale.name]
     for option in ("model", "data"):
@@ -286,8 +291,9 @@ def _transfer(arguments: argparse.Namespace, console: Console) -> int:
     import shlex
 
     with console.status("fitting"):
-        from orpo_ray import transfer, transfer_page
-        from orpo_ray.runs import read_sweep
+        from orpo_ray.reports import transfer_page
+        from orpo_ray.results import transfer
+        from orpo_ray.results.runs import read_sweep
 
         records = [
             read_sweep(run, tracking_uri=arguments.tracking_uri, output_dir=arguments.output_dir)
@@ -308,8 +314,8 @@ def _transfer(arguments: argparse.Namespace, console: Console) -> int:
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from dataclasses import replace
 
-    from orpo_ray import plan
-    from orpo_ray.config import load
+    from orpo_ray.config.experiment import load
+    from orpo_ray.planning import plan
 
     given = {"cpus": arguments.num_cpus, "gpus": arguments.num_gpus}
     for name, gib in (("memory_bytes", arguments.memory_gib), ("gpu_memory_bytes", arguments.gpu_memory_gib)):
@@ -324,7 +330,7 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _submit(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray import jobs, submit
+    from orpo_ray.cluster import jobs, submit
 
     def say(text: str, style: str = "") -> None:
         console.print(text, style=style, soft_wrap=True, markup=False)
@@ -360,7 +366,9 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _report(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray import report, results, runs
+    from orpo_ray.reports import report
+    from orpo_ray.results import runs
+    from orpo_ray.storage import results
 
     run_dir = runs.find_run_dir(arguments.run_dir, arguments.output_dir)
     files = report.write_report(run_dir, formats=arguments.format or ("html", "md"))
@@ -371,7 +379,7 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _export(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray import export
+    from orpo_ray.results import export
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     candidate = export.find(arguments.source, arguments.tracking_uri)
@@ -395,7 +403,7 @@ def _export(arguments: argparse.Namespace, console: Console) -> int:
 
 def _compare(arguments: argparse.Namespace, console: Console) -> int:
     with console.status("comparing"):
-        from orpo_ray.compare import compare_runs
+        from orpo_ray.results.compare import compare_runs
 
         compared = compare_runs(
             arguments.a,
@@ -417,7 +425,7 @@ def _compare(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _watch(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray import watch
+    from orpo_ray.reports import watch
 
     with watch.opened(arguments.name, arguments.output_dir, arguments.address) as source:
         if arguments.json:
@@ -433,7 +441,9 @@ def _doctor(arguments: argparse.Namespace, console: Console) -> int:
     import os
     from contextlib import ExitStack
 
-    from orpo_ray import cluster, doctor, mlflow_uri
+    from orpo_ray.cluster import doctor
+    from orpo_ray.orchestration import ray_session
+    from orpo_ray.tracking import uri as mlflow_uri
 
     uri = mlflow_uri.resolve_uri(arguments.tracking_uri, Path("runs"))
     storage = arguments.storage
@@ -447,7 +457,7 @@ def _doctor(arguments: argparse.Namespace, console: Console) -> int:
         os.environ["RAY_ADDRESS"] = address
         with ExitStack() as connection:
             try:
-                connection.enter_context(cluster.connected())
+                connection.enter_context(ray_session.connected())
             except RuntimeError as error:  # Ray's own, where its versions differ
                 raise doctor.not_let_in(address, error) from error
             diagnosis = doctor.cluster(uri, storage)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from orpo_ray.config import DataConfig, ModelConfig
-from orpo_ray.data import Pair, load_pairs
-from orpo_ray.model import load_tokenizer
-from orpo_ray.packing import NllScope
+from orpo_ray.config.experiment import DataConfig, ModelConfig
+from orpo_ray.data.dataset import Pair, load_pairs
+from orpo_ray.models.loading import load_tokenizer
+from orpo_ray.models.packing import NllScope
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"

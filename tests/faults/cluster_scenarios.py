@@ -19,9 +19,9 @@ import pytest
 
 from tests.faults.disturbed import EVAL_EVERY, Disturbed
 from tests.faults.scenarios import Bench, Outcome, Run
-from tests.hosts import Hosts
-from tests.ray_clusters import RayCluster
-from tests.s3 import S3
+from tests.support.hosts import Hosts
+from tests.support.ray_clusters import RayCluster
+from tests.support.s3 import S3
 
 _PATIENCE_S = 180.0
 """For Ray to see that a node is gone, and for that node to end."""

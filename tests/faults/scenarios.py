@@ -13,7 +13,7 @@ from typing import Any
 from tests.faults.damage import Damage, Left, damage, left_by, without
 from tests.faults.disturbed import RANKS, STEPS, SWEEP, Disturbed, Fault, Hung, fill, memory_group, small_disk
 from tests.integration.test_mlflow_server import Server
-from tests.s3 import S3
+from tests.support.s3 import S3
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ def read() -> dict[int, dict[str, float]]:
 
 
 def main() -> None:
-    from tests.ranks import experiment, train
+    from tests.support.ranks import experiment, train
 
     with tempfile.TemporaryDirectory() as folder:
         record = train(experiment(Path(folder) / "cache", **CONFIG), Path(folder) / "trial")

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.ranks import BASE
+from tests.support.ranks import BASE
 
 
 class Sweeps:

@@ -12,9 +12,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from orpo_ray.report import write_report
-from tests.browser import BrowserMissing, chromium
-from tests.pages import METRIC, write_generations, write_sweep
+from orpo_ray.reports.report import write_report
+from tests.support.browser import BrowserMissing, chromium
+from tests.support.pages import METRIC, write_generations, write_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from orpo_ray.capacity import give_back_abandoned
+from orpo_ray.orchestration.capacity import give_back_abandoned
 from tests.integration.conftest import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

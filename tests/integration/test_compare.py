@@ -21,14 +21,14 @@ from mlflow import MlflowClient
 from pandas.testing import assert_frame_equal
 
 from orpo_ray import load_runs
-from orpo_ray.compare import compare_runs
-from orpo_ray.config import METRIC_MODES
-from orpo_ray.mlflow_uri import TrackingError
-from orpo_ray.results import summarize
-from orpo_ray.runs import read_sweep
-from orpo_ray.tracking import SweepTracker
-from tests.run_dirs import BEGAN_MS, experiment, life, write_run
-from tests.sweeps import pair_scores
+from orpo_ray.config.experiment import METRIC_MODES
+from orpo_ray.results.compare import compare_runs
+from orpo_ray.results.runs import read_sweep
+from orpo_ray.storage.results import summarize
+from orpo_ray.tracking.sweep_tracker import SweepTracker
+from orpo_ray.tracking.uri import TrackingError
+from tests.support.run_dirs import BEGAN_MS, experiment, life, write_run
+from tests.support.sweeps import pair_scores
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from orpo_ray import storage
-from tests.s3 import S3
+from orpo_ray.storage import object_store
+from tests.support.s3 import S3
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -194,9 +194,9 @@ def test_each_fault_is_found_on_the_node_that_has_it(nodes: Nodes, stores: list[
         for store in stores:
             for name, value in store.environment.items():
                 patch.setenv(name, value)
-            storage._open.cache_clear()
-            assert storage.Storage(store.uri, patience_s=5.0).list() == {}, "something was left"
-    storage._open.cache_clear()
+            object_store._open.cache_clear()
+            assert object_store.Storage(store.uri, patience_s=5.0).list() == {}, "something was left"
+    object_store._open.cache_clear()
 
 
 def test_the_wrong_token_and_no_cluster_are_told_without_a_traceback(nodes: Nodes) -> None:
@@ -215,8 +215,8 @@ def test_a_node_that_hangs_is_a_finding(nodes: Nodes, folder: Path) -> None:
         child for child in psutil.Process(nodes.started[1].pid).children(recursive=True) if child.name() == "raylet"
     )
     code = (
-        "from orpo_ray import cluster, doctor\n"
-        "with cluster.connected():\n"
+        "from orpo_ray.cluster import doctor\nfrom orpo_ray.orchestration import ray_session\n"
+        "with ray_session.connected():\n"
         f"    print(doctor.cluster('sqlite:///{folder}/mlflow.db', timeout_s=25).to_json())"
     )
     raylet.suspend()

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orpo_ray.config import METRIC_MODES
-from orpo_ray.pair_scores import PAIRS_FILE, PairScores
-from tests.ranks import Job, Record, experiment, train_all
+from orpo_ray.config.experiment import METRIC_MODES
+from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores
+from tests.support.ranks import Job, Record, experiment, train_all
 
 pytestmark = pytest.mark.slow
 # Weights stay what they were, so that only the cut differs; 7 pairs, so that a rank is left without one.

@@ -16,14 +16,16 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from orpo_ray import checkpoint, cli, export, provenance
-from orpo_ray.config import ExperimentConfig, ModelConfig
-from orpo_ray.data import load_pairs
-from orpo_ray.model import load_tokenizer
-from orpo_ray.results import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, summarize, write_results
-from orpo_ray.style_pairs import generate
-from orpo_ray.tracking import SweepTracker
-from tests.ranks import Job, Record, experiment, train_all
+from orpo_ray import cli, provenance
+from orpo_ray.config.experiment import ExperimentConfig, ModelConfig
+from orpo_ray.data.dataset import load_pairs
+from orpo_ray.data.style_pairs import generate
+from orpo_ray.models.loading import load_tokenizer
+from orpo_ray.results import export
+from orpo_ray.storage.results import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, summarize, write_results
+from orpo_ray.tracking.sweep_tracker import SweepTracker
+from orpo_ray.training import checkpoint
+from tests.support.ranks import Job, Record, experiment, train_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -278,7 +280,7 @@ def test_card_tells_what_the_run_was(zoo: Zoo, tmp_path: Path) -> None:
     assert "64 training pairs" in card
     assert zoo.run_ids["lora"] in card
     assert "orpo-ray train experiment.yaml" in card
-    from orpo_ray.config import load
+    from orpo_ray.config.experiment import load
 
     again = load(folder / "experiment.yaml")
     same = {"name": True, "output_dir": True, "tracking": True, "data": {"cache_dir"}}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
-from tests.forwards import PLAIN, logps
-from tests.ranks import Job, experiment, train_all
+from tests.support.forwards import PLAIN, logps
+from tests.support.ranks import Job, experiment, train_all
 
 pytestmark = pytest.mark.slow
 PAIRS_1, PAIRS_4 = {"train.micro_batch_size": 1}, {"train.micro_batch_size": 4}
@@ -26,9 +26,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain_torch(cache: Path) -> list[float]:
     """20 steps of the same objective with plain torch: whole batch at once, padded, full logits, AdamW, clipping."""
-    from orpo_ray import loop, loss
-    from orpo_ray.data import batch_indices
-    from orpo_ray.model import build_model
+    from orpo_ray.data.dataset import batch_indices
+    from orpo_ray.models.loading import build_model
+    from orpo_ray.training import loop, loss
 
     torch.set_num_threads(1)
     config = experiment(cache)
@@ -82,9 +82,9 @@ def test_loss_curve_is_plain_torch_s_for_every_cut_and_stage(
 @pytest.mark.parametrize("reduction", ["token", "pair"])
 def test_gradients_are_equal_for_every_cut(reduction: str, cache: Path) -> None:
     """4×1, 2×2 and 1×4 in one process, to 1e-6; batches of unequal lengths, where micro-batch means would differ."""
-    from orpo_ray import loop, loss
-    from orpo_ray.data import batch_indices
-    from orpo_ray.model import build_model
+    from orpo_ray.data.dataset import batch_indices
+    from orpo_ray.models.loading import build_model
+    from orpo_ray.training import loop, loss
 
     torch.set_num_threads(1)
     config = experiment(cache, **{"loss.nll_reduction": reduction})

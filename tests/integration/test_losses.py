@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerBase
 
-from tests.ranks import Job, experiment, train_all
+from tests.support.ranks import Job, experiment, train_all
 
 pytestmark = pytest.mark.slow
 SHORT = {"train.max_steps": 6, "train.eval_every": 6, "train.global_batch_size": 16}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import Job, experiment, train_all
+from tests.support.ranks import Job, experiment, train_all
 
 pytestmark = pytest.mark.slow
 

@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from orpo_ray import config as configuration
-from orpo_ray import delivery
-from orpo_ray.mlflow_uri import TrackingError
-from orpo_ray.results import summarize
-from orpo_ray.tracking import SweepTracker
+from orpo_ray.config import experiment as configuration
+from orpo_ray.storage.results import summarize
+from orpo_ray.tracking import delivery
+from orpo_ray.tracking.sweep_tracker import SweepTracker
+from orpo_ray.tracking.uri import TrackingError
 from tests.integration.conftest import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

@@ -12,10 +12,10 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from orpo_ray import config as configs
-from orpo_ray.results import summarize
-from orpo_ray.tracking import SweepTracker
-from tests.browser import BrowserMissing, chromium, mlflow_server
+from orpo_ray.config import experiment as configs
+from orpo_ray.storage.results import summarize
+from orpo_ray.tracking.sweep_tracker import SweepTracker
+from tests.support.browser import BrowserMissing, chromium, mlflow_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

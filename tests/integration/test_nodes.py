@@ -18,11 +18,11 @@ from ray._private.state import GlobalState
 from ray._raylet import GcsClientOptions
 from ray.cluster_utils import Cluster
 
-from orpo_ray import storage
-from tests.hosts import Hosts
+from orpo_ray.storage import object_store
 from tests.integration.conftest import Sweeps
-from tests.ray_clusters import RayCluster
-from tests.s3 import S3
+from tests.support.hosts import Hosts
+from tests.support.ray_clusters import RayCluster
+from tests.support.s3 import S3
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(400)]
 
@@ -322,9 +322,9 @@ def objects_of(store: S3, name: str) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in store.environment.items():
             patch.setenv(variable, value)
-        storage._open.cache_clear()
+        object_store._open.cache_clear()
         try:
-            sweep = storage.Storage(f"{store.uri}/{name}", patience_s=5.0)
+            sweep = object_store.Storage(f"{store.uri}/{name}", patience_s=5.0)
             return {file: sweep.read(file) or b"" for file in sweep.list()}
         finally:
-            storage._open.cache_clear()
+            object_store._open.cache_clear()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from orpo_ray.config import ExperimentConfig
+from orpo_ray.config.experiment import ExperimentConfig
 from tests.golden.make_golden import CONFIG, METRICS, read
-from tests.ranks import Job, Record, experiment, train, train_all
+from tests.support.ranks import Job, Record, experiment, train, train_all
 
 pytestmark = pytest.mark.slow
 

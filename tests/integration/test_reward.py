@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from orpo_ray import checkpoint
-from orpo_ray.config import ExperimentConfig
-from orpo_ray.model import build_model, build_reward_model, load_tokenizer
-from orpo_ray.reward import RewardModel
-from tests.ranks import Job, Record, experiment, train_all
+from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.models.loading import build_model, build_reward_model, load_tokenizer
+from orpo_ray.models.reward_model import RewardModel
+from orpo_ray.training import checkpoint
+from tests.support.ranks import Job, Record, experiment, train_all
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import Sweeps
-from tests.ranks import experiment, train
+from tests.support.ranks import experiment, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import Sweeps
-from tests.ray_clusters import RayCluster
+from tests.support.ray_clusters import RayCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -98,11 +98,11 @@ def test_the_code_that_is_here_runs_on_every_node(open_cluster: RayCluster, swee
     marks = sweeps.folder / "marks"
     marks.mkdir()
     copy = shutil.copytree(PACKAGE, sweeps.folder / "orpo_ray", ignore=shutil.ignore_patterns("__pycache__"))
-    for module in ("sweep", "driver", "broker", "loop"):
+    for module in ("orchestration/sweep", "orchestration/driver", "orchestration/broker", "training/loop"):
         with (copy / f"{module}.py").open("a") as source:
             source.write(
                 "\n\nimport os as _os, pathlib as _pathlib\n"
-                f"(_pathlib.Path({str(marks)!r}) / f'{module}-{{_os.getpid()}}').write_text(__file__)\n"
+                f"(_pathlib.Path({str(marks)!r}) / f'{Path(module).name}-{{_os.getpid()}}').write_text(__file__)\n"
             )
     (sweeps.folder / "secret.pem").write_text("never sent")
     printed = submit("marked.yaml", cluster=open_cluster, folder=sweeps.folder, HF_TOKEN="mine", HF_HUB_OFFLINE="1")

@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from orpo_ray import control
+from orpo_ray.storage import requests
 from tests.integration.conftest import Sweeps
-from tests.journals import write_journal
+from tests.support.journals import write_journal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -134,7 +134,7 @@ def test_a_trial_and_then_the_sweep_are_stopped_by_key_and_the_sweep_is_continue
     assert "interrupted; the command that started it" in terminal.text
 
     events = sweeps.events("watched")
-    asked = next(r for r in control.asked_so_far(sweeps.folder / "runs" / "watched") if r.what == "stop_sweep").time
+    asked = next(r for r in requests.asked_so_far(sweeps.folder / "runs" / "watched") if r.what == "stop_sweep").time
     paused = {e["trial_id"]: e["step"] for e in events if e["event"] == "paused" and e["time"] >= asked}
     assert paused, "what trains pauses, and does not end"
     begun = {e["trial_id"] for e in events if e["event"] == "started" and e["time"] > asked + 1000}
@@ -212,7 +212,7 @@ def test_a_sweep_on_a_cluster_is_watched_through_its_head_node(
     terminal.read("q leave")
     terminal.press("Sy")
     terminal.read("the sweep stops once")
-    assert [r.what for r in control.asked_so_far(running)] == ["stop_sweep"]
+    assert [r.what for r in requests.asked_so_far(running)] == ["stop_sweep"]
     terminal.press("q")
     assert terminal.wait() == 0
     missing = subprocess.run([*command, "none", *place[1:], "--once"], capture_output=True, text=True)

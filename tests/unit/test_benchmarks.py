@@ -14,9 +14,9 @@ from benchmarks import steps as measured
 from benchmarks.case import SIDES, Case
 from benchmarks.flops import pair_flops, parts, predicted_tokens, seen_keys, shape_of
 from benchmarks.plain_side import collate, llamafactory_loss
-from orpo_ray.config import ModelConfig
-from orpo_ray.model import build_model, load_tokenizer
-from orpo_ray.packing import SharedPrompt
+from orpo_ray.config.experiment import ModelConfig
+from orpo_ray.models.loading import build_model, load_tokenizer
+from orpo_ray.models.packing import SharedPrompt
 
 TINY = Case(model="tiny-llama-1m", data="builtin://style-pairs", precision="fp32", batch=4, steps=1, threads=1)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import hostile
-from tests.hostile import CASES, Case
+from tests.support import hostile
+from tests.support.hostile import CASES, Case
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -41,4 +41,4 @@ def test_there_are_cases_of_every_kind() -> None:
 
 def test_the_page_has_the_table() -> None:
     text = hostile.PAGE.read_text(encoding="utf-8")
-    assert hostile.page(text) == text, "write it anew: python -m tests.hostile"
+    assert hostile.page(text) == text, "write it anew: python -m tests.support.hostile"

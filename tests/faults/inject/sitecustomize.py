@@ -147,10 +147,10 @@ def _patch_save(module: ModuleType) -> None:
 
 
 _PATCHES = {
-    "orpo_ray.forward": _patch_forward,
-    "orpo_ray.loop": _patch_loop,
+    "orpo_ray.models.pair_model": _patch_forward,
+    "orpo_ray.training.loop": _patch_loop,
     "deepspeed.runtime.engine": _patch_backward,
-    "orpo_ray.checkpoint": _patch_save,
+    "orpo_ray.training.checkpoint": _patch_save,
 }
 
 

@@ -1,0 +1,1 @@
+"""Reaching a Ray cluster: submitting jobs and checking nodes."""

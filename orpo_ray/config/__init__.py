@@ -1,0 +1,1 @@
+"""The experiment file: its sections, its search space, and the rules that hold between them."""

@@ -1,0 +1,54 @@
+"""An experiment's settings as flat names and values: what MLflow's parameters and comparisons of runs are made of."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from orpo_ray.config.experiment import ExperimentConfig
+
+NOT_SETTINGS = frozenset({"name", "output_dir", "storage", "checkpoint", "generation", "tracking", "sweep"})
+"""Sections that say where things go and what is shown, not what is trained."""
+
+AXES = "axes."
+"""Prefix of a trial's parameters that repeat the sweep's axes (`trial_params`)."""
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Config path -> value of a nested config; an empty section stays one value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def settings_of(config: ExperimentConfig) -> dict[str, Any]:
+    """Config path -> value, without the sweep and without where things are kept."""
+    return flat(config.model_dump(mode="json", exclude=set(NOT_SETTINGS)))
+
+
+def trial_params(config: ExperimentConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a trial; of a bundle, its label too; and the axes once more, under names that come first.
+
+    Unasked, MLflow's parallel coordinates show the first three parameters, by name, in which runs differ.
+    """
+    return {f"{AXES}{name}": value for name, value in params.items()} | settings_of(config.trial(params)) | params
+
+
+def parent_params(config: ExperimentConfig) -> dict[str, str]:
+    """What all trials share, and how the rest was searched, as text."""
+    shared = settings_of(config)
+    if config.sweep is not None:
+        tree = config.sweep.model_dump(mode="json")
+        space = tree.pop("space")
+        for axis in space.values():
+            for path in [p for label in axis["values"].values() for p in label] if axis["type"] == "bundle" else []:
+                shared.pop(path, None)
+        shared = {path: value for path, value in shared.items() if path not in space}
+        shared |= flat(tree, "sweep.") | {f"sweep.space.{name}": axis for name, axis in space.items()}
+    return {key: as_text(value) for key, value in shared.items()}
+
+
+def as_text(value: Any) -> str:
+    """A parameter's value as MLflow holds it: as YAML and JSON spell it; a string stays itself."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Preference pairs: from files and hubs to token ids. Needs no torch."""

@@ -1,0 +1,1 @@
+"""Language models, the forward pass with a shared prompt, and log-probabilities."""

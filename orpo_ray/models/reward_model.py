@@ -1,0 +1,127 @@
+"""Reward models: loaded once, then asked what an answer is worth.
+
+They are trained by the loop like any other model (`loss.name: reward`, `loss.bradley_terry`) and written by `orpo-ray
+export`. Shape suffixes: N prompts, K answers to each, P pairs of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from transformers import AutoConfig
+
+from orpo_ray.config.experiment import DataConfig, ModelConfig
+from orpo_ray.data.dataset import Pair
+from orpo_ray.data.rows import Message
+from orpo_ray.data.tokenizer import PairTokenizer
+from orpo_ray.models.loading import ModelError, build_reward_model, load_tokenizer
+from orpo_ray.models.packing import Counting, micro_batches
+from orpo_ray.models.pair_model import PairModel, form_of, pair_logps, product_type
+
+COUNTING = Counting("response", rewards=True)
+"""A reward is read at each answer's last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModel:
+    """A frozen reward model on this process's device."""
+
+    path: str
+    model: PairModel
+    tokens: PairTokenizer
+    max_tokens: int
+    """Prompt and answer together; longer answers are cut at their end, as in its training."""
+
+    @classmethod
+    def load(cls, path: str, *, max_tokens: int = 1024, precision: str = "auto") -> RewardModel:
+        """Read a reward model that was trained before.
+
+        Args:
+            path: folder or hub name.
+            max_tokens: `data.max_tokens` of its training.
+            precision: `train.precision`.
+
+        Raises:
+            ModelError: not found, or not a trained reward model: its files hold no score.
+        """
+        settings = ModelConfig(path=path)
+        _require_score(settings)
+        tokenizer = load_tokenizer(settings)
+        lm = build_reward_model(settings, seed=0)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = PairModel(lm, form_of(lm, settings.attention), product_type(precision)).to(device).frozen()
+        data = DataConfig(path="unused", max_tokens=max_tokens, max_prompt_tokens=max_tokens - 1)
+        return cls(path, model, PairTokenizer(data, tokenizer), max_tokens)
+
+    @torch.no_grad()
+    def of_pairs(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Rewards of one micro-batch, fp32 [P, 2], on the model's device; the ids must be its own tokenizer's."""
+        batch = self.model.collate(pairs, COUNTING, int(self.tokens.tokenizer.pad_token_id))
+        rewards = pair_logps(self.model, batch.to(next(self.model.parameters()).device))
+        return torch.stack([rewards.chosen_logps_P, rewards.rejected_logps_P], dim=1)
+
+    def score(
+        self, prompts: Sequence[list[Message]], answers_NK: Sequence[Sequence[str]], max_tokens_at_once: int = 4096
+    ) -> np.ndarray:
+        """What answers are worth.
+
+        Args:
+            prompts: N conversations that end before the answer.
+            answers_NK: K texts to each of them, the same number everywhere.
+            max_tokens_at_once: per forward pass.
+
+        Returns:
+            float64 [N, K]; only differences between answers to one prompt mean anything.
+
+        Raises:
+            ValueError: the numbers of answers differ, or there are none.
+            DataError: the chat template refuses a prompt.
+        """
+        counts = {len(answers) for answers in answers_NK}
+        if len(prompts) != len(answers_NK) or len(counts) != 1 or 0 in counts:
+            raise ValueError(
+                f"{len(prompts)} prompts need as many lists of answers, all of one length, not {len(answers_NK)} "
+                f"lists of {sorted(counts)} answers"
+            )
+        (num,) = counts
+        pairs, places = [], []
+        for row, (prompt, prompt_ids) in enumerate(zip(prompts, self.tokens.prompts(prompts), strict=True)):
+            room = max(self.max_tokens - len(prompt_ids), 1)
+            ids = [np.array(answer[:room], np.int32) for answer in self.tokens.answers(prompt, answers_NK[row])]
+            # Two answers share their prompt's pass; beside the last of an odd number goes a token for nobody.
+            for first in range(0, num, 2):
+                other = ids[first + 1] if first + 1 < num else ids[first][:1]
+                pairs.append(Pair(f"{row}:{first}", np.array(prompt_ids, np.int32), ids[first], other, 0))
+                places.append((row, first))
+        lengths_N3 = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
+        cut = micro_batches(
+            lengths_N3, 1, max_pairs=None, max_tokens=max_tokens_at_once, share_prompt=self.model.form.shares_prompt
+        )
+        rewards_NK = np.full((len(prompts), num), np.nan)
+        for (mine,) in track(cut, description="scoring", transient=True, disable=len(cut) < 8):
+            rewards_P2 = self.of_pairs([pairs[int(i)] for i in mine]).double().cpu().numpy()
+            for index, both in zip(mine, rewards_P2, strict=True):
+                row, first = places[int(index)]
+                rewards_NK[row, first : first + 2] = both[: num - first]
+        return rewards_NK
+
+
+def _require_score(config: ModelConfig) -> None:
+    """A language model would be given a random score, and its rewards would mean nothing."""
+    try:
+        architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
+    except (OSError, ValueError) as error:
+        place = "in this folder" if Path(config.path).is_dir() else "on the hub or as a folder"
+        raise ModelError(f"{config.path}: no reward model could be read {place}: {error!s:.300}") from error
+    names = architecture.architectures or []
+    if not any(name.endswith("ForSequenceClassification") for name in names) or architecture.num_labels != 1:
+        raise ModelError(
+            f"{config.path}: its config.json says {', '.join(names) or 'no architecture'} with "
+            f"{architecture.num_labels} labels, but a reward model is a ...ForSequenceClassification with one; "
+            "train one with loss.name: reward and write it with orpo-ray export"
+        )

@@ -1,0 +1,60 @@
+"""What `scaling: auto` becomes on the connected cluster: asked of its nodes once, and kept with the sweep."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config.space import Bundle
+from orpo_ray.planning.fit import NodeMemory, fitted_settings
+from orpo_ray.planning.plan import this_machine
+from orpo_ray.storage.results import FITTED_FILE
+
+
+def fitted(config: ExperimentConfig) -> ExperimentConfig:
+    """The experiment with what `scaling: auto` leaves open filled in, in every bundle.
+
+    Raises:
+        ConfigError: a model fits nowhere on the cluster, or is not to be found.
+    """
+    _, sweep = config.as_sweep()
+    axis = sweep.bundle_axis
+    labels = [str(label) for label in sweep.space[axis].candidates()] if axis else [""]
+    trials = {label: config.trial({axis: label} if axis else {}) for label in labels}
+    if not any(trial.scaling.auto for trial in trials.values()):
+        return config
+    file = config.run_dir / FITTED_FILE
+    if file.exists():
+        chosen: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        nodes = cluster_nodes()
+        chosen = {label: fitted_settings(t, nodes) if t.scaling.auto else {} for label, t in trials.items()}
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(chosen, indent=1), encoding="utf-8")
+        temporary.replace(file)
+    if axis is None:
+        return config.trial(chosen[""]).model_copy(update={"sweep": config.sweep})
+    bundle = sweep.space[axis]
+    assert isinstance(bundle, Bundle)
+    # What a bundle sets itself was respected when the rest was chosen.
+    values = {label: chosen[label] | settings for label, settings in bundle.values.items()}
+    space = sweep.space | {axis: bundle.model_copy(update={"values": values})}
+    return config.model_copy(update={"sweep": sweep.model_copy(update={"space": space})})
+
+
+def cluster_nodes() -> list[NodeMemory]:
+    """Every node of the connected cluster, asked on the spot: CPUs and GPUs are those that Ray was told of."""
+    asked = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            machine = ray.remote(num_cpus=0, scheduling_strategy=there)(this_machine).remote()
+            asked.append((node["Resources"], machine))
+    return [
+        replace(ray.get(machine), cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
+        for resources, machine in asked
+    ]

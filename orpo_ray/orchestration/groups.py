@@ -1,0 +1,309 @@
+"""Worker groups: each one long-lived Ray TorchTrainer that takes trial after trial from the broker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+
+from orpo_ray.orchestration.broker import Load
+from orpo_ray.orchestration.capacity import Capacity, Resources, give_back_abandoned, look, place
+from orpo_ray.orchestration.preemption import NoticingTorchConfig
+from orpo_ray.orchestration.worker import GroupSpec, run_group
+from orpo_ray.storage.object_store import Storage
+
+_MAX_GROUP_RESTARTS = 10
+"""Ray restarts a crashed group this often; then a new group is started, if trials still wait."""
+_COLLECTIVE_TIMEOUT_S = 1800
+"""A rank that never arrives fails the group after this."""
+_MAX_FAILED_STARTS = 3
+"""Groups of a lane that end without having taken a trial, one after another, before its trials are given up."""
+_IDLE_GRACE_S = 3.0
+"""A group without work is kept this long before it makes room for another lane's."""
+_LOOK_S = 2.0
+"""How often the cluster is looked at: nodes come and go."""
+_AFTERMATH_S = 30.0
+"""For so long after a group has ended with an error, what its controller had reserved is looked for."""
+_END_S = 10.0
+"""How long the end of a group's controller takes at most to get here."""
+
+
+class _Introduction(ControllerCallback):
+    """Makes a group's controller known to the broker: Ray Train shows it to nobody, and it alone can be told to end a
+    group that waits for nodes."""
+
+    def __init__(self, broker: Any, group: str) -> None:
+        self._broker, self._group = broker, group
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """In the controller's process."""
+        me = ray.get_runtime_context().current_actor
+        self._broker.controlled.remote(self._group, me)
+
+
+class WorkerGroup:
+    """A running group. `fit()` blocks, so it lives in a thread of the sweep process."""
+
+    def __init__(self, spec: GroupSpec, resources: Resources, groups_dir: Path, broker: Any) -> None:
+        """Start at once; processes come up in the background."""
+        self.spec = spec
+        self.resources = resources
+        self.error: str | None = None
+        self._trainer = TorchTrainer(
+            run_group,
+            train_loop_config=spec,
+            torch_config=NoticingTorchConfig(
+                backend="nccl" if resources.gpus_per_worker else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
+            ),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.num_workers,
+                use_gpu=bool(resources.gpus_per_worker),
+                resources_per_worker={"CPU": resources.cpus_per_worker}
+                | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            ),
+            run_config=ray.train.RunConfig(
+                name=spec.group,
+                storage_path=str(groups_dir) if spec.remote is None else f"{spec.remote.path}/{groups_dir.name}",
+                storage_filesystem=None if spec.remote is None else spec.remote.filesystem,
+                failure_config=ray.train.FailureConfig(max_failures=_MAX_GROUP_RESTARTS, controller_failure_limit=3),
+                callbacks=[_Introduction(broker, spec.group)],
+                worker_runtime_env={"env_vars": _worker_environment(resources)},
+            ),
+        )
+        self._thread = threading.Thread(target=self._fit, name=spec.group, daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether `fit()` has not returned yet."""
+        return self._thread.is_alive()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for `fit()` to return."""
+        self._thread.join(timeout_s)
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as error:  # whatever ended the group is its result, told by the manager
+            self.error = f"{type(error).__name__}: {error}"
+
+
+def _worker_environment(resources: Resources) -> dict[str, str]:
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(resources.cpus_per_worker)}
+    return environment if resources.gpus_per_worker else environment | {"DS_ACCELERATOR": "cpu"}
+
+
+class GroupManager:
+    """Starts groups where trials wait and ends those that have none, within what the cluster holds.
+
+    Not thread-safe: `tick` is called by one thread.
+    """
+
+    def __init__(
+        self,
+        broker: Any,
+        broker_name: str,
+        namespace: str,
+        run_dir: Path,
+        remote: Storage | None,
+        proof: Path | None,
+        kinds: set[Resources],
+        capacity: Capacity,
+        say: Callable[[str], None],
+        max_groups: int | None,
+        max_group_trials: int,
+    ) -> None:
+        """Start one group of each kind, as far as there is room: every kind will be needed.
+
+        Args:
+            broker: the sweep's broker, under `broker_name` in `namespace`.
+            run_dir: groups keep Ray Train's state in `groups/`, trials their checkpoints in `trials/`,
+            remote: or in folders of that name in an object store.
+            proof: a file that every node must see before it trains; None where nodes need not share files.
+            kinds: what groups may occupy.
+            capacity: the cluster now.
+            say: tells the user when trials wait for nodes.
+            max_groups: groups running at once at most, i.e. trials training at once.
+            max_group_trials: trials after which a group is replaced by a new one.
+        """
+        self._broker, self._broker_name, self._namespace = broker, broker_name, namespace
+        self._run_dir, self._remote, self._proof, self._say = run_dir, remote, proof, say
+        self._kinds = {kind.lane: kind for kind in kinds}
+        self.capacity = capacity
+        """As last looked at."""
+        self._looked_at = time.monotonic()
+        self._max_groups, self._max_group_trials = max_groups, max_group_trials
+        self._groups: dict[str, WorkerGroup] = {}
+        self._retiring: set[str] = set()
+        self._waiting: set[str] = set()
+        """Groups that need nodes which are not there."""
+        self._told: tuple[str, ...] = ()
+        self._broken_at = float("-inf")
+        """When a group last ended with an error."""
+        self._started = 0
+        self._failed_starts: dict[str, int] = {}
+        # Names are never reused: Ray Train would take up the state of an earlier group of the same name.
+        self._stamp = int(time.time())
+        free = self._settle({})
+        for kind in sorted(kinds, key=lambda k: (k.gpus_per_worker, k.num_workers, k.cpus_per_worker), reverse=True):
+            if self._may_start(kind, free):
+                self._start(kind)
+                free = self._settle({})
+
+    @property
+    def slots(self) -> int:
+        """Trials that can train at once, or wait for nodes that may come."""
+        most = self.capacity.slots(list(self._kinds.values()))
+        return most if self._max_groups is None else min(most, self._max_groups)
+
+    def tick(self) -> None:
+        """Look once, act once. Call a few times a second."""
+        load: Load = ray.get(self._broker.load.remote())
+        if time.monotonic() - self._looked_at > _LOOK_S:
+            self.capacity, self._looked_at = look(), time.monotonic()
+            if self._looked_at - self._broken_at < _AFTERMATH_S:
+                give_back_abandoned()
+            if any(self._left_without(group_id, load.nodes) for group_id in list(self._groups)):
+                load = ray.get(self._broker.load.remote())
+        self._reap(load)
+        for group_id in self._groups:
+            if group_id not in self._retiring and load.assigned.get(group_id, 0) >= self._max_group_trials:
+                self._retire(group_id)  # it ends after its present trial, and is replaced where trials wait
+        free = self._settle(load.nodes)
+        for lane, queued in load.queued.items():
+            up = [g for g, group in self._groups.items() if group.spec.lane == lane and g not in self._retiring]
+            without_work = [g for g in up if g not in load.busy]
+            if queued <= sum(g not in self._waiting for g in without_work):
+                continue
+            if queued > len(without_work) and self._may_start(self._kinds[lane], free):
+                self._start(self._kinds[lane])
+                free = self._settle(load.nodes)
+            elif (idle := self._idle_group(load)) is not None:
+                self._retire(idle)
+        self._tell(load)
+
+    def shutdown(self, timeout_s: float) -> None:
+        """Let every group end by itself, so that nothing is left for Ray to clean up."""
+        for group_id in self._groups:
+            ray.get(self._broker.retire.remote(group_id))
+        deadline = time.monotonic() + timeout_s
+        for group_id, group in self._groups.items():
+            if group_id not in self._waiting:  # such a one hears nothing before there are nodes for it
+                group.join(max(0.0, deadline - time.monotonic()))
+        # A thread that is still in `fit()` when Ray is shut down takes the whole process with it (ray 2.60).
+        for group_id, group in self._groups.items():
+            controller = ray.get(self._broker.controller.remote(group_id)) if group.running else None
+            if controller is not None:
+                ray.kill(controller)
+                group.join(_END_S)
+
+    def _left_without(self, group_id: str, nodes: dict[str, list[str]]) -> bool:
+        """Whether a node of the group has died. Then its trial may be taken by another group at once: Ray Train starts
+        the group again, but not before there is room for it."""
+        dead = set(nodes.get(group_id, ())) - self.capacity.nodes.keys()
+        if dead:
+            ray.get(self._broker.lost.remote(group_id, f"node {min(dead)} has died"))
+        return bool(dead)
+
+    def _reap(self, load: Load) -> None:
+        for group_id, group in list(self._groups.items()):
+            if group_id in load.busy:
+                self._failed_starts[group.spec.lane] = 0
+            if group.running:
+                continue
+            del self._groups[group_id]
+            if group_id in self._retiring:
+                self._retiring.discard(group_id)
+                if group.error is None:
+                    continue
+            if group.error is not None:
+                self._broken_at = time.monotonic()
+            lane, reason = group.spec.lane, group.error or "the worker group ended by itself"
+            ray.get(self._broker.lost.remote(group_id, reason))
+            if group_id in self._waiting:
+                continue  # it has waited for nodes as long as Ray Train does; the next one goes on waiting
+            self._failed_starts[lane] = self._failed_starts.get(lane, 0) + 1
+            if self._failed_starts[lane] >= _MAX_FAILED_STARTS:
+                ray.get(self._broker.fail_lane.remote(lane, f"no worker group could be kept running: {reason}"))
+
+    def _retire(self, group_id: str) -> None:
+        self._retiring.add(group_id)
+        ray.get(self._broker.retire.remote(group_id))
+
+    def _settle(self, nodes: dict[str, list[str]]) -> list[dict[str, float]]:
+        """Find out which groups wait for nodes. Returns what the others leave free of each node.
+
+        Args:
+            nodes: group -> node of each rank, for groups whose processes are up.
+        """
+        free = {node: dict(resources) for node, resources in self.capacity.nodes.items()}
+        coming = []
+        for group_id, group in self._groups.items():
+            if group_id not in nodes:
+                coming.append(group_id)
+                continue
+            for node in nodes[group_id]:
+                left = free.get(node, {})  # a node that came since the last look does not count yet
+                for kind, need in group.resources.per_worker.items():
+                    left[kind] = left.get(kind, 0.0) - need
+        self._waiting = {g for g in coming if not place(self._groups[g].resources, list(free.values()))}
+        return list(free.values())
+
+    def _may_start(self, request: Resources, free: list[dict[str, float]]) -> bool:
+        """Whether there is room for another group, or it should be what makes the autoscaler add nodes: at most as
+        many wait for nodes as have some."""
+        if self._max_groups is not None and len(self._groups) >= self._max_groups:
+            return False
+        if place(request, [dict(node) for node in free]):
+            return True
+        all_groups = [group.resources for group in self._groups.values()]
+        return (
+            self.capacity.is_elastic
+            and len(self._waiting) < max(1, len(self._groups) - len(self._waiting))
+            and self.capacity.could_hold([*all_groups, request])
+        )
+
+    def _idle_group(self, load: Load) -> str | None:
+        """A group whose lane has nothing waiting and that has had nothing to do for a while."""
+        if self._retiring:
+            return None  # room is being made already
+        for group_id, idle_seconds in load.idle_seconds.items():
+            group = self._groups.get(group_id)
+            if group is not None and group.spec.lane not in load.queued and idle_seconds > _IDLE_GRACE_S:
+                return group_id
+        return None
+
+    def _tell(self, load: Load) -> None:
+        """Say what is waited for, once, where nothing can train before nodes come."""
+        lanes = tuple(sorted(lane for lane in load.queued if not self._holds_one_of(lane)))
+        if lanes != self._told:
+            self._told = lanes
+            if lanes:
+                needs = " and ".join(self._kinds[lane].describe() for lane in lanes)
+                self._say(f"Trials wait for nodes: each needs {needs}, and {self.capacity.describe()}.")
+
+    def _holds_one_of(self, lane: str) -> bool:
+        live = [dict(node) for node in self.capacity.nodes.values()]
+        return place(self._kinds[lane], live)
+
+    def _start(self, resources: Resources) -> None:
+        self._started += 1
+        spec = GroupSpec(
+            group=f"group-{self._stamp}-{self._started:03d}",
+            lane=resources.lane,
+            broker=self._broker_name,
+            namespace=self._namespace,
+            trials_dir=str(self._run_dir / "trials") if self._remote is None else None,
+            remote=self._remote,
+            proof=None if self._proof is None else str(self._proof),
+            threads=resources.cpus_per_worker,
+        )
+        self._groups[spec.group] = WorkerGroup(spec, resources, self._run_dir / "groups", self._broker)

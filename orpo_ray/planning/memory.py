@@ -1,0 +1,396 @@
+"""Peak memory of a training worker, from its config and its model's shape alone.
+
+The terms follow from the code that allocates them; the few constants were measured, and `python -m
+benchmarks.memory_model` compares predictions with real processes. Nothing here needs torch, so that a plan answers at
+once. ZeRO's terms: Rajbhandari et al. 2020 (https://arxiv.org/abs/1910.02054), and how DeepSpeed 0.19 holds them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from orpo_ray.config.experiment import ConfigError, ExperimentConfig, LoraConfig, ModelConfig
+from orpo_ray.models.presets import PRESET_VOCABULARY, PRESETS
+
+MIB, GIB = 2**20, 2**30
+_FP32, _BF16 = 4, 2
+
+_CHUNK_BYTES, _KEPT_BYTES = 64 * MIB, 256 * MIB
+"""`head.CHUNK_BYTES` and `head.KEPT_BYTES`; a test holds them together."""
+_BUCKET = 500_000_000
+"""Elements of DeepSpeed's default `reduce_bucket_size`: on CUDA allocated whole, on a CPU only as far as it is used."""
+_MOST_GATHERED = 1_000_000_000
+"""Elements of DeepSpeed's default `stage3_max_live_parameters`."""
+
+# Measured on Linux with glibc, torch 2.13, DeepSpeed 0.19.8 and Ray 2.60. `python -m benchmarks.memory_model` reports
+# the first as `idle`; the others were chosen so that its cases agree, which thus test the form more than the constants.
+_BASE_CPU = 620 * MIB
+"""An idle worker: interpreter, torch, transformers, DeepSpeed, Ray, an open process group. Without Ray's connection,
+which adds some 15 MiB, 550 to 660 were measured: pages of the libraries' files count as far as the kernel maps them,
+which is more where the files were written recently."""
+_BASE_PER_TOKEN = 1024
+"""Of the tokenizer, per entry of the vocabulary."""
+_FIRST_STEP = 50 * MIB
+"""What libraries allocate at their first use: scratch of matrix products, pages of code, what transformers imports to
+generate."""
+_PARTITIONS = 70 * MIB
+"""Of DeepSpeed's many small tensors where gradients are exchanged in partitions, and again for ZeRO-3's weights."""
+_FRAGMENTATION = 1.15
+"""On a CPU, resident bytes per live byte of activations: glibc keeps freed blocks below 32 MiB."""
+_FRAGMENTATION_RECOMPUTED = 1.6
+"""The same with gradient checkpointing, which allocates and frees each layer's tensors twice."""
+_FRAGMENTATION_LORA = 2.0
+"""The same with adapters, whose many small and short-lived tensors lie between the large ones."""
+
+# Not measured: no GPU was at hand.
+_BASE_CUDA = 768 * MIB
+"""Context, libraries and communication buffers on the device; outside what torch's allocator reports."""
+_BASE_CUDA_HOST = 3 * GIB
+"""Host memory of a worker whose process has CUDA's libraries loaded."""
+_FRAGMENTATION_CUDA = 1.05
+
+_TOKENS_PER_MASK_ENTRY = 8
+"""Rejected answers attend through a mask; HH-RLHF's pairs keep about one entry per token for 8 of `max_tokens`."""
+_PLAIN_MLPS = frozenset({"gpt2", "gpt_neox", "gpt_neo", "opt", "bloom", "phi", "falcon"})
+"""Model types whose MLP is not gated."""
+
+BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+"""Of CPUs that multiply bf16 matrices faster than fp32 ones, as Linux and torch write them: Intel's with AMX, AMD's
+from Zen 4 on. (Some of Intel's have AVX-512 BF16 without AMX: no such machine was at hand.)"""
+
+
+class Device(StrEnum):
+    """What a worker computes on."""
+
+    CPU = "cpu"
+    CPU_BF16 = "cpu with bf16 units"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What of a decoder-only model decides on memory. Dense MLPs; mixtures of experts are counted as if dense."""
+
+    parameters: int
+    """Tied weights counted once."""
+    layers: int
+    hidden: int
+    attention: int
+    """Query heads times head width."""
+    key_value: int
+    """Key heads times head width."""
+    intermediate: int
+    """Width of the MLP."""
+    gated: bool
+    """Whether the MLP multiplies two projections (SwiGLU), or has one."""
+    vocabulary: int
+    tied: bool
+    """Whether the head is the embedding."""
+    read_from_files: bool
+    """A worker keeps weights that it has read for its next trials; presets are made anew."""
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear layers without the head: each token is multiplied with all of them."""
+        attention = 2 * self.hidden * self.attention + 2 * self.hidden * self.key_value
+        return self.layers * (attention + (3 if self.gated else 2) * self.hidden * self.intermediate)
+
+    def trainable(self, lora: LoraConfig | None) -> int:
+        """Parameters that get gradients. With `target_modules` by name, all linear layers are assumed."""
+        if lora is None:
+            return self.parameters
+        d, a, k, i = self.hidden, self.attention, self.key_value, self.intermediate
+        ends = 2 * (d + a) + 2 * (d + k) + (3 if self.gated else 2) * (d + i)
+        return self.layers * lora.rank * ends
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one worker, in parts. `peak` is below their sum where parts do not exist at the same time."""
+
+    base: int
+    """Process and libraries; on CUDA the device's context."""
+    kept_weights: int
+    """Weights that were read from files and are kept for the worker's next trials; on CUDA in `host`."""
+    weights: int
+    optimizer: int
+    """AdamW's moments, and the flat fp32 copies of trainable weights that ZeRO 1 and 2 update."""
+    gradients: int
+    """Those that wait for the end of the step."""
+    buckets: int
+    """Buffers in which ZeRO or the all-reduce moves gradients, and their results."""
+    gathered: int
+    """ZeRO-3: whole weights collected for a pass."""
+    bf16_weights: int
+    """Copies of weights that autocast makes for a pass."""
+    activations: int
+    """Tensors kept from the forward for the backward pass, the allocator's waste included."""
+    head: int
+    """Log-probabilities: kept chunks, chunks in work, the head's gradient before it is added."""
+    host: int
+    """CUDA: memory of the process on the host, offloaded state included; 0 on a CPU, where it is all of `peak`."""
+    peak: int
+    """On the device where training runs: GPU memory on CUDA, resident memory on a CPU."""
+
+
+@lru_cache(maxsize=64)
+def architecture_of(config: ModelConfig) -> Architecture:
+    """Read a model's shape from its configuration; no weights are read.
+
+    Raises:
+        ConfigError: no configuration is to be had from here.
+    """
+    if config.path in PRESETS:
+        shape = PRESETS[config.path] | {"vocab_size": PRESET_VOCABULARY, "tie_word_embeddings": True}
+        return _architecture(shape | {"model_type": "llama"}, config)
+    return _architecture(_configuration(config), config)
+
+
+def tokens_per_pass(config: ExperimentConfig, longest_pair: int | None = None) -> int:
+    """Tokens of the largest forward pass that a worker may make.
+
+    Args:
+        config: one trial's.
+        longest_pair: tokens of the longest pair of the data, its prompt counted once (twice where the model needs
+            padded rows); by default the most that `data.max_tokens` admits.
+    """
+    shares = config.model.attention == "shared_prompt"
+    longest = longest_pair or (2 * config.data.max_tokens - shares)  # a prompt of one token
+    pairs = -(-config.train.global_batch_size // config.scaling.num_workers)
+    pairs = min(pairs, config.train.micro_batch_size or pairs)
+    return max(min(config.train.max_tokens_per_micro_batch, pairs * longest), longest)
+
+
+def peak_memory(
+    config: ExperimentConfig,
+    architecture: Architecture,
+    device: Device,
+    *,
+    longest_pair: int | None = None,
+    is_first_trial: bool = False,
+) -> Memory:
+    """Peak memory of each worker of a trial; a pure function.
+
+    What coincides: at the end of a forward pass there are weights, optimizer state, gradients of earlier passes, all
+    activations and the head's chunks; at the end of the last backward pass the buckets in place of activations. A GPU
+    reuses what is freed, so the larger of the two counts; a CPU's allocator gives little back, so both do.
+
+    The reference model of dpo and ipo runs, without gradients, before the trained one is there, and so never decides;
+    but its weights are kept. Evaluation and checkpoints stay below training. Only with `nvme` offload is nothing
+    counted for DeepSpeed's own swap buffers.
+
+    Args:
+        config: one trial's.
+        architecture: of its model.
+        device: what the worker computes on.
+        longest_pair: see `tokens_per_pass`.
+        is_first_trial: of its worker process; later ones find the weights that were read kept.
+    """
+    a, zero, lora = architecture, config.deepspeed, config.model.lora
+    stage, workers, cuda = zero.zero_stage, config.scaling.num_workers, device is Device.CUDA
+    tokens = tokens_per_pass(config, longest_pair)
+    all_weights, trainable = _FP32 * a.parameters, _FP32 * a.trainable(lora)
+    part = -(-trainable // workers)  # of each worker, where something is partitioned
+    bucket = min(trainable, _FP32 * _BUCKET)
+    buffer = _FP32 * _BUCKET if cuda else bucket
+
+    weights = -(-all_weights // workers) if stage == 3 else all_weights
+    moments = 2 * (part if stage else trainable)
+    masters = part if stage in (1, 2) else 0
+    gradients = trainable if stage < 2 else part
+    gathered = min(all_weights, _FP32 * _MOST_GATHERED) if stage == 3 else 0
+    match stage:
+        case 0:
+            standing, passing = 0, bucket if workers > 1 else 0
+        case 1:
+            standing, passing = buffer, part
+        case 2:
+            standing, passing = buffer * (2 if cuda else 1), part  # two where communication overlaps
+        case _:
+            # Cut into partitions, reduced, and on gloo copied once more.
+            standing, passing = buffer, bucket + part + (bucket if workers > 1 and not cuda else 0)
+
+    bf16 = _computes_bf16(config.train.precision, device)
+    casts = 0 if not bf16 or device is Device.CPU else _BF16 * (a.linear_parameters + a.hidden * a.vocabulary)
+    per_layer = activation_bytes_per_token(a, lora, device, bf16, config.data.max_tokens)
+    fixed = _FP32 * tokens * (2 if lora else 3) * a.hidden
+    if config.model.gradient_checkpointing:
+        kept = tokens * _FP32 * a.hidden * a.layers
+        working = tokens * _FP32 * (3 * a.intermediate + 2 * a.hidden)
+        live = fixed + kept + tokens * per_layer + working
+    else:
+        live = fixed + tokens * per_layer * a.layers
+    logits = _FP32 * tokens * a.vocabulary
+    chunks = min(logits, _KEPT_BYTES) + 2 * min(logits, _CHUNK_BYTES)
+    # The gradients of head and embedding, whole, before they are added up.
+    head_gradients = 0 if lora else 2 * _FP32 * a.vocabulary * a.hidden
+    waste = _FRAGMENTATION_CUDA if cuda else _FRAGMENTATION_LORA if lora else _FRAGMENTATION
+    head = int(waste * chunks) + head_gradients
+    if config.model.gradient_checkpointing and not cuda:
+        waste = max(waste, _FRAGMENTATION_RECOMPUTED)
+    activations = int(waste * live)
+    is_kept = a.read_from_files and (config.loss.needs_reference or not is_first_trial)
+    kept_weights = all_weights if is_kept else 0
+
+    host = on_host = 0
+    if cuda:
+        base = _BASE_CUDA
+        host = _BASE_CUDA_HOST + _BASE_PER_TOKEN * a.vocabulary + kept_weights
+        kept_weights = 0
+    else:
+        partitions = (stage == 3) + (stage >= 2 and workers > 1)
+        base = _BASE_CPU + _BASE_PER_TOKEN * a.vocabulary + _FIRST_STEP + partitions * _PARTITIONS
+    if zero.offload_optimizer != "none":
+        # DeepSpeed updates on the CPU: masters, moments and gradients, and a copy in the weights' type.
+        copies = part * (1 if stage == 3 else 2) + part
+        offloaded = copies + (moments if zero.offload_optimizer == "cpu" else 0)
+        if cuda:
+            moments, masters, gradients, on_host = 0, 0, 0, offloaded
+        else:
+            moments, masters, gradients = offloaded, 0, 0
+    if cuda:
+        if zero.offload_param != "none":
+            on_host, weights = on_host + (weights if zero.offload_param == "cpu" else 0), 0
+        host += max(all_weights, on_host)  # every worker makes the whole model there before it moves
+
+    states = base + kept_weights + weights + moments + masters + gradients + gathered
+    forward, backward = casts + activations + head, passing + (head_gradients if stage == 0 else 0)
+    peak = states + standing + (max(forward, backward) if cuda else forward + passing)
+    return Memory(
+        base=base,
+        kept_weights=kept_weights,
+        weights=weights,
+        optimizer=moments + masters,
+        gradients=gradients,
+        buckets=standing + passing,
+        gathered=gathered,
+        bf16_weights=casts,
+        activations=activations,
+        head=head,
+        host=host,
+        peak=peak,
+    )
+
+
+def checkpoint_bytes(config: ExperimentConfig, architecture: Architecture) -> int:
+    """Size of a trial's checkpoint over all workers. Frozen weights are left out, so that LoRA saves adapters only:
+    these, and a head that shares the embedding's weights, which DeepSpeed leaves in under its second name."""
+    lora, stage = config.model.lora, config.deepspeed.zero_stage
+    trainable = _FP32 * architecture.trainable(lora)
+    shared_head = _FP32 * architecture.vocabulary * architecture.hidden if lora and architecture.tied else 0
+    # ZeRO 1 and 2 write the weights twice: the model's, and the flat copies they update.
+    return trainable * (4 if stage in (1, 2) else 3) + (shared_head if stage < 3 else 0)
+
+
+# ---- shapes -------------------------------------------------------------------------------------------------------
+
+
+def _configuration(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a folder or a hub model; of a GGUF file what transformers makes of it."""
+    try:
+        if config.gguf_file is not None:
+            from transformers import AutoConfig
+
+            found = AutoConfig.from_pretrained(config.path, revision=config.revision, gguf_file=config.gguf_file)
+            return dict(found.to_dict())
+        folder = Path(config.path)
+        if folder.is_dir():
+            file = folder / "config.json"
+        else:
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(config.path, "config.json", revision=config.revision))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path {config.path}: no configuration could be read from a folder or a hub of that name, so its "
+            f"memory is not known: {error}"
+        ) from error
+
+
+def _architecture(found: dict[str, Any], config: ModelConfig) -> Architecture:
+    """From the names that transformers' configurations use."""
+    found = found | (found.get("text_config") or {})
+
+    def read(*names: str, default: int | None = None) -> int:
+        value = next((found[name] for name in names if found.get(name) is not None), default)
+        if value is None:
+            raise ConfigError(f"model.path {config.path}: its configuration has no {' or '.join(names)}")
+        return int(value)
+
+    hidden, layers = read("hidden_size", "n_embd", "d_model"), read("num_hidden_layers", "n_layer", "num_layers")
+    heads = read("num_attention_heads", "n_head", "num_heads")
+    head_width = read("head_dim", default=hidden // heads)
+    kind = str(found.get("model_type"))
+    shape = Architecture(
+        parameters=0,
+        layers=layers,
+        hidden=hidden,
+        attention=heads * head_width,
+        key_value=read("num_key_value_heads", default=heads) * head_width,
+        intermediate=read("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+        gated=kind not in _PLAIN_MLPS,
+        vocabulary=read("vocab_size"),
+        tied=bool(found.get("tie_word_embeddings", kind in _PLAIN_MLPS)),
+        read_from_files=config.path not in PRESETS,
+    )
+    if kind in ("llama", "mistral") and not (found.get("attention_bias") or found.get("mlp_bias")):
+        embeddings = (1 if shape.tied else 2) * shape.vocabulary * hidden
+        parameters = embeddings + shape.linear_parameters + (2 * layers + 1) * hidden
+    else:
+        from orpo_ray.models.loading import (
+            count_parameters_of,  # builds it without weights, which takes torch and seconds
+        )
+
+        parameters = count_parameters_of(config)
+    return replace(shape, parameters=parameters)
+
+
+def precision_on(precision: str, device: Device) -> Literal["bf16", "fp32"]:
+    """What `train.precision` means there; GPUs are taken to have bf16."""
+    return "bf16" if _computes_bf16(precision, device) else "fp32"
+
+
+def _computes_bf16(precision: str, device: Device) -> bool:
+    return precision == "bf16" or (precision == "auto" and device is not Device.CPU)
+
+
+def activation_bytes_per_token(
+    a: Architecture, lora: LoraConfig | None, device: Device, bf16: bool, max_tokens: int
+) -> int:
+    """What one layer keeps of one token for the backward pass; a test compares with autograd's saved tensors.
+
+    A norm keeps its input, the normalised input and, as the input of the layers behind it, its output; attention its
+    queries, keys, values and output; a gated MLP four tensors of its inner width. On a CPU the keys and values of the
+    prompt are there twice (see `attention`).
+    """
+    mlp = (4 if a.gated else 2) * a.intermediate
+    key_values = 2 * a.key_value * (1 if device is Device.CUDA else 2)
+    mask = 0 if device is Device.CUDA else max_tokens // _TOKENS_PER_MASK_ENTRY
+    norms = 4 if lora is None else 2  # frozen norms do not need the normalised input
+    if not bf16:
+        size = _FP32 * ((norms + 2) * a.hidden + 3 * a.attention + key_values + mlp + mask)
+    elif device is Device.CPU:
+        # fp32 norms and attention; the linear layers keep their inputs as they come, and return bf16.
+        size = _FP32 * ((norms + 2) * a.hidden + 2 * a.attention + key_values + mask) + _BF16 * (a.attention + mlp)
+        size += _FP32 * (a.attention + a.intermediate) if lora else 0  # peft casts an adapter's input to fp32
+    else:
+        # Autocast makes a bf16 copy of the norm's output for each linear layer behind it.
+        copies = 3 + (2 if a.gated else 1)
+        size = _FP32 * norms * a.hidden + _BF16 * (copies * a.hidden + mlp)
+        if device is Device.CUDA:
+            size += _BF16 * (3 * a.attention + key_values)
+        else:  # fp32 attention, whose output goes on in bf16
+            size += _FP32 * (2 * a.attention + key_values + mask) + _BF16 * a.attention
+    if lora is not None:
+        adapters = 7 if a.gated else 6
+        size += adapters * lora.rank * (_BF16 if bf16 else _FP32)
+        if lora.dropout:  # a dropped copy of each adapted input, and which entries were dropped
+            inputs = 3 * a.hidden + a.attention + (2 if a.gated else 1) * a.hidden + a.intermediate
+            size += inputs * (_FP32 + 1)
+    return size

@@ -1,0 +1,117 @@
+"""How long an optimizer step takes, before any has run: operations over a rate, right within a factor of 2 or so."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from orpo_ray.config.experiment import DataConfig, ExperimentConfig
+from orpo_ray.planning.memory import Architecture
+
+_SAMPLE = 256
+"""Pairs that are read to learn how long they are."""
+_BYTES_PER_TOKEN = 3.0
+"""Of prompt and answer texts, chat template included: 2.9 to 3.4 for HH-RLHF and the built-in pairs with SmolLM2's and
+the presets' tokenizers."""
+_SHARE_OF_LIMIT = 0.25
+"""Assumed length of a sequence over `data.max_tokens` where the data are not at hand."""
+_EFFICIENCY = 0.6
+"""Operations per second of a step over those of its matrix products alone (66 % in `benchmarks.limit`)."""
+CPU_BF16_GAIN = 1.5
+"""How many times the fp32 rate a step in bf16 has on a CPU with units for it: 1.3 to 1.6 with AVX-512 BF16
+(docs/log.md, 2026-11-27); with AMX not measured."""
+_RECOMPUTATION = 4 / 3
+_ADAPTERS_ONLY = 2 / 3
+"""Frozen weights need no gradient: one of three products less."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairTokens:
+    """Mean tokens of a pair."""
+
+    prompt: float
+    answers: float
+    """Both."""
+    basis: str
+    """Where the numbers come from, for the reader of a plan."""
+
+    def of_a_pass(self, shares_prompt: bool) -> float:
+        """Tokens that a model sees of the pair."""
+        return self.prompt * (1 if shares_prompt else 2) + self.answers
+
+
+def pair_tokens(data: DataConfig) -> PairTokens:
+    """Mean lengths from the texts of the first pairs; hub data sets are not fetched for it, and assumed."""
+    from orpo_ray.data.rows import BUILTIN, BadRow, choose_splits, parse_row
+
+    if data.path != BUILTIN and not Path(data.path).expanduser().exists():
+        sequence = _SHARE_OF_LIMIT * data.max_tokens
+        return PairTokens(sequence / 2, sequence, f"pairs assumed to fill {_SHARE_OF_LIMIT:.0%} of data.max_tokens")
+    prompts, answers = [], []
+    for _, row in islice(choose_splits(data)[0].read(), _SAMPLE):
+        try:
+            texts = parse_row(row)
+        except BadRow:
+            continue
+        prompt = sum(len(str(message["content"]).encode()) for message in texts.prompt) / _BYTES_PER_TOKEN
+        room = data.max_tokens - min(prompt, data.max_prompt_tokens)
+        prompts.append(min(prompt, data.max_prompt_tokens))
+        answers.append(sum(min(len(text.encode()) / _BYTES_PER_TOKEN, room) for text in (texts.chosen, texts.rejected)))
+    count = max(1, len(prompts))
+    return PairTokens(
+        sum(prompts) / count, sum(answers) / count, f"lengths from the texts of the first {len(prompts)} pairs"
+    )
+
+
+def pair_flops(config: ExperimentConfig, architecture: Architecture, tokens: PairTokens) -> float:
+    """Operations of forward and backward pass of a mean pair, optimizer left out.
+
+    A product [m × k] · [k × n] counts 2mkn, each of its two gradients as much: 6 per weight and token (Kaplan et al.
+    2020, arXiv 2001.08361).
+    """
+    seen = tokens.of_a_pass(config.model.attention == "shared_prompt")
+    linear = 6.0 * architecture.linear_parameters * seen
+    head = 6.0 * architecture.hidden * architecture.vocabulary * (tokens.prompt + tokens.answers)
+    sequence = tokens.prompt + tokens.answers / 2
+    attention = 12.0 * architecture.layers * architecture.attention * sequence**2  # two sequences, half of each seen
+    body = (linear + attention) * (_RECOMPUTATION if config.model.gradient_checkpointing else 1.0)
+    return (body + head) * (_ADAPTERS_ONLY if config.model.lora else 1.0)
+
+
+def cpu_rate(architecture: Architecture, seconds: float = 0.1) -> float:
+    """fp32 operations per second of one of this machine's CPUs, in products of the model's own width."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    x_TD = rng.random((1024, architecture.hidden), dtype=np.float32)
+    w_DI = rng.random((architecture.hidden, architecture.intermediate), dtype=np.float32)
+    x_TD @ w_DI  # threads start here
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        at = time.perf_counter()
+        x_TD @ w_DI
+        best = min(best, time.perf_counter() - at)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    return 2.0 * x_TD.size * architecture.intermediate / best / threads
+
+
+def step_seconds(config: ExperimentConfig, flops_of_a_pair: float, rate: float) -> float:
+    """Of one optimizer step.
+
+    Args:
+        config: the trial's.
+        flops_of_a_pair: from `pair_flops`.
+        rate: operations per second of one worker's matrix products.
+    """
+    pairs = -(-config.train.global_batch_size // config.scaling.num_workers)
+    return pairs * flops_of_a_pair / (rate * _EFFICIENCY)
+
+
+def trial_seconds(config: ExperimentConfig, steps: int, seconds_per_step: float) -> float:
+    """Of a trial of so many steps, its evaluations (a third of the work of as many training pairs) included."""
+    evaluations = max(1, steps // (config.train.eval_every or steps))
+    evaluated = evaluations * config.data.eval_pairs / 3 / config.train.global_batch_size
+    return (steps + evaluated) * seconds_per_step

@@ -1,0 +1,220 @@
+"""A `Board` drawn with rich: trials, curves of the leading ones, worker groups, for a terminal of any size."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from orpo_ray.config.space import describe
+from orpo_ray.reports.live_state import Board
+from orpo_ray.storage.history import ENDED_WELL, LOST, TrialHistory
+
+_CURVES = ("green", "cyan", "magenta", "yellow", "blue")
+_QUEUE = ("waiting", "training", "stopping", "paused", "interrupted")
+"""Status of trials that have not ended, as they are counted."""
+
+
+def plot(curves: list[list[tuple[int, float]]], width: int, height: int) -> list[Text]:
+    """Lines through points in braille dots (2 × 4 of them a character), each with its number, from 1, at its end.
+
+    Args:
+        curves: of (step, value); at most as many as there are colours.
+        width: characters, labels of the value included.
+        height: lines, that of the steps included.
+    """
+    points = [point for curve in curves for point in curve]
+    if not points or height < 3 or width < 24:
+        return []
+    (left, right), (low, high) = (
+        (f(p[0] for p in points) for f in (min, max)),
+        [f(p[1] for p in points) for f in (min, max)],
+    )
+    labels = [f"{value:9.4f} " for value in (high, low)]
+    margin = max(map(len, labels))
+    columns, rows = width - margin, height - 1
+    dots: dict[tuple[int, int], int] = {}
+    owner: dict[tuple[int, int], int] = {}
+
+    def at(step: float, value: float) -> tuple[int, int]:
+        x = (step - left) / (right - left or 1) * (2 * columns - 1)
+        y = (high - value) / (high - low or 1) * (4 * rows - 1)
+        return round(x), round(y)
+
+    for number, curve in enumerate(curves):
+        corners = [at(*point) for point in curve]
+        for (x0, y0), (x1, y1) in zip(corners, corners[1:] or corners, strict=False):
+            length = max(abs(x1 - x0), abs(y1 - y0), 1)
+            for i in range(length + 1):
+                x, y = round(x0 + (x1 - x0) * i / length), round(y0 + (y1 - y0) * i / length)
+                cell = x // 2, y // 4
+                dots[cell] = dots.get(cell, 0) | (0x01, 0x08, 0x02, 0x10, 0x04, 0x20, 0x40, 0x80)[y % 4 * 2 + x % 2]
+                owner.setdefault(cell, number)  # the better trial is in front
+    marks: dict[tuple[int, int], int] = {}
+    for number, curve in enumerate(curves):
+        if curve:
+            x, y = at(*curve[-1])
+            marks.setdefault((x // 2, y // 4), number)
+    lines = []
+    for row in range(rows):
+        line = Text((labels[0] if row == 0 else labels[1] if row == rows - 1 else "").rjust(margin), style="dim")
+        for column in range(columns):
+            cell = column, row
+            if cell in marks:
+                line.append(str(marks[cell] + 1), style=f"not dim bold {_CURVES[marks[cell]]}")
+            elif cell in dots:
+                line.append(chr(0x2800 + dots[cell]), style=f"not dim {_CURVES[owner[cell]]}")
+            else:
+                line.append(" ")
+        lines.append(line)
+    ends = f"step {left}", str(right)
+    lines.append(Text(" " * margin + ends[0] + ends[1].rjust(columns - len(ends[0])), style="dim"))
+    return lines
+
+
+def sparkline(values: list[float], width: int = 8) -> str:
+    """The last `width` values as bars, from the lowest to the highest of them."""
+    shown = values[-width:]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    return "".join("▁▂▃▄▅▆▇█"[round((value - low) / (high - low or 1.0) * 7)] for value in shown)
+
+
+def frame(board: Board, width: int, height: int | None, selected: str | None, footer: Text | None) -> RenderableType:
+    """The whole view.
+
+    Args:
+        board: what is known.
+        width: characters.
+        height: lines to fill exactly; None: as many as all trials need.
+        selected: a trial, told more of.
+        footer: the last line.
+    """
+    ranked = board.ranked()
+    leading = [t.trial_id for t in ranked if board.curve(t.trial_id)][: len(_CURVES)]
+    if selected is not None and selected not in leading and board.curve(selected):
+        leading = [*leading[: len(_CURVES) - 1], selected]
+    head = _head(board, width)
+    tail: list[RenderableType] = [_line(text, width) for text in _group_lines(board, most=3 if height else None)]
+    tail += [_line(_details(board, selected), width)] if selected is not None else []
+    tail += [_line(Text(f"MLflow  {board.about.mlflow}", style="dim"), width)]
+    tail += [_line(footer, width)] if footer is not None else []
+    body = None if height is None else max(height - len(head) - len(tail), 5)
+    beside = width >= 120
+    if body is None:
+        curves_height, table_height = 10, None
+    elif beside:
+        curves_height, table_height = body, body
+    else:
+        curves_height = min(max(body // 2, 4), 12) if body >= 9 else 0
+        table_height = body - curves_height
+    curves_width = width * 2 // 5 if beside else width
+    curves = plot([board.curve(t) for t in leading], curves_width, curves_height)
+    table_width = width - curves_width - 2 if beside else width
+    room = None if table_height is None else table_height - 1
+    table = _table(board, _window(ranked, selected, room), leading, selected, table_width)
+    if beside:
+        both = Table.grid(padding=(0, 2, 0, 0))
+        both.add_column(width=table_width)
+        both.add_column(width=curves_width)
+        both.add_row(table, Group(*curves))
+        middle: list[RenderableType] = [both]
+        used = max(min(len(ranked), room or len(ranked)) + 1, len(curves))
+    else:
+        middle = [table, *curves]
+        used = min(len(ranked), room or len(ranked)) + 1 + len(curves)
+    blank = [Text("")] * max(body - used, 0) if body is not None else []
+    return Group(*head, *middle, *blank, *tail)
+
+
+def _line(text: Text, width: int) -> Text:
+    text.truncate(width, overflow="ellipsis")
+    text.no_wrap = True
+    return text
+
+
+def _head(board: Board, width: int) -> list[RenderableType]:
+    about, counts = board.about, board.counts()
+    colour = {"running": "bold green", "ended": "bold", "interrupted": "bold yellow"}[board.state]
+    best = next((value for t in board.ranked() if (value := t.value(about.metric)) is not None), None)
+    title = Text.assemble((about.name, "bold"), "  ", (board.state, colour), f"  {about.metric}")
+    title.append("" if best is None else f" best {best:.4f}").append(f" ({about.mode})", style="dim")
+    left, spent = board.left(), f"{board.history.device_hours:.2g}"
+    if about.budget_hours is not None:
+        spent += f" of {about.budget_hours:g}"
+    times = Text(f" {board.ended}/{about.num_trials} trials", style="bold")
+    times.append(f"  {_clock(board.seconds)}, {spent} device-h", style="not bold")
+    if left is not None:
+        clock = "" if left.seconds is None else f"{_clock(left.seconds)}, "
+        times.append(f"; left ≤ {clock}{left.device_hours:.2g} device-h", style="not bold dim")
+    bar = Table.grid()
+    size = 20 if width >= 100 else 8
+    bar.add_row(
+        ProgressBar(total=max(about.num_trials, 1), completed=board.ended, width=size), _line(times, width - size)
+    )
+    queue = Text("  ".join(f"{s} {counts[s]}" for s in _QUEUE if s in counts), style="dim")
+    ends = ", ".join(f"{counts[s]} {s.replace('_', ' ')}" for s in (*ENDED_WELL, *LOST) if s in counts)
+    queue.append(f"{'  ' if queue else ''}ended {board.ended}{': ' if ends else ''}{ends}")
+    return [_line(title, width), bar, _line(queue if counts else Text("no trial yet", style="dim"), width)]
+
+
+def _window(ranked: list[TrialHistory], selected: str | None, room: int | None) -> list[TrialHistory]:
+    """As many as there is room for, the selected one among them."""
+    if room is None or len(ranked) <= room:
+        return ranked
+    place = next((i for i, trial in enumerate(ranked) if trial.trial_id == selected), 0)
+    first = min(max(place - room + 1, 0), len(ranked) - room)
+    return ranked[first : first + room]
+
+
+def _table(
+    board: Board, trials: list[TrialHistory], leading: list[str], selected: str | None, width: int
+) -> RenderableType:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", width=width, pad_edge=False)
+    table.add_column("", width=1)
+    table.add_column("trial", no_wrap=True, overflow="ellipsis", ratio=1)
+    for title, size in (("status", 13), ("step", 11), (board.about.metric.removeprefix("eval/")[:12], 12)):
+        table.add_column(title, width=size, no_wrap=True, justify="left" if title == "status" else "right")
+    table.add_column("trend", width=8, no_wrap=True)
+    for trial in trials:
+        trial_id, now, status = trial.trial_id, board.now[trial.trial_id], board.status(trial.trial_id)
+        value = trial.value(board.about.metric)
+        number = leading.index(trial_id) if trial_id in leading else None
+        style = {"training": "", "stopping": "yellow", "failed": "red", "diverged": "red"}.get(status, "dim")
+        confirms = "confirm " if trial.purpose == "confirm" else ""
+        table.add_row(
+            "" if number is None else Text(str(number + 1), style=f"not dim bold {_CURVES[number]}"),
+            Text(confirms + describe(trial.params)),
+            status.replace("_", " "),
+            f"{now.step}/{trial.max_steps}" if trial.max_steps else "",
+            "" if value is None else f"{value:.4f}",
+            sparkline([v for _, v in board.curve(trial_id)]),
+            style=f"{style} reverse" if trial_id == selected else style,
+        )
+    return table
+
+
+def _group_lines(board: Board, most: int | None) -> list[Text]:
+    groups = board.groups()
+    lines = []
+    for name, trial_id, processes in groups[:most]:
+        now, trial = board.now[trial_id], board.history.trials[trial_id]
+        speed = "" if now.pairs_per_second is None else f"  {now.pairs_per_second:.3g} pairs/s"
+        place = processes[0] if len(processes) == 1 else f"{processes[0]} +{len(processes) - 1}" if processes else ""
+        lines.append(Text(f"group {name.rpartition('-')[2]}  {place}{speed}  {describe(trial.params)}", style="dim"))
+    if most is not None and len(groups) > most:
+        lines[-1:] = [Text(f"and {len(groups) - most + 1} more groups", style="dim")]
+    return lines
+
+
+def _details(board: Board, trial_id: str) -> Text:
+    trial, now = board.history.trials[trial_id], board.now[trial_id]
+    text = Text.assemble((f"trial {trial_id}", "bold"), f"  {describe(trial.params)}")
+    text.append(f"  {board.status(trial_id).replace('_', ' ')} at step {now.step}, {trial.device_seconds:.0f} device-s")
+    return text.append(f": {now.error.splitlines()[0]}" if now.error else "")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

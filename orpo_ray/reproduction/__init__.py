@@ -1,0 +1,1 @@
+"""The experiments of the ORPO paper, from training to the page that compares the numbers."""

@@ -1,0 +1,1 @@
+"""Finished sweeps: loading, judging, comparing and exporting them."""

@@ -1,0 +1,461 @@
+"""A sweep's best model as a folder that plain transformers loads, checked against the run, registered in MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from transformers import PreTrainedModel
+
+from orpo_ray import provenance
+from orpo_ray.config.experiment import ExperimentConfig, as_given, parse
+from orpo_ray.config.space import describe
+from orpo_ray.data.tokenizer import PairTokenizer
+from orpo_ray.models.loading import build_model, build_reward_model, count_parameters, load_tokenizer
+from orpo_ray.models.pair_model import name_of, product_type
+from orpo_ray.provenance import without_password
+from orpo_ray.results import verify
+from orpo_ray.results.model_card import CardFacts, model_card
+from orpo_ray.results.runs import find_run_dir
+from orpo_ray.storage.object_store import Storage
+from orpo_ray.storage.results import EVENTS_FILE, SWEEP_FILE, current, read_events
+from orpo_ray.tracking.uri import resolve_uri
+from orpo_ray.training import checkpoint
+
+Dtype = Literal["float32", "bfloat16"]
+
+ALIAS = "champion"
+"""Of the registered version that was exported last."""
+
+MARKER_FILE = "orpo_ray.json"
+_EXPERIMENT = "experiment.yaml"
+_MODEL_PREFIX = "lm."  # of `forward.PairModel`
+
+
+class ExportError(RuntimeError):
+    """Nothing can be exported or registered; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A trial with a checkpoint."""
+
+    run_dir: Path
+    sweep_id: str
+    results: dict[str, Any]
+    """results.json of its sweep, as far as that has come."""
+    trial: dict[str, Any]
+    """Of `results`."""
+    config: ExperimentConfig
+    """The trial's."""
+    checkpoint: Path
+    manifest: dict[str, Any]
+    """Of the checkpoint (`checkpoint.read_manifest`)."""
+    logged: dict[str, float | None]
+    """Held-out metrics that the run logged at the checkpoint's step; empty where it was not evaluated there."""
+    products: str
+    """What its matrix products ran in: `fp32` or `bf16`."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.manifest["step"])
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A folder with a model."""
+
+    folder: Path
+    digest: str
+    """SHA-256 of weights, configuration and tokenizer; the card does not count."""
+    check: verify.Check | None
+    """None where it was not asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A version in MLflow's model registry."""
+
+    name: str
+    version: str
+    is_new: bool
+    """False: the same files of the same run were registered before, and only the alias was set."""
+    uri: str
+    """`models:/NAME@champion`."""
+
+
+# ---- which trial ---------------------------------------------------------------------------------------------------
+
+
+def find(run: str, tracking_uri: str | None = None) -> Candidate:
+    """The trial that `run` means, with its newest whole checkpoint or, with `checkpoint.keep_best`, its best.
+
+    Args:
+        run: a run directory, a sweep's name or its place in an object store (its best trial), a trial's directory
+            (`runs/NAME/trials/ID`), or an MLflow run id: of a child run (that trial) or of a parent (its best trial).
+        tracking_uri: where that MLflow run is; by default MLFLOW_TRACKING_URI, else `runs/mlflow.db`.
+
+    Raises:
+        FileNotFoundError: there is no such sweep.
+        ExportError: no such trial or MLflow run, or no checkpoint.
+        TrackingError: the tracking URI is a relative path.
+    """
+    path = Path(run).expanduser().absolute()
+    if path.parent.name == "trials" and path.is_dir():
+        return _candidate(path.parent.parent, path.name)
+    if re.fullmatch("[0-9a-f]{32}", run) and not path.exists():
+        return _candidate(*_of_mlflow_run(run, resolve_uri(tracking_uri, Path("runs").absolute())))
+    return _candidate(find_run_dir(run).absolute(), None)
+
+
+def _of_mlflow_run(run_id: str, uri: str) -> tuple[Path, str | None]:
+    """Run directory and trial id (None: a parent run) of an MLflow run."""
+    with _mlflow_errors(uri), tempfile.TemporaryDirectory() as scratch:
+        client = MlflowClient(uri)
+        tags = client.get_run(run_id).data.tags
+        trial_id, parent_id = tags.get("orpo_ray.trial_id"), tags.get("mlflow.parentRunId", run_id)
+        sweep_id = client.get_run(parent_id).data.tags.get("orpo_ray.sweep_id")
+        if sweep_id is None:
+            raise ExportError(f"MLflow run {run_id} was not made by orpo-ray; give a run directory, or another run id")
+        config = yaml.safe_load(Path(client.download_artifacts(parent_id, "config.yaml", scratch)).read_text("utf-8"))
+    run_dir = Path(config["output_dir"]).expanduser().absolute() / config["name"]
+    if not (run_dir / SWEEP_FILE).is_file() or _sweep_file(run_dir)["sweep_id"] != sweep_id:
+        raise ExportError(
+            f"MLflow run {run_id} is of the sweep {config['name']!r}, whose run directory {run_dir} is not here; "
+            "go where the sweep was started, or give its run directory"
+        )
+    return run_dir, trial_id
+
+
+def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
+    results = current(run_dir)
+    trials = {trial["trial_id"]: trial for trial in results["trials"]}
+    if trial_id is None and results["best"] is None:
+        raise ExportError(
+            f"{run_dir}: no trial has ended with a value of {results['metric']}, so none is the best; wait for one, or "
+            f"name a trial that has a checkpoint: {run_dir / 'trials'}/ID"
+        )
+    trial = results["best"] if trial_id is None else trials.get(trial_id)
+    if trial is None:
+        raise ExportError(f"{run_dir} has no trial {trial_id!r}; its trials are {', '.join(trials)}")
+    if trial["reused_from"]:
+        raise ExportError(
+            f"trial {trial['trial_id']} was not trained here: its result was taken over from MLflow run "
+            f"{trial['reused_from']}. Export that one: orpo-ray export {trial['reused_from']}"
+        )
+    known = _sweep_file(run_dir)
+    config = parse(as_given(known["config"]), source=SWEEP_FILE).trial(trial["params"])
+    folder = run_dir / "trials" / trial["trial_id"]
+    remote = None if config.storage is None else Storage(config.storage) / config.name / "trials" / trial["trial_id"]
+    taken = checkpoint.chosen(folder, config.checkpoint.keep_best, remote)
+    if taken is None:
+        raise ExportError(
+            f"trial {trial['trial_id']} ({describe(trial['params'])}, {trial['status'].replace('_', ' ')} after "
+            f"{trial['steps']} steps) has no whole checkpoint in {remote or folder}. One is written every "
+            "train.checkpoint_every steps (by default at each evaluation, train.eval_every) and after the last step: "
+            "set train.checkpoint_every to fewer steps and train it again, or export another trial"
+        )
+    manifest = checkpoint.read_manifest(taken)
+    logged: dict[str, float | None] = {}
+    products = name_of(product_type(config.train.precision))
+    of_others: dict[str, dict[str, float | None]] = {}
+    """At this checkpoint's step."""
+    for event in read_events(run_dir / EVENTS_FILE):
+        is_own, is_at = event["trial_id"] == trial["trial_id"], event.get("step") == manifest["step"]
+        if event["event"] == "eval" and is_at:
+            of_others[event["trial_id"]] = event["metrics"]
+            logged = event["metrics"] if is_own else logged
+        elif event["event"] == "forked" and is_own and is_at:
+            logged = of_others.get(event["donor"], {})  # the checkpoint is the donor's
+        elif event["event"] == "started" and is_own:
+            products = event.get("facts", {}).get("forward/products", products)
+    return Candidate(run_dir, known["sweep_id"], results, trial, config, taken, manifest, logged, products)
+
+
+def _sweep_file(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / SWEEP_FILE).read_text(encoding="utf-8")))
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def export(candidate: Candidate, folder: Path | None = None, dtype: Dtype = "float32", check: bool = True) -> Exported:
+    """Write the trial's model: weights (safetensors), configuration, tokenizer with the training's chat template, card.
+
+    The folder appears whole or not at all: it is written under another name, checked, and renamed.
+
+    Args:
+        candidate: from `find`.
+        folder: by default `<run_dir>/export/<trial_id>`. An earlier export of the same trial is replaced.
+        dtype: of the weights. The default is what training kept, so that nothing is lost: at ORPO's learning rates
+            many a step is smaller than bf16's distance between two numbers. Who wants half the size rounds once,
+            here or with `from_pretrained(..., dtype=...)`.
+        check: load the folder with plain transformers and compute the run's held-out metrics again.
+
+    Returns:
+        Where it is. After a check that did not pass that is the folder of the other name, left to be looked into.
+
+    Raises:
+        ExportError: the folder holds something else, the checkpoint does not fit the model, or the run logged nothing
+            to check against.
+        CheckpointError, ModelError, DataError: what the trial was trained from cannot be read (any more).
+    """
+    folder = (folder or candidate.run_dir / "export" / candidate.trial["trial_id"]).expanduser().absolute()
+    require_own(folder, candidate)
+    if check and not candidate.logged:
+        raise ExportError(
+            f"{candidate.checkpoint}: the run logged no evaluation at step {candidate.step}, so there is nothing to "
+            "check the export against; set train.checkpoint_every to a multiple of train.eval_every next time, or "
+            "export with --no-check"
+        )
+    partial = folder.with_name(f".{folder.name}.orpo-ray-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    parameters = _write_model(candidate, partial, dtype)
+    digest = _digest(partial)
+    found, pairs = None, None
+    if check:
+        gc.collect()  # the trained model: two of them need not fit
+        rounded = dtype != "float32" or candidate.products != "fp32"
+        found, pairs = verify.check(partial, candidate.config, candidate.logged, candidate.step, rounded)
+    facts = CardFacts(
+        config=candidate.config,
+        trial=candidate.trial,
+        results=candidate.results,
+        step=candidate.step,
+        metrics=candidate.logged,
+        num_workers=candidate.manifest["num_workers"],
+        zero_stage=candidate.manifest["zero_stage"],
+        products=candidate.products,
+        dtype=dtype,
+        parameters=parameters,
+        pairs=pairs,
+        was_checked=found is not None,
+        provenance=provenance.collect(),
+        experiment_file=_EXPERIMENT,
+    )
+    (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
+    (partial / _EXPERIMENT).write_text(_experiment(candidate), encoding="utf-8")
+    marker = _identity(candidate) | {"step": candidate.step, "dtype": dtype, "digest": digest}
+    (partial / MARKER_FILE).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+    if found is not None and not found.passed:
+        return Exported(partial, digest, found)
+    _replace(folder, partial)
+    return Exported(folder, digest, found)
+
+
+def _identity(candidate: Candidate) -> dict[str, str]:
+    return {"sweep_id": candidate.sweep_id, "trial_id": candidate.trial["trial_id"]}
+
+
+def require_own(folder: Path, candidate: Candidate) -> None:
+    """Nothing but an earlier export of the same trial may be replaced.
+
+    Raises:
+        ExportError: the folder holds something else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        there = json.loads((folder / MARKER_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ExportError(f"{folder} is there and is no export of orpo-ray; choose another folder with --to") from None
+    mine = _identity(candidate)
+    if {key: there.get(key) for key in mine} != mine:
+        raise ExportError(
+            f"{folder} holds trial {there.get('trial_id')} of sweep {there.get('sweep_id')}, this is trial "
+            f"{mine['trial_id']} of {mine['sweep_id']}; choose another folder with --to, or remove that one"
+        )
+
+
+def _replace(folder: Path, by: Path) -> None:
+    """Two renames, so that no reader finds half a folder."""
+    old = folder.with_name(f".{folder.name}.orpo-ray-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(by, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_model(candidate: Candidate, folder: Path, dtype: Dtype) -> int:
+    """Weights, configuration and tokenizer; returns the number of parameters."""
+    config = candidate.config
+    tokenizer = copy.deepcopy(load_tokenizer(config.model))
+    tokens = PairTokenizer(config.data, tokenizer)
+    tokenizer.chat_template = tokens.template
+    model = trained_model(candidate)
+    if config.loss.is_reward:
+        model.config.pad_token_id = tokenizer.pad_token_id  # transformers looks for an answer's end by it
+    else:
+        stop_at(model, tokens.end_of_turn())
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="5GB")
+    for weights in folder.glob("*.safetensors"):  # written for their owner alone
+        weights.chmod((folder / "config.json").stat().st_mode)
+    tokenizer.save_pretrained(folder)
+    return count_parameters(model)[0]
+
+
+def trained_model(candidate: Candidate) -> PreTrainedModel:
+    """The base model with the checkpoint's weights in it, fp32, adapters merged.
+
+    Adapters alone are in a LoRA checkpoint; the base is read again, or made again from the trial's seed.
+
+    Raises:
+        ExportError: the checkpoint's names are not those of the model.
+    """
+    config = candidate.config
+    # Whatever kernel the training used, transformers may choose its own here; it is not saved.
+    plain = config.model.model_copy(update={"gradient_checkpointing": False, "attention": "shared_prompt"})
+    build = build_reward_model if config.loss.is_reward else build_model
+    model = build(plain, config.train.seed)
+    state = {
+        name.removeprefix(_MODEL_PREFIX): tensor
+        for name, tensor in checkpoint.full_state_dict(candidate.checkpoint).items()
+    }
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unknown = model.load_state_dict(state, strict=False).unexpected_keys
+    if lost := sorted(trainable - state.keys()) + unknown:
+        raise ExportError(
+            f"{candidate.checkpoint} is not of model {config.model.path}: {len(lost)} weights are in only one of them, "
+            f"e.g. {lost[0]}; was the model at that path changed since?"
+        )
+    return model if config.model.lora is None else model.merge_and_unload()
+
+
+def stop_at(model: PreTrainedModel, end_id: int) -> None:
+    """Let `generate` stop where an answer ends; base models often name only the end of a document."""
+    generation = model.generation_config
+    known = generation.eos_token_id
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if end_id in ends:
+        return
+    generation.eos_token_id = [*ends, end_id]
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        # Published ones may hold a temperature and not say that they sample, which is refused once they are changed.
+        generation.do_sample = True
+
+
+def _experiment(candidate: Candidate) -> str:
+    elsewhere: dict[str, Any] = {
+        "output_dir": True,
+        "tracking": True,
+        "data": {"cache_dir"},
+    }  # of the machine that trained it
+    tree = candidate.config.model_dump(mode="json", exclude_defaults=True, exclude=elsewhere)
+    tree["name"] = f"{candidate.config.name[:60]}-{candidate.trial['trial_id'][:38]}"
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over names and contents of all files."""
+    digest = hashlib.sha256()
+    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- the registry --------------------------------------------------------------------------------------------------
+
+
+def register(candidate: Candidate, exported: Exported, name: str | None = None, uri: str | None = None) -> Registered:
+    """Upload the folder to the trial's MLflow run, make it a version of a registered model, and set the alias to it.
+
+    The same files of the same run are never registered twice.
+
+    Args:
+        candidate: what was exported.
+        exported: the folder.
+        name: of the registered model; by default the sweep's.
+        uri: tracking URI; by default the sweep's own `tracking.uri`, MLFLOW_TRACKING_URI, or the SQLite file beside the
+            run directory.
+
+    Raises:
+        ExportError: the check did not pass, the trial has no MLflow run yet, or MLflow refuses or does not answer.
+        TrackingError: the tracking URI is a relative path.
+    """
+    if exported.check is not None and not exported.check.passed:
+        raise ExportError(f"{exported.folder} did not pass its check and is not registered")
+    run_id = candidate.trial["mlflow_run_id"]
+    if run_id is None:
+        raise ExportError(
+            f"results.json names no MLflow run of trial {candidate.trial['trial_id']}: run the sweep's command again "
+            "to its end, which delivers what MLflow lacks, or export with --no-register"
+        )
+    name = name or candidate.results["name"]
+    uri = resolve_uri(uri or candidate.config.tracking.uri, candidate.run_dir.parent)
+    with _mlflow_errors(uri):
+        client = MlflowClient(uri)
+        run = client.get_run(run_id)
+        _ensure_registered_model(client, name)
+        version = _known_version(client, name, run_id, exported.digest)
+        is_new = version is None
+        if version is None:
+            # A path of its own for each content: a version's files never change.
+            path = f"model/{exported.digest[:12]}"
+            client.log_artifacts(run_id, str(exported.folder), path)
+            tags = _identity(candidate) | {"step": str(candidate.step), "digest": exported.digest}
+            made = client.create_model_version(
+                name,
+                source=f"{run.info.artifact_uri}/{path}",
+                run_id=run_id,
+                tags={f"orpo_ray.{key}": value for key, value in tags.items()},
+                description=_description(candidate),
+            )
+            version = str(made.version)
+        client.set_registered_model_alias(name, ALIAS, version)
+    return Registered(name, version, is_new, f"models:/{name}@{ALIAS}")
+
+
+def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name, tags={"orpo_ray.task": "preference-tuning"})
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _known_version(client: MlflowClient, name: str, run_id: str, digest: str) -> str | None:
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        if version.tags.get("orpo_ray.digest") == digest:
+            return str(version.version)
+    return None
+
+
+def _description(candidate: Candidate) -> str:
+    metric = candidate.results["metric"]
+    value = candidate.logged.get(metric)
+    judged = "" if value is None else f", {metric} {value:.4f}"
+    return f"{candidate.results['name']}: {describe(candidate.trial['params'])}, step {candidate.step}{judged}"
+
+
+@contextlib.contextmanager
+def _mlflow_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        raise ExportError(
+            f"MLflow at {without_password(uri)}: {without_password(str(error))}\nCorrect --tracking-uri or --name, "
+            "or export with --no-register"
+        ) from error

@@ -1,0 +1,277 @@
+"""Which settings of a sweep win, how sure that is, and how much the winner's score flatters it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orpo_ray.config.space import describe
+from orpo_ray.results.bootstrap import (
+    LEVEL,
+    Mode,
+    compare_with_best,
+    optimism,
+    pareto_front,
+    resample,
+    setting_replicates,
+)
+from orpo_ray.results.divergence import divergence_boundaries
+from orpo_ray.results.frames import setting_key, setting_of
+from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores, on_shared_pairs
+
+NLL, NLL_PER_BYTE, ACCURACY = "eval/nll", "eval/nll_per_byte", "eval/preference_accuracy"
+
+
+def summarize_winners(results: dict[str, Any], run_dir: str | Path) -> dict[str, Any]:
+    """What results.json says under `winners`; never fails for want of data, but says what is missing.
+
+    Finalists are the settings that were trained again with fresh seeds (`purpose` confirm), or all that finished where
+    none was. A finalist is judged by its fresh seeds alone: its run in the search was picked for its score.
+
+    Args:
+        results: of `results.summarize`.
+        run_dir: of the sweep; trials' per-pair files are in `trials/<trial id>/`.
+
+    Returns:
+        `metric`, `mode`, `level`, `pairs` (which all trials share; null without intervals), `pairs_left_out` (most
+        pairs of a trial that others lack), `covers` (`pairs`, or `pairs and seeds`; null), `no_intervals` (why; null);
+        `settings`, the finalists, best first: `name`, `params`, `trial_ids`, `seeds`, `lost` (runs of it that diverged
+        or failed), `mean`, `low`, `high` (95 %), `difference` (to the best), `difference_low`, `difference_high`
+        (simultaneous), `tied`; `best`: the first of them with `trial_id` of its best run and its `checkpoint`, or null;
+        `tied`: names; `selection_bias`: `candidates`, `by_pairs`, `by_seed` (of the winner), `by_seed_finalists` (their
+        mean), in units of the metric, above 0 where the search looked too good, null where unknown, and a `sentence`;
+        `pareto`: `cost` and `gain` (metrics), `settings` by cost: `name`, `params`, `trial_ids`, `cost`, `accuracy`,
+        `on_front`, `frequency` (share of resamples in which it is on the front), `uncertain`; `divergence`: of
+        `boundary.divergence_boundaries`.
+    """
+    metric, mode = results["metric"], results["mode"]
+    finished = [t for t in results["trials"] if t["status"] == "finished" and t["metrics"].get(metric) is not None]
+    # A setting that is proposed twice with the same seed gives the same run: no further seed.
+    finished = list({repr(sorted(t["params"].items())): t for t in reversed(finished)}.values())[::-1]
+    searched = [t for t in finished if not _confirms(t)]
+    judged = [t for t in finished if _confirms(t)] or searched
+    scores, left_out, missing = _load(finished, metric, Path(run_dir))
+    summary: dict[str, Any] = {
+        "metric": metric,
+        "mode": mode,
+        "level": LEVEL,
+        "pairs": len(next(iter(scores.values())).pair_ids_N) if scores else None,
+        "pairs_left_out": left_out,
+        "covers": None,
+        "no_intervals": missing or (None if finished else "no trial finished"),
+    }
+    summary["settings"] = _judge(judged, results, scores, summary)
+    summary["best"] = _best(summary["settings"], finished, metric, mode)
+    summary["tied"] = [row["name"] for row in summary["settings"] if row["tied"]]
+    summary["selection_bias"] = _selection_bias(searched, judged, summary, scores)
+    summary["pareto"] = _pareto(finished, scores)
+    summary["divergence"] = divergence_boundaries(results["trials"])
+    return summary
+
+
+# ---- parts of the summary -----------------------------------------------------------------------------------------
+
+
+def _judge(
+    judged: list[dict[str, Any]], results: dict[str, Any], scores: dict[str, PairScores], summary: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of the finalists, best first."""
+    metric, mode = summary["metric"], summary["mode"]
+    groups = _by_setting(judged)
+    lost = [
+        t
+        for t in results["trials"]
+        if t["status"] in ("diverged", "failed") and judged and _confirms(t) == _confirms(judged[0])
+    ]
+    rows = [
+        {
+            "name": describe(setting_of(group[0]["params"])),
+            "params": setting_of(group[0]["params"]),
+            "trial_ids": [t["trial_id"] for t in group],
+            "seeds": len(group),
+            "lost": sum(setting_key(t["params"]) == key for t in lost),
+            "mean": float(np.mean([t["metrics"][metric] for t in group])),
+        }
+        | dict.fromkeys(("low", "high", "difference", "difference_low", "difference_high", "tied"))
+        for key, group in groups.items()
+    ]
+    if rows and scores:
+        trials = resample([scores[t["trial_id"]] for group in groups.values() for t in group], metric)
+        setting_J = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()]).tolist()
+        value_S, replicate_BS = setting_replicates(trials, setting_J)
+        against = compare_with_best(value_S, replicate_BS, mode)
+        low_S, high_S = np.quantile(replicate_BS, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        for s, row in enumerate(rows):
+            difference, half = float(against.difference_S[s]), float(against.half_S[s])
+            row |= {"mean": float(value_S[s]), "low": float(low_S[s]), "high": float(high_S[s])}
+            row |= {"difference": difference, "tied": bool(against.tied_S[s])}
+            row |= {"difference_low": difference - half, "difference_high": difference + half}
+        summary["covers"] = "pairs and seeds" if len(judged) > len(groups) else "pairs"
+    return sorted(rows, key=lambda row: row["mean"], reverse=mode == "max")
+
+
+def _best(
+    settings: list[dict[str, Any]], finished: list[dict[str, Any]], metric: str, mode: Mode
+) -> dict[str, Any] | None:
+    """The first setting and, as a model to take away, its run of the best score."""
+    if not settings:
+        return None
+    runs = [t for t in finished if setting_of(t["params"]) == settings[0]["params"]]
+    run = (max if mode == "max" else min)(runs, key=lambda t: t["metrics"][metric])
+    return settings[0] | {"trial_id": run["trial_id"], "checkpoint": run["checkpoint"]}
+
+
+def _selection_bias(
+    searched: list[dict[str, Any]],
+    judged: list[dict[str, Any]],
+    summary: dict[str, Any],
+    scores: dict[str, PairScores],
+) -> dict[str, Any]:
+    """How much the search's own winner is flattered: by its pairs (bootstrap), by its seed (fresh seeds)."""
+    metric, mode, best = summary["metric"], summary["mode"], summary["best"]
+    groups = _by_setting(searched)
+    means = {key: float(np.mean([t["metrics"][metric] for t in group])) for key, group in groups.items()}
+    bias: dict[str, Any] = {"candidates": len(groups), "by_pairs": None, "by_seed": None, "by_seed_finalists": None}
+    if scores and len(groups) > 1:
+        trials = resample([scores[t["trial_id"]] for group in groups.values() for t in group], metric)
+        setting_J = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()]).tolist()
+        bias["by_pairs"] = optimism(trials, setting_J, mode)
+    if judged and _confirms(judged[0]):
+        sign = 1 if mode == "max" else -1
+        gaps = {
+            key: sign * (means[key] - row["mean"])
+            for row in summary["settings"]
+            if (key := setting_key(row["params"])) in means
+        }
+        bias["by_seed"] = gaps.get(setting_key(best["params"]))
+        bias["by_seed_finalists"] = float(np.mean(list(gaps.values()))) if gaps else None
+    return bias | {"sentence": _bias_sentence(bias, summary)}
+
+
+def _bias_sentence(bias: dict[str, Any], summary: dict[str, Any]) -> str:
+    metric, best, by_pairs = summary["metric"], summary["best"], bias["by_pairs"]
+    if bias["candidates"] < 2 or best is None:
+        return "Nothing was chosen between, so no choice flatters the score."
+    if by_pairs is None:
+        return (
+            f"The winner was chosen from {bias['candidates']} settings by the scores reported here, which flatters it; "
+            f"by how much is not known: {summary['no_intervals']}."
+        )
+    size = (
+        f"on these {summary['pairs']} pairs by {_size(by_pairs)} (bootstrap: chosen on a resample, scored on the pairs "
+        "left out)"
+    )
+    if bias["by_seed"] is None:
+        expected = best["mean"] - (1 if summary["mode"] == "max" else -1) * max(by_pairs, 0.0)
+        return (
+            f"The winner was chosen from {bias['candidates']} settings by the score that it is reported with. That "
+            f"flatters it {size}: expect a `{metric}` of about {expected:.4f} on fresh pairs. What the luck of its "
+            f"{'seed' if best['seeds'] == 1 else 'seeds'} adds is not in this figure."
+        )
+    return (
+        f"The finalists were chosen from {bias['candidates']} settings by their `{metric}` in the search. That "
+        f"flatters the best of the search {size}. The luck of the seed comes on top: in the search the winner scored "
+        f"{_gap(bias['by_seed'])} than with fresh seeds, the finalists {_gap(bias['by_seed_finalists'])} on average. "
+        "Means and intervals are of fresh seeds only, on the same pairs."
+    )
+
+
+def _size(flattery: float) -> str:
+    return f"about {flattery:.4f}" if flattery >= 5e-5 else "less than 0.0001"
+
+
+def _gap(flattery: float) -> str:
+    return f"{abs(flattery):.4f} {'better' if flattery >= 0 else 'worse'}"
+
+
+def _pareto(finished: list[dict[str, Any]], scores: dict[str, PairScores]) -> dict[str, Any]:
+    """Settings on the front of NLL against accuracy, each as the mean of its runs."""
+    both = [t for t in finished if all(t["metrics"].get(m) is not None for m in (NLL, ACCURACY))]
+    cost = NLL
+    if scores and both and not _count_alike([scores[t["trial_id"]] for t in both]):
+        cost = NLL_PER_BYTE
+    groups = _by_setting(both)
+    rows = [
+        {
+            "name": describe(setting_of(group[0]["params"])),
+            "params": setting_of(group[0]["params"]),
+            "trial_ids": [t["trial_id"] for t in group],
+            "cost": float(np.mean([t["metrics"][cost] for t in group])),
+            "accuracy": float(np.mean([t["metrics"][ACCURACY] for t in group])),
+            "frequency": None,
+        }
+        for group in groups.values()
+    ]
+    front_S = pareto_front(np.array([r["cost"] for r in rows]), np.array([r["accuracy"] for r in rows]))
+    often_S: list[float | None] = [None] * len(rows)
+    if scores and rows:
+        of_trials = [scores[t["trial_id"]] for group in groups.values() for t in group]
+        setting_J = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()]).tolist()
+        replicates = [setting_replicates(resample(of_trials, m), setting_J)[1] for m in (cost, ACCURACY)]
+        often_S = pareto_front(*replicates).mean(0).tolist()
+    for row, is_on, often in zip(rows, front_S.tolist(), often_S, strict=True):
+        row |= {"on_front": is_on, "frequency": often, "uncertain": None if often is None else is_on and often < LEVEL}
+    return {"cost": cost, "gain": ACCURACY, "settings": sorted(rows, key=lambda row: row["cost"])}
+
+
+def _count_alike(everyone: list[PairScores]) -> bool:
+    """Whether `eval/nll` means the same for all: other tokenizers and scopes count other tokens."""
+    first = everyone[0]
+    return all(
+        s.nll_reduction == first.nll_reduction and np.array_equal(s.nll_tokens_N, first.nll_tokens_N) for s in everyone
+    )
+
+
+# ---- pieces -------------------------------------------------------------------------------------------------------
+
+
+def _load(
+    trials: Iterable[dict[str, Any]], metric: str, run_dir: Path
+) -> tuple[dict[str, PairScores], int, str | None]:
+    """Per-pair scores of all trials on the pairs they share, and how many of a trial's pairs others lack at most.
+
+    None, and why, where a single trial has no such file: means over some trials are not comparable with others'.
+    """
+    found: dict[str, PairScores] = {}
+    for trial in trials:
+        trial_id, reported = trial["trial_id"], trial["metrics"][metric]
+        try:
+            scores = PairScores.load(run_dir / "trials" / trial_id / PAIRS_FILE)
+        except FileNotFoundError:
+            why = " (its result was taken over from an earlier run)" if trial.get("reused_from") else ""
+            return {}, 0, f"per-pair file of trial {trial_id} missing{why}"
+        except (OSError, ValueError) as error:
+            return {}, 0, f"per-pair file of trial {trial_id} unreadable ({error})"
+        if not math.isclose(scores.value(metric), reported, rel_tol=1e-4, abs_tol=1e-6):
+            return (
+                {},
+                0,
+                (
+                    f"per-pair file of trial {trial_id} is of another evaluation: its {metric} is "
+                    f"{scores.value(metric):.6g}, the trial's last one {reported:.6g}"
+                ),
+            )
+        found[trial_id] = scores
+    if not found:
+        return {}, 0, None
+    shared = dict(zip(found, on_shared_pairs(list(found.values())), strict=True))
+    num = len(next(iter(shared.values())).pair_ids_N)
+    if num < 2:
+        return {}, 0, "fewer than two held-out pairs are common to all finished trials"
+    return shared, max(len(scores.pair_ids_N) for scores in found.values()) - num, None
+
+
+def _by_setting(trials: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trial in trials:
+        groups.setdefault(setting_key(trial["params"]), []).append(trial)
+    return groups
+
+
+def _confirms(trial: dict[str, Any]) -> bool:
+    """Whether it is a finalist with a fresh seed; results of before there were such trials do not say."""
+    return bool(trial.get("purpose") == "confirm")

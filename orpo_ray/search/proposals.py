@@ -1,0 +1,163 @@
+"""Which trial comes next: unfinished ones of an earlier run first, then the search, then confirmation. No Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from orpo_ray.config.experiment import ExperimentConfig, SweepConfig
+from orpo_ray.search.searchers import Source, key
+from orpo_ray.storage.history import Exhausted, History, TrialHistory, trial_id_of
+
+_SEED = "train.seed"
+CONFIRMATIONS = "c"
+"""Begins the ids of confirmation trials: they sort behind those of the search."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A trial to run."""
+
+    trial_id: str
+    params: dict[str, Any]
+    purpose: Literal["search", "confirm"]
+    known: TrialHistory | None = None
+    """A finished trial of a warm start that had the same settings: take its result, do not train."""
+
+
+class Proposals:
+    """The order of a sweep's trials. What it answers depends on nothing but the history and its own arguments."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        source: Source,
+        history: History,
+        earlier: dict[str, TrialHistory],
+        committed_hours: Callable[[History], float],
+    ) -> None:
+        """Take up a sweep where its history ends.
+
+        Args:
+            config: the experiment with its sweep.
+            source: of the search.
+            history: of the sweep itself; whoever owns it keeps it up to date.
+            earlier: finished trials of a warm start, by an id of their own.
+            committed_hours: device-hours that running trials are expected to need still.
+        """
+        _, self._sweep = config.as_sweep()
+        self._config, self._source, self.history = config, source, history
+        self._earlier, self._committed_hours = earlier, committed_hours
+        # A trial that was submitted but had not ended is given out again, under its id.
+        self._again = [t for t in history.trials.values() if t.status is None]
+        self._next_index = 0
+        self._confirmations: list[dict[str, Any]] | None = None
+        self.why_over: str | None = None
+        """Why the search has ended; None while it has not."""
+        self.is_exhausted = False
+        """Nothing will be proposed any more."""
+
+    @property
+    def sweep(self) -> SweepConfig:
+        """The sweep's settings."""
+        return self._sweep
+
+    @property
+    def source(self) -> Source:
+        """Of the search."""
+        return self._source
+
+    @property
+    def max_steps(self) -> int | None:
+        """Of a whole trial, where the experiment says so in steps."""
+        return self._config.train.max_steps
+
+    @property
+    def num_evaluations(self) -> int:
+        """Of a whole trial."""
+        train = self._config.train
+        assert train.max_steps is not None  # the config demands it of the schedulers that plan by it
+        return math.ceil(train.max_steps / (train.eval_every or train.max_steps))
+
+    @property
+    def search_is_over(self) -> bool:
+        """No more search trials will be proposed."""
+        return self.why_over is not None and not self._again
+
+    def next(self) -> Proposal | None:
+        """The next trial; None: not now, or never again (`is_exhausted`)."""
+        if self._again:
+            trial = self._again.pop(0)
+            return Proposal(trial.trial_id, trial.params, trial.purpose)
+        if self.why_over is None:
+            if self.over_budget(planned=True):
+                assert self._sweep.budget is not None
+                self.why_over = f"the budget of {self._sweep.budget.device_hours:g} device-hours is spent or committed"
+            else:
+                try:
+                    return self._search()
+                except Exhausted as reason:
+                    self.why_over = str(reason)
+        if any(t.status is None for t in self.history.trials.values() if t.purpose == "search"):
+            return None
+        return self._confirm()
+
+    def over_budget(self, planned: bool) -> bool:
+        """Whether the budget is spent; `planned`: or will be by what is running and by confirmation."""
+        if self._sweep.budget is None:
+            return False
+        hours = self.history.device_hours
+        if planned:
+            hours += self._committed_hours(self.history) + self._confirmation_hours()
+        return hours >= self._sweep.budget.device_hours
+
+    def _search(self) -> Proposal | None:
+        # The first that is missing: drivers submit in any order, and a crash may have come between two of them.
+        while (trial_id := trial_id_of(self._next_index)) in self.history.trials:
+            self._next_index += 1
+        everything = History()
+        everything.trials = {**self._earlier, **self.history.trials}
+        params = self._source.propose(self._next_index, everything)
+        if params is None:
+            return None
+        return Proposal(trial_id, params, "search", self._known(params))
+
+    def _known(self, params: dict[str, Any]) -> TrialHistory | None:
+        return next((t for t in self._earlier.values() if key(t.params) == key(params)), None)
+
+    def _confirm(self) -> Proposal | None:
+        if self._confirmations is None:
+            done = {key(t.params) for t in self.history.trials.values() if t.purpose == "confirm"}
+            self._confirmations = [params for params in self._planned_confirmations() if key(params) not in done]
+        if not self._confirmations or self.over_budget(planned=False):
+            self.is_exhausted = True
+            return None
+        number = sum(t.purpose == "confirm" for t in self.history.trials.values())
+        return Proposal(f"{CONFIRMATIONS}{number:05d}", self._confirmations.pop(0), "confirm")
+
+    def _planned_confirmations(self) -> list[dict[str, Any]]:
+        """Seed by seed, so that a budget that ends early leaves the finalists with equally many."""
+        confirm = self._sweep.confirm
+        if confirm is None:
+            return []
+        first = self._config.train.seed
+        finalists = self.finalists()
+        return [{**t.params, _SEED: first + n} for n in range(1, confirm.seeds) for t in finalists]
+
+    def finalists(self) -> list[TrialHistory]:
+        """The search's best finished trials, best first, at most `sweep.confirm.top`."""
+        assert self._sweep.confirm is not None
+        finished = [
+            (value, t)
+            for t in self.history.trials.values()
+            if t.purpose == "search" and t.status == "finished" and (value := t.value(self._sweep.metric)) is not None
+        ]
+        finished.sort(key=lambda pair: pair[0], reverse=self._sweep.mode == "max")
+        return [trial for _, trial in finished[: self._sweep.confirm.top]]
+
+    def _confirmation_hours(self) -> float:
+        """What confirmation will need, by the longest trials so far."""
+        longest = max((t.device_seconds for t in self.history.trials.values() if t.status == "finished"), default=0.0)
+        return self._sweep.num_confirmations * longest / 3600.0

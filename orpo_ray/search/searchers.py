@@ -1,0 +1,411 @@
+"""Where proposals come from: each source names the next setting, given what the trials so far have shown.
+
+Sources are functions of the sweep's seed, the number of the proposal and the history, so that a sweep that was killed
+goes on as if it had not been. Optuna alone keeps a state of its own, in a file that survives kills as the journal does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from orpo_ray.config.experiment import (
+    METRIC_MODES,
+    BohbConfig,
+    HyperOptConfig,
+    LadderConfig,
+    OptunaConfig,
+    RandomConfig,
+    SweepConfig,
+)
+from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform, grid_cells, to_optuna
+from orpo_ray.search.ladder import Ladder
+from orpo_ray.storage.history import LOST, Exhausted, History, TrialHistory, trial_id_of
+
+OPTUNA_FILE = "optuna.journal"
+_MAX_REPEATS = 50
+"""Proposals in a row that were tried before, until a space of discrete axes counts as exhausted."""
+
+
+class SourceError(RuntimeError):
+    """The library that a searcher stands for is not installed."""
+
+
+class Source(Protocol):
+    """What a searcher is asked."""
+
+    def propose(self, index: int, history: History) -> dict[str, Any] | None:
+        """Params of the search's next trial, or None: wait for results.
+
+        Args:
+            index: its number, from 0; `history.trial_id_of` makes its id of it.
+            history: all trials so far, and those of a warm start.
+
+        Raises:
+            Exhausted: there is nothing left to propose.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A bundle, as a search over sizes needs it."""
+
+    parameters: int
+    devices: int
+    """Workers of a trial."""
+
+
+def build(sweep: SweepConfig, run_dir: Path, sizes: dict[str, Size], max_steps: int | None) -> Source:
+    """The source that `sweep.searcher` names.
+
+    Args:
+        sweep: with its searcher.
+        run_dir: where Optuna keeps its study.
+        sizes: by bundle label; only searcher ladder looks at them.
+        max_steps: of a whole trial; searcher ladder needs it.
+
+    Raises:
+        SourceError: its library is not installed, or the ladder's trials have no length in steps.
+        ValueError: all of a ladder's bundles are of one size.
+    """
+    match sweep.searcher:
+        case RandomConfig():
+            return RandomSource(sweep)
+        case OptunaConfig():
+            return OptunaSource(sweep, run_dir / OPTUNA_FILE)
+        case HyperOptConfig():
+            return HyperOptSource(sweep)
+        case BohbConfig():
+            return BohbSource(sweep)
+        case LadderConfig():
+            parameters = {label: size.parameters for label, size in sizes.items()}
+            devices = {label: size.devices for label, size in sizes.items()}
+            if max_steps is None:
+                raise SourceError("searcher ladder plans its budget by the trials' length: give train.max_steps")
+            return Ladder(sweep, parameters, devices, max_steps)
+
+
+def key(params: dict[str, Any]) -> str:
+    """Equal for equal settings."""
+    return json.dumps(params, sort_keys=True, default=str)
+
+
+def draw(axis: Axis, rng: np.random.Generator) -> Any:
+    """One value of an axis."""
+    match axis:
+        case Uniform():
+            return float(rng.uniform(axis.low, axis.high))
+        case LogUniform():
+            return float(np.exp(rng.uniform(np.log(axis.low), np.log(axis.high))))
+        case Grid() | Choice() | Bundle():
+            candidates = axis.candidates()
+            return candidates[int(rng.integers(len(candidates)))]
+
+
+class RandomSource:
+    """The grid's cells in turn, everything else drawn at random."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        """For `sweep.num_trials` proposals."""
+        self._sweep = sweep
+        self._cells = grid_cells(sweep.space)
+        self._sampled = {n: axis for n, axis in sweep.space.items() if not isinstance(axis, Grid | Bundle)}
+
+    def propose(self, index: int, history: History) -> dict[str, Any] | None:
+        """See `Source`."""
+        if index >= self._sweep.num_trials:
+            raise Exhausted(f"all {self._sweep.num_trials} trials have been proposed")
+        cell = self._cells[index % len(self._cells)]
+        rng = np.random.default_rng([self._sweep.seed, index])
+        drawn = {name: draw(axis, rng) for name, axis in self._sampled.items()}
+        return {name: (cell | drawn)[name] for name in self._sweep.space}
+
+
+class OptunaSource:
+    """Ask and tell of an Optuna study, kept in Optuna's own journal file."""
+
+    def __init__(self, sweep: SweepConfig, path: Path) -> None:
+        """Open the study in `path`, or begin it."""
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+        assert isinstance(sweep.searcher, OptunaConfig)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._sweep, self._searcher = sweep, sweep.searcher
+        self._metrics = sweep.searcher.objectives or (sweep.metric,)
+        self._distributions = to_optuna(sweep.space)
+        # An open-file lock dies with its owner; the default one, a link, would stay after a kill.
+        backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+        self._study = optuna.create_study(
+            storage=JournalStorage(backend),
+            study_name="sweep",
+            load_if_exists=True,
+            directions=["maximize" if METRIC_MODES[m] == "max" else "minimize" for m in self._metrics],
+        )
+        self._study.sampler = self._sampler(seed=sweep.seed + len(self._study.get_trials(deepcopy=False)))
+
+    def propose(self, index: int, history: History) -> dict[str, Any] | None:
+        """See `Source`."""
+        from optuna.trial import TrialState
+
+        if index >= self._sweep.num_samples:
+            raise Exhausted(f"all {self._sweep.num_samples} trials have been proposed")
+        self._tell(history)
+        tried = {key(trial.params): trial for trial in history.trials.values()}
+        for _ in range(_MAX_REPEATS):
+            trial = self._study.ask(self._distributions)
+            params = {name: trial.params[name] for name in self._sweep.space}
+            known = tried.get(key(params))
+            if known is None:
+                trial.set_user_attr("trial_id", trial_id_of(index))
+                return params
+            values = self._values(known, history)
+            if values is None:
+                self._study.tell(trial, state=TrialState.FAIL)
+            else:
+                self._study.tell(trial, values)
+        raise Exhausted(f"{_MAX_REPEATS} proposals in a row had been tried before: the space seems exhausted")
+
+    def _tell(self, history: History) -> None:
+        """Bring the study up to date: what ended, what a warm start brings, what a crash lost."""
+        import optuna
+        from optuna.trial import TrialState
+
+        known = set()
+        for frozen in self._study.get_trials(deepcopy=False):
+            trial_id = frozen.user_attrs.get("trial_id")
+            known.add(trial_id)
+            if frozen.state is not TrialState.RUNNING:
+                continue
+            ours = history.trials.get(trial_id) if trial_id else None
+            if ours is None:
+                self._study.tell(
+                    frozen.number, state=TrialState.FAIL
+                )  # asked, but a crash came before it was submitted
+            elif ours.status is not None:
+                self._tell_end(frozen, ours, history)
+        for trial_id, ours in history.trials.items():
+            # Of a warm start, or of a sweep that was begun by an earlier version.
+            if trial_id in known or ours.status is None or (values := self._values(ours, history)) is None:
+                continue
+            if ours.purpose != "search" or set(self._distributions) - set(ours.params):
+                continue
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    params={name: ours.params[name] for name in self._distributions},
+                    distributions=self._distributions,
+                    values=values,
+                    user_attrs={"trial_id": trial_id},
+                )
+            )
+
+    def _tell_end(self, frozen: Any, ours: TrialHistory, history: History) -> None:
+        import optuna
+        from optuna.trial import TrialState
+
+        values = self._values(ours, history)
+        if values is None:
+            self._study.tell(frozen.number, state=TrialState.FAIL)
+        elif ours.status == "stopped_early" and len(values) == 1:
+            optuna.Trial(self._study, frozen._trial_id).report(values[0], ours.step)
+            self._study.tell(frozen.number, state=TrialState.PRUNED)
+        else:
+            self._study.tell(frozen.number, values)
+
+    def _values(self, trial: TrialHistory, history: History) -> list[float] | None:
+        """One value per objective; of a diverged trial the worst that any trial had; None where there is none."""
+        values = [trial.value(metric) for metric in self._metrics]
+        if trial.status == "diverged":
+            values = [worst(metric, history) for metric in self._metrics]
+        return None if any(value is None for value in values) else [float(v) for v in values if v is not None]
+
+    def _sampler(self, seed: int) -> Any:
+        import optuna
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            match self._searcher.sampler:
+                case "tpe":
+                    # Trials in training, or paused at a rung, count as not good, so that no two workers do the same.
+                    return optuna.samplers.TPESampler(
+                        seed=seed, n_startup_trials=self._searcher.startup_trials, constant_liar=True
+                    )
+                case "gp":
+                    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self._searcher.startup_trials)
+                case "cmaes":
+                    return optuna.samplers.CmaEsSampler(
+                        seed=seed, n_startup_trials=self._searcher.startup_trials, warn_independent_sampling=False
+                    )
+                case "nsga2":
+                    return optuna.samplers.NSGAIISampler(
+                        seed=seed, population_size=max(self._searcher.startup_trials, 2)
+                    )
+                case "random":
+                    return optuna.samplers.RandomSampler(seed=seed)
+
+
+class HyperOptSource:
+    """HyperOpt's TPE over a table of results that is made anew for each proposal."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        """For `sweep.num_samples` proposals.
+
+        Raises:
+            SourceError: hyperopt is not installed.
+        """
+        try:
+            from hyperopt import Domain, hp
+        except ImportError as error:
+            raise SourceError("searcher hyperopt needs its library: pip install 'orpo-ray[hyperopt]'") from error
+
+        def convert(name: str, axis: Axis) -> Any:
+            match axis:
+                case Uniform():
+                    return hp.uniform(name, axis.low, axis.high)
+                case LogUniform():
+                    return hp.loguniform(name, math.log(axis.low), math.log(axis.high))
+                case Grid() | Choice() | Bundle():
+                    return hp.choice(name, list(range(len(axis.candidates()))))
+
+        assert isinstance(sweep.searcher, HyperOptConfig)
+        self._sweep, self._startup = sweep, sweep.searcher.startup_trials
+        self._domain = Domain(lambda _: 0.0, {name: convert(name, axis) for name, axis in sweep.space.items()})
+
+    def propose(self, index: int, history: History) -> dict[str, Any] | None:
+        """See `Source`."""
+        import hyperopt
+
+        if index >= self._sweep.num_samples:
+            raise Exhausted(f"all {self._sweep.num_samples} trials have been proposed")
+        table, documents = hyperopt.Trials(), []
+        sign = -1.0 if self._sweep.mode == "max" else 1.0
+        observed = list(observations(self._sweep, history))
+        for number, (params, value) in enumerate(observed):
+            values = {name: [self._encode(name, params[name])] for name in self._sweep.space}
+            misc = {
+                "tid": number,
+                "cmd": ("domain_attachment", "FMinIter_Domain"),
+                "idxs": {name: [number] for name in values},
+                "vals": values,
+            }
+            result = {"status": hyperopt.STATUS_OK, "loss": sign * value}
+            (document,) = table.new_trial_docs([number], [None], [result], [misc])
+            document["state"] = hyperopt.JOB_STATE_DONE
+            documents.append(document)
+        table.insert_trial_docs(documents)
+        table.refresh()
+        tried = {key(trial.params) for trial in history.trials.values()}
+        for attempt in range(_MAX_REPEATS):
+            # A seed that nothing but the proposal's number decides: a restart asks the same question.
+            seed = int(np.random.default_rng([self._sweep.seed, index, attempt]).integers(2**31))
+            (document,) = hyperopt.tpe.suggest([len(observed)], self._domain, table, seed, n_startup_jobs=self._startup)
+            values = document["misc"]["vals"]
+            params = {name: self._decode(name, values[name][0]) for name in self._sweep.space}
+            if key(params) not in tried:
+                return params
+        raise Exhausted(f"{_MAX_REPEATS} proposals in a row had been tried before: the space seems exhausted")
+
+    def _encode(self, name: str, value: Any) -> Any:
+        axis = self._sweep.space[name]
+        return value if isinstance(axis, Uniform | LogUniform) else axis.candidates().index(value)
+
+    def _decode(self, name: str, value: Any) -> Any:
+        axis = self._sweep.space[name]
+        return float(value) if isinstance(axis, Uniform | LogUniform) else axis.candidates()[int(value)]
+
+
+class BohbSource:
+    """HpBandSter's own model (Falkner et al. 2018): a density per rung; the highest with enough results decides."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        """For `sweep.num_samples` proposals.
+
+        Raises:
+            SourceError: hpbandster is not installed.
+        """
+        try:
+            import ConfigSpace
+            import hpbandster.optimizers.config_generators.bohb  # noqa: F401
+        except ImportError as error:
+            raise SourceError("searcher bohb needs its libraries: pip install 'orpo-ray[bohb]'") from error
+
+        def convert(name: str, axis: Axis) -> Any:
+            match axis:
+                case Uniform() | LogUniform():
+                    return ConfigSpace.Float(name, (axis.low, axis.high), log=isinstance(axis, LogUniform))
+                case Grid() | Choice() | Bundle():
+                    return ConfigSpace.Categorical(name, [str(i) for i in range(len(axis.candidates()))])
+
+        self._sweep = sweep
+        self._axes = [convert(name, axis) for name, axis in sweep.space.items()]
+
+    def propose(self, index: int, history: History) -> dict[str, Any] | None:
+        """See `Source`."""
+        import ConfigSpace
+        from hpbandster.core.dispatcher import Job
+        from hpbandster.optimizers.config_generators.bohb import BOHB
+
+        if index >= self._sweep.num_samples:
+            raise Exhausted(f"all {self._sweep.num_samples} trials have been proposed")
+        space = ConfigSpace.ConfigurationSpace(
+            seed=int(np.random.default_rng([self._sweep.seed, index]).integers(2**31))
+        )
+        space.add(self._axes)
+        np.random.seed((self._sweep.seed + index) % 2**32)  # the library draws from the global generator
+        model = BOHB(space)
+        sign = -1.0 if self._sweep.mode == "max" else 1.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of statsmodels, about a default of its own
+            for trial in history.trials.values():
+                if set(self._sweep.space) - set(trial.params) or trial.purpose != "search":
+                    continue
+                for step, metrics in trial.metrics.items():
+                    job = Job(trial.trial_id, config=self._encode(trial.params), budget=step)
+                    value = metrics.get(self._sweep.metric, math.nan)
+                    job.result = {"loss": sign * value} if math.isfinite(value) else None
+                    model.new_result(job)
+            tried = {key(trial.params) for trial in history.trials.values()}
+            for _ in range(_MAX_REPEATS):
+                config, _ = model.get_config(max((t.step for t in history.trials.values()), default=1))
+                params = self._decode(config)
+                if key(params) not in tried:
+                    return params
+        raise Exhausted(f"{_MAX_REPEATS} proposals in a row had been tried before: the space seems exhausted")
+
+    def _encode(self, params: dict[str, Any]) -> dict[str, Any]:
+        def code(axis: Axis, value: Any) -> Any:
+            return value if isinstance(axis, Uniform | LogUniform) else str(axis.candidates().index(value))
+
+        return {name: code(axis, params[name]) for name, axis in self._sweep.space.items()}
+
+    def _decode(self, config: dict[str, Any]) -> dict[str, Any]:
+        def value(axis: Axis, code: Any) -> Any:
+            return float(code) if isinstance(axis, Uniform | LogUniform) else axis.candidates()[int(code)]
+
+        return {name: value(axis, config[name]) for name, axis in self._sweep.space.items()}
+
+
+def observations(sweep: SweepConfig, history: History) -> Iterable[tuple[dict[str, Any], float]]:
+    """(params, metric) of what ended, a diverged trial with the worst metric that any had."""
+    for trial in history.trials.values():
+        if trial.status is None or trial.purpose != "search" or set(sweep.space) - set(trial.params):
+            continue
+        value = worst(sweep.metric, history) if trial.status == "diverged" else trial.value(sweep.metric)
+        if value is not None:
+            yield {name: trial.params[name] for name in sweep.space}, value
+
+
+def worst(metric: str, history: History) -> float | None:
+    """The worst last value of any trial that did not get lost; None while there is none."""
+    values = [v for t in history.trials.values() if t.status not in LOST and (v := t.value(metric)) is not None]
+    if not values:
+        return None
+    return min(values) if METRIC_MODES[metric] == "max" else max(values)

@@ -1,0 +1,1 @@
+"""What a sweep writes, and its copy in an object store."""

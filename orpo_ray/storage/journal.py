@@ -1,0 +1,148 @@
+"""The sweep's journal: a file that is only appended to and, where there is an object store, its segments there.
+
+An event counts as safe when it is on the disk and in the store. What acts on events (MLflow, checkpoints) waits for
+that: what a crash takes away, nobody has seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+from orpo_ray.storage.object_store import Storage, StorageError
+
+FOLDER = "journal"
+"""Of the segments in the object store: `FIRST-LAST.jsonl`, numbers of the segments that it holds the lines of."""
+_SEGMENT = re.compile(rf"{FOLDER}/(\d{{10}})-(\d{{10}})\.jsonl")
+_LOCAL_CYCLE_S, _REMOTE_CYCLE_S = 0.05, 0.5
+"""Events are flushed in groups, at most so often."""
+_MERGED = 100
+"""So many segments become one: each costs a request when a sweep is taken up again."""
+
+_log = logging.getLogger(__name__)
+
+
+class Journal:
+    """Appends events from one thread; another one makes them safe."""
+
+    def __init__(self, path: Path, remote: Storage | None) -> None:
+        """Go on after what `path` holds.
+
+        Args:
+            path: the file; with `remote` as `fetch` left it.
+            remote: the sweep's folder in an object store.
+        """
+        self._path, self._remote = path, remote
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        self._changed = threading.Condition()
+        self._new: list[tuple[str, dict[str, Any]]] = []
+        self._safe: list[dict[str, Any]] = []
+        self._appended = self._flushed = 0
+        self._waiting: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._segments = _segments(remote) if remote else []
+        threading.Thread(target=self._run, name="journal", daemon=True).start()
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Write one event down. It survives this process at once, and the machine when it is `flushed`."""
+        line = json.dumps(entry) + "\n"
+        self._file.write(line)
+        self._file.flush()
+        with self._changed:
+            self._new.append((line, entry))
+            self._appended += 1
+            self._changed.notify()
+
+    def take(self) -> list[dict[str, Any]]:
+        """Events that have become safe since the last call, in order."""
+        with self._changed:
+            safe, self._safe = self._safe, []
+        return safe
+
+    async def flushed(self) -> None:
+        """Wait until all that has been appended is safe."""
+        loop = asyncio.get_running_loop()
+        with self._changed:
+            if self._flushed >= self._appended:
+                return
+            future: asyncio.Future[None] = loop.create_future()
+            self._waiting.append((self._appended, loop, future))
+        await future
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._new)
+            pause.wait(_REMOTE_CYCLE_S if self._remote else _LOCAL_CYCLE_S)
+            with self._changed:
+                batch, self._new = self._new, []
+            os.fsync(self._file.fileno())
+            if self._remote is not None:
+                self._ship(self._remote, "".join(line for line, _ in batch))
+            with self._changed:
+                self._safe += [entry for _, entry in batch]
+                self._flushed += len(batch)
+                ready = [w for w in self._waiting if w[0] <= self._flushed]
+                self._waiting = [w for w in self._waiting if w[0] > self._flushed]
+            for _, loop, future in ready:
+                loop.call_soon_threadsafe(_resolve, future)
+
+    def _ship(self, remote: Storage, text: str) -> None:
+        number = self._segments[-1][1] + 1 if self._segments else 0
+        while True:  # without its journal the sweep can only wait
+            try:
+                remote.write(_name(number, number), text.encode())
+                self._segments.append((number, number))
+                if len(self._segments) > _MERGED:
+                    remote.write(_name(0, number), self._path.read_bytes())
+                    for old in self._segments:
+                        remote.delete(_name(*old))
+                    self._segments = [(0, number)]
+                return
+            except StorageError as error:
+                _log.warning("the journal cannot be kept; trials go on, but nothing is reported: %s", error)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():  # whoever waited may have been cancelled
+        future.set_result(None)
+
+
+def fetch(path: Path, remote: Storage) -> bool:
+    """Write the journal that the object store holds to a file, replacing it. Returns whether there is one."""
+    segments = _segments(remote)
+    if not segments:
+        path.unlink(missing_ok=True)
+        return False
+    folder = path.with_name(f".{path.name}.segments")
+    files = {_name(*s): folder / f"{s[0]}" for s in segments}
+    remote.download_all(files)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as whole:
+        for file in files.values():
+            whole.write(file.read_bytes())
+            file.unlink()
+    folder.rmdir()
+    os.replace(partial, path)
+    return True
+
+
+def _segments(remote: Storage) -> list[tuple[int, int]]:
+    """(first, last) of each segment to read, in order; one that a merged one covers is left out."""
+    matches = [m for name in remote.list(FOLDER) if (m := _SEGMENT.fullmatch(name))]
+    chosen: list[tuple[int, int]] = []
+    for first, last in sorted(((int(m[1]), int(m[2])) for m in matches), key=lambda s: (s[0], -s[1])):
+        if not chosen or first > chosen[-1][1]:
+            chosen.append((first, last))
+    return chosen
+
+
+def _name(first: int, last: int) -> str:
+    return f"{FOLDER}/{first:010d}-{last:010d}.jsonl"

@@ -1,0 +1,174 @@
+"""What earlier MLflow runs already know: finished trials that differ from this sweep's in nothing but its axes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from orpo_ray.config.experiment import ExperimentConfig, SweepConfig
+from orpo_ray.config.flatten import as_text, settings_of
+from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
+from orpo_ray.storage.history import TrialHistory
+from orpo_ray.tracking.uri import TrackingError
+
+WARM_START_FILE = "warm_start.json"
+"""What was found when the sweep began; it stays what the sweep started from."""
+
+SPEED_ONLY = (
+    "scaling.",
+    "deepspeed.",
+    "data.cache_dir",
+    "train.micro_batch_size",
+    "train.max_tokens_per_micro_batch",
+    "train.log_every",
+    "train.checkpoint_every",
+    "model.gradient_checkpointing",
+    "model.attention",
+)
+"""Settings that change speed and memory, never the numbers (law 2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarmStart:
+    """What was found."""
+
+    trials: dict[str, TrialHistory]
+    """By an id of their own, `mlflow:RUN`."""
+    message: str
+    """How many, of how many; where none fits, in what they differ."""
+
+
+def load(config: ExperimentConfig, uri: str, parent_id: str) -> WarmStart:
+    """Finished trials of the MLflow experiment `sweep.warm_start` that this sweep can learn from.
+
+    Args:
+        config: the experiment; its sweep names the experiment to read.
+        uri: tracking URI.
+        parent_id: this sweep's own parent run, whose trials are not earlier ones.
+
+    Raises:
+        TrackingError: there is no such experiment.
+    """
+    _, sweep = config.as_sweep()
+    assert sweep.warm_start is not None
+    file = config.run_dir / WARM_START_FILE
+    if file.exists():
+        return _read(file)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(sweep.warm_start)
+    if experiment is None:
+        raise TrackingError(
+            f"sweep.warm_start {sweep.warm_start}: no MLflow experiment of this name at the tracking URI; correct it, "
+            "or drop it to start from nothing"
+        )
+    trials: dict[str, TrialHistory] = {}
+    differences: Counter[str] = Counter()
+    seen = 0
+    for run in _finished_trials(client, experiment.experiment_id):
+        if run.data.tags.get("mlflow.parentRunId") == parent_id or "orpo_ray.reused_from" in run.data.tags:
+            continue
+        seen += 1
+        params, differs = _params_of(run, config, sweep)
+        differences.update(differs)
+        if params is not None:
+            trial = _trial(run, params, sweep)
+            trials[trial.trial_id] = trial
+    message = f"warm start: {len(trials)} of {seen} finished trials of {sweep.warm_start} differ only in the axes"
+    if seen and not trials:
+        message += "; most differ in " + ", ".join(name for name, _ in differences.most_common(3))
+    found = WarmStart(trials, message)
+    _write(file, found)
+    return found
+
+
+def _finished_trials(client: MlflowClient, experiment_id: str) -> list[Run]:
+    runs: list[Run] = []
+    token: str | None = None
+    while True:
+        page = client.search_runs(
+            [experiment_id],
+            filter_string="tags.`orpo_ray.status` = 'finished'",
+            max_results=1000,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _params_of(run: Run, config: ExperimentConfig, sweep: SweepConfig) -> tuple[dict[str, Any] | None, list[str]]:
+    """The run's place in this sweep's space; None with the settings in which it lies outside."""
+    theirs = run.data.params
+    params: dict[str, Any] = {}
+    differs: list[str] = []
+    for name, axis in sweep.space.items():
+        value = _value_on(axis, name, theirs)
+        if value is None:
+            differs.append(name)
+        else:
+            params[name] = value
+    if differs:
+        return None, differs
+    ours = {path: as_text(value) for path, value in settings_of(config.trial(params)).items()}
+    moved = {path for name in params for path in config.settings({name: params[name]})}
+    for path, text in ours.items():
+        if path not in moved and not path.startswith(SPEED_ONLY) and theirs.get(path) != text:
+            differs.append(path)
+    return (None if differs else params), differs
+
+
+def _value_on(axis: Axis, name: str, theirs: dict[str, str]) -> Any:
+    match axis:
+        case Bundle():
+            for label, settings in axis.values.items():
+                numbers = {p: v for p, v in settings.items() if not p.startswith(SPEED_ONLY)}
+                if all(theirs.get(path) == as_text(value) for path, value in numbers.items()):
+                    return label
+        case Grid() | Choice():
+            return next((value for value in axis.candidates() if theirs.get(name) == as_text(value)), None)
+        case Uniform() | LogUniform():
+            try:
+                value = float(theirs.get(name, "nan"))
+            except ValueError:
+                return None
+            return value if axis.low <= value <= axis.high else None
+    return None
+
+
+def _trial(run: Run, params: dict[str, Any], sweep: SweepConfig) -> TrialHistory:
+    final = {k.removeprefix("final/"): v for k, v in run.data.metrics.items() if k.startswith("final/")}
+    step = int(final.pop("steps"))
+    final.pop("train_seconds", None)
+    return TrialHistory(
+        trial_id=f"mlflow:{run.info.run_id}",
+        params=params,
+        bundle=sweep.bundle_of(params),
+        max_steps=step,
+        metrics={step: {f"eval/{name}": value for name, value in final.items()}},
+        status="finished",
+        reused_from=run.info.run_id,
+    )
+
+
+def _write(file: Path, found: WarmStart) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
+    temporary.replace(file)
+
+
+def _read(file: Path) -> WarmStart:
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    trials = {}
+    for trial_id, fields in tree["trials"].items():
+        fields["metrics"] = {int(step): metrics for step, metrics in fields["metrics"].items()}
+        fields["seconds"] = {}
+        trials[trial_id] = TrialHistory(**fields)
+    return WarmStart(trials, tree["message"])

@@ -1,0 +1,1 @@
+"""One trial: loss, loop, engine and checkpoints. Needs no Ray."""

@@ -1,0 +1,154 @@
+"""Run `loop.train` in one process per rank, as a worker group does but without Ray."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orpo_ray.config import experiment as configs
+
+BASE: dict[str, Any] = {
+    "name": "test",
+    "model": {"path": "tiny-llama-1m"},
+    "data": {
+        "path": "builtin://style-pairs",
+        "train_pairs": 256,
+        "eval_pairs": 24,
+        "max_tokens": 256,
+        "max_prompt_tokens": 160,
+    },
+    "optim": {"lr": 1.0e-3, "weight_decay": 0.1},
+    "train": {
+        "global_batch_size": 8,
+        "max_steps": 20,
+        "log_every": 1,
+        "eval_every": 10,
+        "precision": "fp32",
+    },
+}
+
+
+def experiment(cache_dir: Path, **settings: Any) -> configs.ExperimentConfig:
+    """The base experiment with dotted settings changed, e.g. `**{"train.max_steps": 5}`."""
+    tree = json.loads(json.dumps(BASE))
+    tree["data"]["cache_dir"] = str(cache_dir)
+    return configs.parse(tree, [f"{path}={json.dumps(value)}" for path, value in settings.items()])
+
+
+@dataclass
+class Record:
+    """What rank 0 saw."""
+
+    logs: dict[int, dict[str, float]] = field(default_factory=dict)
+    evals: dict[int, dict[str, float]] = field(default_factory=dict)
+    result: Any = None
+    started_at: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def curve(self, metric: str) -> list[float]:
+        """A training metric, step by step."""
+        return [metrics[metric] for _, metrics in sorted(self.logs.items())]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial."""
+
+    config: configs.ExperimentConfig
+    trial_dir: Path
+    stop_at: int | None = None
+    """The owner says stop at the evaluation of this step."""
+    preempted_at: int | None = None
+    """The last rank is told after this step that its machine goes away."""
+
+
+def train(config: configs.ExperimentConfig, trial_dir: Path, stop_at: int | None = None) -> Record:
+    """Train with as many fresh processes as the config has workers."""
+    return train_all([Job(config, trial_dir, stop_at)])[0]
+
+
+def train_all(jobs: list[Job]) -> list[Record]:
+    """Train one trial after another in the same processes, as a warm group does; all need as many workers."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    port = _free_port()
+    (world,) = {job.config.scaling.num_workers for job in jobs}
+    ranks = [context.Process(target=_rank, args=(rank, world, port, jobs, queue)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    outcome = queue.get(timeout=500)
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0, f"a rank ended with {process.exitcode}: {outcome}"
+    assert isinstance(outcome, list), outcome
+    return outcome
+
+
+def _rank(rank: int, world: int, port: int, jobs: list[Job], queue: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    from orpo_ray.training.engine import init_process_group
+
+    init_process_group()
+    try:
+        records = [_train(job) for job in jobs]
+    except BaseException as error:
+        if rank == 0:
+            queue.put(f"{type(error).__name__}: {error}")
+        raise
+    if rank == 0:
+        queue.put(records)
+    torch.distributed.destroy_process_group()
+
+
+def _train(job: Job) -> Record:
+    import torch
+
+    from orpo_ray.training import loop
+
+    record = Record()
+
+    def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None, seconds: float) -> loop.Decision:
+        record.evals[step] = metrics
+        return loop.Decision.STOP if step == job.stop_at else loop.Decision.CONTINUE
+
+    def on_start(step: int, max_steps: int, facts: dict[str, Any]) -> None:
+        record.started_at, record.facts = step, facts
+
+    steps = iter(range(10**6))
+
+    def is_preempted() -> bool:
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        return last and next(steps) + 1 == job.preempted_at
+
+    ctx = loop.RankContext(
+        job.trial_dir,
+        on_start=on_start,
+        on_log=record.logs.__setitem__,
+        on_eval=on_eval,
+        on_problem=record.problems.append,
+        is_preempted=is_preempted,
+    )
+    record.result = loop.train(job.config, ctx)
+    return record
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

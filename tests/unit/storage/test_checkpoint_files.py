@@ -1,0 +1,53 @@
+"""Which of a trial's checkpoints stands for it, here and in an object store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from orpo_ray.storage.object_store import Storage
+from orpo_ray.training.checkpoint import MANIFEST, best_step, chosen
+
+LOSSES = {4: 2.0, 8: 1.0, 12: 3.0}
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Path:
+    """A trial's folder with a checkpoint of one file at each step."""
+    folder = tmp_path / "store" / "trial"
+    for step, loss in LOSSES.items():
+        path = folder / f"step-{step:08d}"
+        path.mkdir(parents=True)
+        (path / "weights.pt").write_bytes(content := f"of step {step}".encode())
+        facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest = {"step": step, "progress": {"metrics": {"eval/nll": loss}}, "files": {"weights.pt": facts}}
+        (path / MANIFEST).write_text(json.dumps(manifest))
+    (folder / "step-00000016.partial").mkdir()
+    (folder / "step-00000020").mkdir()  # no manifest: it never was one
+    return folder
+
+
+@pytest.mark.parametrize("is_remote", [False, True], ids=["folder", "object store"])
+def test_the_newest_or_the_best(trial: Path, tmp_path: Path, is_remote: bool) -> None:
+    here, remote = (tmp_path / "here", Storage(f"file://{trial}")) if is_remote else (trial, None)
+    assert chosen(here, None, remote) == here / "step-00000012"
+    assert chosen(here, "eval/nll", remote) == here / "step-00000008"
+    assert (here / "step-00000008" / "weights.pt").read_bytes() == b"of step 8"
+    (trial / "step-00000008" / "weights.pt").write_bytes(b"of step 9")
+    (here / "step-00000008" / "weights.pt").write_bytes(b"of step 9")
+    assert chosen(here, "eval/nll", remote) == here / "step-00000012", "a damaged best one is no choice"
+
+
+def test_none_is_chosen_where_there_is_none(tmp_path: Path) -> None:
+    assert chosen(tmp_path) is None
+    assert chosen(tmp_path / "here", "eval/nll", Storage(f"file://{tmp_path}/nowhere")) is None
+
+
+def test_of_equal_ones_the_newest_is_the_best() -> None:
+    metrics = {4: {"eval/preference_accuracy": 0.5}, 8: {"eval/preference_accuracy": 0.5}, 12: {}}
+    assert best_step(metrics, "eval/preference_accuracy") == 8
+    assert best_step({4: {"eval/nll": 1.0}, 8: {"eval/nll": 2.0}}, "eval/nll") == 4
+    assert best_step(metrics, None) is None
