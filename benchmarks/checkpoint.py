@@ -108,12 +108,12 @@ def _measure(stage: int, case: Case, rounds: int, into: Path) -> None:
     import torch.distributed as dist
 
     from benchmarks.ours_side import experiment
-    from orpo_ray.config.sections import CheckpointConfig
+    from orpo_ray.config import CheckpointConfig
     from orpo_ray.storage.object_store import Storage
     from orpo_ray.training.checkpoint import Checkpoints
     from orpo_ray.training.engine import destroy, init_process_group
-    from orpo_ray.training.loop import _Run
     from orpo_ray.training.metrics import PairSums
+    from orpo_ray.training.steps import TrialRun
 
     init_process_group()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
@@ -124,7 +124,7 @@ def _measure(stage: int, case: Case, rounds: int, into: Path) -> None:
             "scaling": tree.scaling.model_copy(update={"num_workers": dist.get_world_size()}),
         }
     )
-    run = replace(_Run.build(config), train_pairs=workload.load(replace(case, steps=_STEPS_OF_DATA)))
+    run = replace(TrialRun.build(config), train_pairs=workload.load(replace(case, steps=_STEPS_OF_DATA)))
     sums = PairSums.zeros(run.engine.device)
     batches = iter(run.batches(1, _MOST_STEPS))
     keep = CheckpointConfig(keep_last=1)

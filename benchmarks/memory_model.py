@@ -28,9 +28,10 @@ from rich.table import Table
 from benchmarks.rounds import RESULTS, ROOT, described, save
 from benchmarks.workload import CACHE, WorkloadError, hh_path
 from orpo_ray.config import experiment as configs
-from orpo_ray.planning.fit import device_of
-from orpo_ray.planning.memory import GIB, architecture_of, peak_memory, tokens_per_pass
-from orpo_ray.planning.plan import this_machine
+from orpo_ray.config import parse
+from orpo_ray.hardware import device_of, this_machine
+from orpo_ray.planning.architecture import architecture_of
+from orpo_ray.planning.memory import GIB, peak_memory, tokens_per_pass
 
 TARGET = 0.15
 """Largest relative error that is accepted."""
@@ -64,7 +65,7 @@ class MemoryCase:
         tree = {"name": "memory-model", "model": {}, "data": {"path": str(hh_path())}, "train": {}}
         if cache_dir is not None:
             tree["data"]["cache_dir"] = str(cache_dir)
-        return configs.parse(tree, [f"{path}={json.dumps(value)}" for path, value in (_TEXT | self.settings).items()])
+        return parse(tree, [f"{path}={json.dumps(value)}" for path, value in (_TEXT | self.settings).items()])
 
 
 def cases() -> list[MemoryCase]:
@@ -237,7 +238,7 @@ def _run_rank(job: dict[str, Any]) -> None:
 
     import orpo_ray.orchestration.worker  # noqa: F401
     from benchmarks.probe import Probe
-    from orpo_ray.training import loop
+    from orpo_ray.training import loop, trial
     from orpo_ray.training.engine import init_process_group
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -253,7 +254,7 @@ def _run_rank(job: dict[str, Any]) -> None:
 
     loop.pair_logps = watched
     cache_dir = None if job["cache"] is None else Path(job["cache"])
-    loop.train(case.experiment(cache_dir), loop.RankContext(Path(job["dir"]) / "trial"))
+    loop.train(case.experiment(cache_dir), trial.RankContext(Path(job["dir"]) / "trial"))
     peak = Probe("cpu").peaks()["peak_gib"]
     assert peak is not None
     Path(job["out"]).write_text(

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rounds import RESULTS, described, save
-from orpo_ray.config import experiment as configs
+from orpo_ray.config import parse
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from tests.support.browser import mlflow_server
 
@@ -59,7 +59,7 @@ def main(words: list[str] | None = None) -> int:
 
 def delivered(folder: Path, uri: str) -> dict[str, Any]:
     """Seconds from the first event to the last point's arrival, and how many points the store then has."""
-    config = configs.parse(
+    config = parse(
         {
             "name": "delivery",
             "output_dir": str(folder / "runs"),

@@ -15,9 +15,10 @@ from benchmarks import workload
 from benchmarks.case import LR, ORPO_LAMBDA, Case
 from benchmarks.probe import Probe
 from orpo_ray.config import experiment as configs
+from orpo_ray.config import parse
 from orpo_ray.training.engine import destroy, init_process_group
-from orpo_ray.training.loop import _Run
 from orpo_ray.training.metrics import PairSums
+from orpo_ray.training.steps import TrialRun
 
 
 def run(case: Case, probe: Probe) -> list[float]:
@@ -27,7 +28,7 @@ def run(case: Case, probe: Probe) -> list[float]:
         return list(train(trial, case.steps + 1, probe))
 
 
-def train(trial: _Run, steps: int, probe: Probe) -> Iterator[float]:
+def train(trial: TrialRun, steps: int, probe: Probe) -> Iterator[float]:
     """Optimizer steps 1..`steps`, each one's loss read as TRL reads it when it logs every step."""
     sums = PairSums.zeros(trial.engine.device)
     for at, batch in trial.batches(1, steps):
@@ -38,7 +39,7 @@ def train(trial: _Run, steps: int, probe: Probe) -> Iterator[float]:
 
 
 @contextmanager
-def started(case: Case) -> Iterator[_Run]:
+def started(case: Case) -> Iterator[TrialRun]:
     """A process group of one, and a trial in it."""
     os.environ |= {
         "RANK": "0",
@@ -48,7 +49,7 @@ def started(case: Case) -> Iterator[_Run]:
         "MASTER_PORT": str(_free_port()),
     }
     init_process_group()
-    trial = _Run.build(experiment(case))
+    trial = TrialRun.build(experiment(case))
     if workload.lengths(case) is not None:
         trial = replace(trial, train_pairs=workload.load(case))
     try:
@@ -68,7 +69,7 @@ def experiment(case: Case) -> configs.ExperimentConfig:
     }
     if case.max_tokens_per_micro_batch is not None:
         train["max_tokens_per_micro_batch"] = case.max_tokens_per_micro_batch
-    return configs.parse(
+    return parse(
         {
             "name": "benchmark",
             "model": workload.model_config(case).model_dump(exclude_unset=True),

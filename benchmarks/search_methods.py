@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from benchmarks.surfaces import EVAL_EVERY, LAMBDA, LARGEST, LR, LR_HIGH, LR_LOW, MAX_STEPS, PARAMETERS, SIZE, Surface
-from orpo_ray.config.experiment import SweepConfig
+from orpo_ray.config import SweepConfig
 from orpo_ray.search.asha import Rungs
 from orpo_ray.search.ladder import Ladder
 from orpo_ray.storage.history import LOST, Exhausted, History, TrialHistory

@@ -21,14 +21,15 @@ from ray import tune
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from orpo_ray.config.experiment import load
+from orpo_ray.config import load
 
 
 def train_fn(settings: dict[str, Any]) -> None:
     """On each worker of a trial."""
     import torch
 
-    from orpo_ray.training.loop import Decision, RankContext, train
+    from orpo_ray.training.loop import train
+    from orpo_ray.training.trial import Decision, RankContext
 
     torch.set_num_threads(1)
     logs: list[tuple[int, dict[str, float]]] = []

@@ -13,7 +13,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.case import Case
-from orpo_ray.config.experiment import DataConfig, ModelConfig
+from orpo_ray.config import DataConfig, ModelConfig
 from orpo_ray.data.dataset import Pair, PairDataset, batch_indices, load_pairs
 from orpo_ray.data.tokenizer import SCHEMA
 from orpo_ray.models.loading import PRESETS, build_model, load_tokenizer

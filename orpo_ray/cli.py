@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orpo_ray.errors import UserError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orpo_ray.config.experiment import ExperimentConfig
+    from orpo_ray.config import ExperimentConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,35 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command continues where this one stopped", style="yellow")
         return 130
-    except Exception as error:
-        if not _is_users_to_mend(error):
-            raise
+    except UserError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
         return 2
-
-
-def _is_users_to_mend(error: Exception) -> bool:
-    """Whether the message is all a user needs; anything else is a bug and shows its traceback."""
-    names = {
-        "ConfigError",
-        "CheckpointError",
-        "ExportError",
-        "DataError",
-        "ModelError",
-        "SubmitError",
-        "StorageError",
-        "SweepError",
-        "TaskError",
-        "ClusterError",
-        "DoctorError",
-        "CompareError",
-        "TrackingError",
-        "ReproduceError",
-        "FileNotFoundError",
-        "TransferError",
-        "WatchError",
-    }
-    return type(error).__name__ in names
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,13 +175,13 @@ Exit code: 0 the job succeeded, 1 it failed, 2 it could not be sent, 3 it was st
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray.config.experiment import load
+    from orpo_ray.config import load
 
     return _run(load(arguments.file, [*arguments.overrides, "sweep=null"]), arguments.num_cpus, console)
 
 
 def _sweep(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray.config.experiment import ConfigError, load
+    from orpo_ray.config import ConfigError, load
 
     config = load(arguments.file, arguments.overrides)
     if config.sweep is None:
@@ -314,13 +290,14 @@ def _transfer(arguments: argparse.Namespace, console: Console) -> int:
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from dataclasses import replace
 
-    from orpo_ray.config.experiment import load
+    from orpo_ray import hardware
+    from orpo_ray.config import load
     from orpo_ray.planning import plan
 
     given = {"cpus": arguments.num_cpus, "gpus": arguments.num_gpus}
     for name, gib in (("memory_bytes", arguments.memory_gib), ("gpu_memory_bytes", arguments.gpu_memory_gib)):
         given[name] = None if gib is None else int(gib * 2**30)
-    node = replace(plan.this_machine(), **{name: value for name, value in given.items() if value is not None})
+    node = replace(hardware.this_machine(), **{name: value for name, value in given.items() if value is not None})
     planned = plan.plan(load(arguments.file, arguments.overrides), node, arguments.flops_per_second)
     if arguments.json:
         print(planned.to_json())
@@ -367,10 +344,9 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
 
 def _report(arguments: argparse.Namespace, console: Console) -> int:
     from orpo_ray.reports import report
-    from orpo_ray.results import runs
-    from orpo_ray.storage import results
+    from orpo_ray.storage import find, results
 
-    run_dir = runs.find_run_dir(arguments.run_dir, arguments.output_dir)
+    run_dir = find.find_run_dir(arguments.run_dir, arguments.output_dir)
     files = report.write_report(run_dir, formats=arguments.format or ("html", "md"))
     console.print(report.results_table(results.current(run_dir)))
     for file in files:
@@ -403,6 +379,7 @@ def _export(arguments: argparse.Namespace, console: Console) -> int:
 
 def _compare(arguments: argparse.Namespace, console: Console) -> int:
     with console.status("comparing"):
+        from orpo_ray.reports.comparison import comparison_markdown, comparison_view
         from orpo_ray.results.compare import compare_runs
 
         compared = compare_runs(
@@ -416,9 +393,9 @@ def _compare(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.json:
         print(compared.to_json())
     elif arguments.format == "md":
-        print(compared.to_markdown(), end="")
+        print(comparison_markdown(compared), end="")
     else:
-        console.print(compared)
+        console.print(comparison_view(compared))
         if compared.compare_page:
             console.print(f"\nMLflow     {compared.compare_page}", soft_wrap=True, markup=False)
     return 0

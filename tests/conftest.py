@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from orpo_ray.config.experiment import DataConfig, ModelConfig
+from orpo_ray.config import DataConfig, ModelConfig
 from orpo_ray.data.dataset import Pair, load_pairs
 from orpo_ray.models.loading import load_tokenizer
 from orpo_ray.models.packing import NllScope

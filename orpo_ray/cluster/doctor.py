@@ -15,6 +15,7 @@ from typing import Any
 
 from orpo_ray.cluster import node_probe
 from orpo_ray.cluster.diagnosis import Answers, Diagnosis, Failure, Node, accelerator, client_auth, is_served, judge
+from orpo_ray.errors import UserError
 from orpo_ray.provenance import without_password
 
 TIMEOUT_S = 90.0
@@ -25,7 +26,7 @@ _CLIENT_CHECKS = ("packages", "MLflow", "storage")
 """What the process of a sweep itself needs; the rest is done by workers."""
 
 
-class DoctorError(RuntimeError):
+class DoctorError(UserError, RuntimeError):
     """The cluster cannot be looked at as asked for; the message says why and what to do."""
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orpo_ray.cluster.upload import SubmitError
+from orpo_ray.errors import UserError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 3}
@@ -30,7 +31,7 @@ _LAST_LINES_S = 10.0
 _TIMEOUT_S = (10, 120)  # to connect, and between two bytes
 
 
-class LostError(RuntimeError):
+class LostError(UserError, RuntimeError):
     """The cluster has not answered for minutes: how the job ends is not known."""
 
 

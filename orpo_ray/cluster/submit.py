@@ -21,7 +21,7 @@ import yaml
 
 from orpo_ray.cluster.jobs import LostError
 from orpo_ray.cluster.upload import EXCLUDES, SubmitError, files_to_send, package_bytes, require_paths, require_size
-from orpo_ray.config import experiment as configs
+from orpo_ray.config import ExperimentConfig, load, parse
 from orpo_ray.provenance import without_password
 
 SENT = (
@@ -229,13 +229,13 @@ def stop(client: Any, job: Job) -> str | None:
     return str(running.submission_id)
 
 
-def _read(file: Path, overrides: list[str]) -> tuple[configs.ExperimentConfig, dict[str, Any]]:
+def _read(file: Path, overrides: list[str]) -> tuple[ExperimentConfig, dict[str, Any]]:
     """The experiment, and its tree as written, with overrides applied: paths are still relative in it."""
-    config = configs.load(file, overrides)
+    config = load(file, overrides)
     tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     if tree.get("scaling") == "auto":
         tree["scaling"] = {"auto": True}
-    configs.parse(tree, overrides, source=str(file))  # sets the overrides in the tree it is given
+    parse(tree, overrides, source=str(file))  # sets the overrides in the tree it is given
     return config, tree
 
 

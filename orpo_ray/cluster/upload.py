@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.errors import UserError
+
 EXCLUDES = (
     *(".git", ".venv", "venv", "__pycache__", "node_modules", ".ipynb_checkpoints"),
     *(".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", ".import_linter_cache"),
@@ -27,7 +29,7 @@ _FILE_SUFFIXES = frozenset({".json", ".jsonl", ".parquet", ".csv", ".gz", ".txt"
 _SHOWN = 5
 
 
-class SubmitError(RuntimeError):
+class SubmitError(UserError, RuntimeError):
     """The sweep cannot be sent to the cluster as it is, or the cluster does not take it; the message says why."""
 
 

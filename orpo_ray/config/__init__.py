@@ -1,1 +1,62 @@
 """The experiment file: its sections, its search space, and the rules that hold between them."""
+
+from orpo_ray.config.experiment import ConfigError, ExperimentConfig, as_given
+from orpo_ray.config.loader import load, parse
+from orpo_ray.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    GenerationConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ScalingConfig,
+)
+from orpo_ray.config.sweep import (
+    MEANING_MOVED_BY,
+    METRIC_MODES,
+    AshaConfig,
+    BohbConfig,
+    FifoConfig,
+    HyperBandConfig,
+    HyperOptConfig,
+    LadderConfig,
+    MedianConfig,
+    OptunaConfig,
+    Pb2Config,
+    PbtConfig,
+    RandomConfig,
+    SweepConfig,
+)
+
+__all__ = [
+    "MEANING_MOVED_BY",
+    "METRIC_MODES",
+    "AshaConfig",
+    "BohbConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "ExperimentConfig",
+    "FifoConfig",
+    "GenerationConfig",
+    "HyperBandConfig",
+    "HyperOptConfig",
+    "LadderConfig",
+    "LoraConfig",
+    "LossConfig",
+    "MedianConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "OptunaConfig",
+    "Pb2Config",
+    "PbtConfig",
+    "RandomConfig",
+    "ScalingConfig",
+    "SweepConfig",
+    "as_given",
+    "load",
+    "parse",
+]

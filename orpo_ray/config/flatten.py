@@ -7,6 +7,20 @@ from typing import Any
 
 from orpo_ray.config.experiment import ExperimentConfig
 
+SPEED_ONLY = (
+    "scaling.",
+    "deepspeed.",
+    "data.cache_dir",
+    "train.micro_batch_size",
+    "train.max_tokens_per_micro_batch",
+    "train.log_every",
+    "train.checkpoint_every",
+    "model.gradient_checkpointing",
+    "model.attention",
+)
+"""Settings that change speed and memory, never the numbers (law 2)."""
+
+
 NOT_SETTINGS = frozenset({"name", "output_dir", "storage", "checkpoint", "generation", "tracking", "sweep"})
 """Sections that say where things go and what is shown, not what is trained."""
 

@@ -22,19 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from orpo_ray.config.experiment import DataConfig
-from orpo_ray.data.rows import (
-    ACCEPTED_SHAPES,
-    BATCH_CHARACTERS,
-    BATCH_ROWS,
-    BadRow,
-    DataError,
-    Split,
-    TextPair,
-    choose_splits,
-    drop,
-    parse_row,
-)
+from orpo_ray.config import DataConfig
+from orpo_ray.data.readers import BATCH_CHARACTERS, BATCH_ROWS
+from orpo_ray.data.rows import ACCEPTED_SHAPES, BadRow, DataError, TextPair, drop, parse_row
+from orpo_ray.data.sources import Split, choose_splits
 from orpo_ray.data.tokenizer import SCHEMA, PairTokenizer
 
 if TYPE_CHECKING:

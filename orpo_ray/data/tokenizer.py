@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from jinja2.exceptions import TemplateError
 
-from orpo_ray.config.experiment import DataConfig
+from orpo_ray.config import DataConfig
 from orpo_ray.data.rows import BadRow, DataError, Message, TextPair, drop
 
 if TYPE_CHECKING:

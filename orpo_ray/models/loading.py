@@ -25,12 +25,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from orpo_ray.config.experiment import LoraConfig, ModelConfig
+from orpo_ray.config import LoraConfig, ModelConfig
 from orpo_ray.data import style_pairs
+from orpo_ray.errors import UserError
 from orpo_ray.models.presets import PRESET_VOCABULARY, PRESETS
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """The model or its tokenizer cannot be used; the message says why and what to do."""
 
 

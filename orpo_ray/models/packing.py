@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from orpo_ray.config.experiment import LossConfig
+from orpo_ray.config import LossConfig
 from orpo_ray.data.dataset import Pair, PairDataset
 
 NllScope = Literal["prompt_and_response", "response"]

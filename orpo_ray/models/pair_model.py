@@ -20,12 +20,8 @@ from orpo_ray.data.dataset import Pair
 from orpo_ray.models import attention
 from orpo_ray.models import precision as precisions
 from orpo_ray.models.lm_head import Head
+from orpo_ray.models.logps import PairLogps, ReferenceLogps
 from orpo_ray.models.packing import Batch, Counting, collate
-from orpo_ray.training.loss import PairLogps, ReferenceLogps
-
-_LAYERS_UNDERSTOOD = {"full_attention", "sliding_attention"}
-_PROBE_TOLERANCE = 1e-3
-"""Nats. Both forms of the probe differ by rounding only; a wrong mask or position differs by far more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +34,6 @@ class Form:
     """Logits only where they count, in chunks; otherwise the model's own [R, T, V]."""
     reason: str = ""
     """Why not, where one of them is False."""
-
-
-def product_type(precision: str) -> torch.dtype | None:
-    """What matrix products run in under `train.precision` on this process's device; None for the weights' own fp32."""
-    if precision == "auto":
-        wants_bf16 = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if torch.cuda.is_available()
-            else precisions.has_bf16_units()
-        )
-        return torch.bfloat16 if wants_bf16 else None
-    return torch.bfloat16 if precision == "bf16" else None
-
-
-def name_of(products: torch.dtype | None) -> str:
-    """`product_type`'s answer in the config's words."""
-    return "fp32" if products is None else "bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +97,7 @@ class PairModel(torch.nn.Module):
             for module in self._products():
                 precisions.use_fp32_product(module)
         if form.shares_prompt:
-            _causal(lm).set_attn_implementation(attention.NAME)
+            causal_lm(lm).set_attn_implementation(attention.NAME)
 
     def frozen(self) -> PairModel:
         """Itself, made ready to be read from only. Where products run in bf16, its linear layers' weights are kept in
@@ -131,7 +110,7 @@ class PairModel(torch.nn.Module):
 
     def _products(self) -> list[torch.nn.Linear]:
         """The plain linear layers whose products `autocast` is for: all but a reward model's score."""
-        score = getattr(_causal(self.lm), "score", None)
+        score = getattr(causal_lm(self.lm), "score", None)
         apart = set() if score is None else set(score.modules())
         return [module for module in self.lm.modules() if type(module) is torch.nn.Linear and module not in apart]
 
@@ -144,24 +123,24 @@ class PairModel(torch.nn.Module):
         """Parameters of inner modules that `forward` reads itself; ZeRO-3 must be told to gather them for it."""
         if not self.form.chunks_head or self.is_reward:
             return []
-        linear = _head(_causal(self.lm)).linear
+        linear = _head(causal_lm(self.lm)).linear
         return list(linear.parameters(recurse=False)) if type(linear) is torch.nn.Linear else []
 
     @property
     def is_reward(self) -> bool:
         """Whether it gives answers rewards rather than log-probabilities."""
-        return hasattr(_causal(self.lm), "score")
+        return hasattr(causal_lm(self.lm), "score")
 
     @property
     def ends(self) -> set[int]:
         """Tokens that the model itself ends an answer with."""
-        known = _causal(self.lm).generation_config.eos_token_id
+        known = causal_lm(self.lm).generation_config.eos_token_id
         return set(known if isinstance(known, list) else [] if known is None else [known])
 
     @property
     def max_positions(self) -> int:
         """Tokens that a row may have."""
-        return int(getattr(_causal(self.lm).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+        return int(getattr(causal_lm(self.lm).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
     def collate(self, pairs: Sequence[Pair], counting: Counting, pad_token_id: int) -> Batch:
         """A micro-batch in this model's form, on the host."""
@@ -189,7 +168,7 @@ class PairModel(torch.nn.Module):
         return torch.where(batch.weights_KN == 0, 0.0, batch.weights_KN * logps_N).sum(1)
 
     def _logps(self, batch: Batch) -> torch.Tensor:
-        causal = _causal(self.lm)
+        causal = causal_lm(self.lm)
         if not self.form.chunks_head:
             logits_RTV = self.lm(input_ids=batch.input_ids_RT, use_cache=False, **_sight(batch)).logits
             logits_NV = logits_RTV.flatten(0, 1)[batch.source_N].float()
@@ -197,7 +176,7 @@ class PairModel(torch.nn.Module):
         return _head(causal).logps(_hidden(causal, batch), batch.target_N)
 
     def _rewards(self, batch: Batch) -> torch.Tensor:
-        causal = _causal(self.lm)
+        causal = causal_lm(self.lm)
         hidden_ND = _hidden(causal, batch)
         # One number per answer: bf16 would save nothing, and leave rewards of 2 to 4 steps of 1/64.
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -205,7 +184,7 @@ class PairModel(torch.nn.Module):
         return rewards_N1.squeeze(1)
 
     def _answers(self, prompts: Prompts) -> torch.Tensor:
-        causal = _causal(self.lm)
+        causal = causal_lm(self.lm)
         ends = self.ends | {prompts.eos_token_id}
         how = {"do_sample": True, "temperature": prompts.temperature, "top_k": 0, "top_p": 1.0}
         settings = GenerationConfig(
@@ -242,7 +221,7 @@ class PairModel(torch.nn.Module):
 
     def _generate(self, settings: GenerationConfig, in_step: bool, **rows: Any) -> Any:
         # What the model's own file sets (temperature, top_k) is for sampling, and greedy decoding would warn of it.
-        _causal(self.lm).generation_config = settings
+        causal_lm(self.lm).generation_config = settings
         return self.lm.generate(**rows, generation_config=settings, synced_gpus=in_step)  # type: ignore[operator]
 
 
@@ -267,110 +246,6 @@ def pair_logps(model: torch.nn.Module, batch: Batch) -> PairLogps:
     )
 
 
-@torch.no_grad()
-def form_of(lm: torch.nn.Module, wanted_attention: str) -> Form:
-    """The fastest form in which this model gives the log-probabilities, or rewards, of its plain, padded form.
-
-    Two short pairs are run through the padded form with full logits and through the candidates; so an architecture
-    whose code does something unheard of falls back rather than being trained wrongly.
-
-    Args:
-        lm: a transformers causal language model or reward model with or without adapters, weights in place (not yet
-            partitioned).
-        wanted_attention: `model.attention`; other than `shared_prompt` asks for padded rows.
-    """
-    rng = np.random.default_rng(0)
-    highest = min(_causal(lm).get_input_embeddings().num_embeddings, 256)
-    pairs = [
-        Pair("probe", ids[:prompt], ids[prompt:-rejected], ids[-rejected:], chosen_bytes=1)
-        for prompt, rejected, ids in (
-            (5, 4, rng.integers(0, highest, 12, dtype=np.int32)),
-            (2, 2, rng.integers(0, highest, 8, dtype=np.int32)),
-        )
-    ]
-    device, was_training, kernel = next(lm.parameters()).device, lm.training, _causal(lm).config._attn_implementation
-    lm.eval()
-    try:
-
-        def sums(form: Form) -> torch.Tensor:
-            model = PairModel(lm, form)
-            counting = Counting("prompt_and_response", rewards=model.is_reward)
-            return model(collate(pairs, counting, share_prompt=form.shares_prompt).to(device))
-
-        if _causal(lm)._supports_attention_backend:  # other kernels may want a GPU, where the model is not yet
-            _causal(lm).set_attn_implementation("eager")
-        expected = sums(Form(shares_prompt=False, chunks_head=False))
-        chunked = _try(sums, Form(shares_prompt=False, chunks_head=True), expected)
-        head = not chunked
-        if wanted_attention != "shared_prompt":
-            return Form(False, head, "; ".join(filter(None, (f"model.attention is {wanted_attention}", chunked))))
-        attention.windows_seen.clear()
-        shared = _layers_not_understood(_causal(lm)) or _try(sums, Form(True, head), expected)
-        shared = shared or _window_not_passed(_causal(lm)) or _flex_does_not_run(_causal(lm), pairs)
-        return Form(not shared, head, "; ".join(filter(None, (shared, chunked))))
-    finally:
-        lm.train(was_training)
-        if _causal(lm).config._attn_implementation != kernel:
-            _causal(lm).set_attn_implementation(kernel)
-
-
-def _try(sums: Any, form: Form, expected: torch.Tensor) -> str:
-    """Empty if the form gives what is expected, else what went wrong."""
-    what = "rows with a shared prompt" if form.shares_prompt else "logits in chunks"
-    try:
-        found = sums(form)
-    except Exception as error:  # whatever foreign code raises: the plain form works, and the reason is shown
-        return f"{what}: {type(error).__name__}: {error}"
-    off = float((found - expected).abs().max())
-    return "" if off <= _PROBE_TOLERANCE else f"{what}: log-probabilities are off by {off:.2g}"
-
-
-def _layers_not_understood(causal: Any) -> str:
-    config = causal.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYERS_UNDERSTOOD
-    if kinds:
-        return f"rows with a shared prompt: layers of kind {', '.join(sorted(kinds))}"
-    if not causal._supports_attention_backend:
-        return f"rows with a shared prompt: {type(causal).__name__} does its attention itself"
-    return ""
-
-
-def _window_not_passed(causal: Any) -> str:
-    """The probe's pairs are shorter than any window, so that a window they do not reach has to be looked for."""
-    config = causal.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    declared = (
-        getattr(config, "sliding_window", None) is not None
-        and getattr(config, "use_sliding_window", True)
-        and (kinds is None or "sliding_attention" in kinds)
-    )
-    if declared and attention.windows_seen <= {None}:
-        return f"rows with a shared prompt: {type(causal).__name__} has its sliding window in masks only"
-    return ""
-
-
-def _flex_does_not_run(causal: Any, pairs: list[Pair]) -> str:
-    """What a GPU runs is not what the probe ran on the CPU."""
-    if not torch.cuda.is_available():
-        return ""
-    config = causal.config.get_text_config()
-    dropout = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
-    if dropout:
-        return f"rows with a shared prompt: FlexAttention has no dropout, the model's attention {dropout}"
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    batch = collate(pairs, Counting("response"), share_prompt=True, multiple_of=attention.FLEX_BLOCK)
-    layout = batch.to(torch.device("cuda")).layout
-    assert layout is not None
-    try:
-        with torch.enable_grad():
-            attention.try_flex(heads, key_heads, width, getattr(config, "attn_logit_softcapping", None), layout)
-    except Exception as error:  # the compiler's, of many kinds
-        return f"rows with a shared prompt: FlexAttention: {type(error).__name__}: {error}"
-    return ""
-
-
 def _sight(batch: Batch) -> dict[str, Any]:
     """What a model is told of which token sees which."""
     if batch.layout is not None:
@@ -385,7 +260,7 @@ def _hidden(causal: Any, batch: Batch) -> torch.Tensor:
     return hidden_ND
 
 
-def _causal(lm: Any) -> Any:
+def causal_lm(lm: Any) -> Any:
     """The transformers model inside peft's wrappers."""
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from orpo_ray.planning.memory import BF16_FLAGS
+from orpo_ray.hardware import BF16_FLAGS
+from orpo_ray.models import precision as precisions
 
 BLOCK = 64
 """Where bf16 kernels are used, shared rows and targets are filled up to a multiple of this: oneDNN compiles a kernel
@@ -69,3 +70,20 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0)
         return grad_x, grad_weight, grad_bias
+
+
+def product_type(precision: str) -> torch.dtype | None:
+    """What matrix products run in under `train.precision` on this process's device; None for the weights' own fp32."""
+    if precision == "auto":
+        wants_bf16 = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if torch.cuda.is_available()
+            else precisions.has_bf16_units()
+        )
+        return torch.bfloat16 if wants_bf16 else None
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def name_of(products: torch.dtype | None) -> str:
+    """`product_type`'s answer in the config's words."""
+    return "fp32" if products is None else "bf16"

@@ -15,13 +15,15 @@ import torch
 from rich.progress import track
 from transformers import AutoConfig
 
-from orpo_ray.config.experiment import DataConfig, ModelConfig
+from orpo_ray.config import DataConfig, ModelConfig
 from orpo_ray.data.dataset import Pair
 from orpo_ray.data.rows import Message
 from orpo_ray.data.tokenizer import PairTokenizer
 from orpo_ray.models.loading import ModelError, build_reward_model, load_tokenizer
 from orpo_ray.models.packing import Counting, micro_batches
-from orpo_ray.models.pair_model import PairModel, form_of, pair_logps, product_type
+from orpo_ray.models.pair_model import PairModel, pair_logps
+from orpo_ray.models.precision import product_type
+from orpo_ray.models.probe import form_of
 
 COUNTING = Counting("response", rewards=True)
 """A reward is read at each answer's last token."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import ray
 
-from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import Bundle
-from orpo_ray.planning.fit import NodeMemory, fitted_settings
-from orpo_ray.planning.plan import this_machine
-from orpo_ray.storage.results import FITTED_FILE
+from orpo_ray.hardware import NodeMemory, this_machine
+from orpo_ray.planning.fit import fitted_settings
+from orpo_ray.storage.run_dir import FITTED_FILE
 
 
 def fitted(config: ExperimentConfig) -> ExperimentConfig:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import os
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +17,10 @@ from typing import Any
 import ray
 import ray.actor
 
-from orpo_ray.storage.journal import Journal
+from orpo_ray.storage.checkpoint_files import MANIFEST, below, link_checkpoint
+from orpo_ray.storage.journal import Journal, drop_torn_tail, read_events
 from orpo_ray.storage.object_store import Storage
-from orpo_ray.storage.results import EVENTS_FILE, read_events
-
-MANIFEST = "manifest.json"
-"""Makes a folder a checkpoint (`checkpoint`, which imports too much for an actor that only passes things on)."""
+from orpo_ray.storage.run_dir import EVENTS_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -561,7 +557,7 @@ class Broker:
     def _replay(self) -> None:
         if not self._path.exists():
             return
-        _drop_torn_tail(self._path)
+        drop_torn_tail(self._path)
         forks: dict[str, str | None] = {}  # trial -> checkpoint that it has not gone on from yet
         for entry in read_events(self._path):
             trial_id = entry["trial_id"]
@@ -610,13 +606,13 @@ class Broker:
     def _is_there(self, checkpoint: str) -> bool:
         if self._remote is None:
             return Path(checkpoint).is_dir()
-        return self._remote.read(f"{_below(self._remote, checkpoint)}/{MANIFEST}") is not None
+        return self._remote.read(f"{below(self._remote, checkpoint)}/{MANIFEST}") is not None
 
     def _copy_checkpoint(self, checkpoint: str, trial_id: str) -> str:
         """Make a copy of another trial's checkpoint the only one that a trial has. Returns where it is."""
         if self._remote is None:
-            return str(_link_checkpoint(Path(checkpoint), self._path.parent / "trials" / trial_id))
-        source, folder = _below(self._remote, checkpoint), f"trials/{trial_id}"
+            return str(link_checkpoint(Path(checkpoint), self._path.parent / "trials" / trial_id))
+        source, folder = below(self._remote, checkpoint), f"trials/{trial_id}"
         target = f"{folder}/{checkpoint.rpartition('/')[2]}"
         # The files first and what makes them a checkpoint last; then the older ones can go.
         self._remote.delete(f"{target}/{MANIFEST}")
@@ -636,28 +632,3 @@ def start(
     )
     actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(Broker)
     return actor.options(name=name, namespace=namespace).remote(str(run_dir), max_failures, remote)
-
-
-def _below(remote: Storage, uri: str) -> str:
-    return uri.removeprefix(f"{remote}/")
-
-
-def _link_checkpoint(source: Path, folder: Path) -> Path:
-    """Make a copy of `source` the only checkpoint in a trial's folder; returns it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    incoming, target = folder / f".fork-{source.name}", folder / source.name
-    shutil.rmtree(incoming, ignore_errors=True)
-    shutil.copytree(source, incoming, copy_function=os.link)
-    for old in folder.glob("step-*"):
-        shutil.rmtree(old)
-    return incoming.rename(target)
-
-
-def _drop_torn_tail(path: Path) -> None:
-    """Cut off a line that a crash left unfinished, so that what follows starts on a line of its own."""
-    with path.open("rb+") as file:
-        data = file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            file.truncate(whole)
-            os.fsync(file.fileno())

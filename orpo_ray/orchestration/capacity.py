@@ -19,7 +19,7 @@ from ray._private.state import state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from orpo_ray.config.experiment import ScalingConfig
+from orpo_ray.config import ScalingConfig
 
 _CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
 """`ray up` puts the cluster's file here on the head node, and starts Ray with it

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import plain
 
 WORST = 1.0e6

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import _thread
-import json
 import logging
 import shutil
-import threading
-import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,41 +15,47 @@ from ray import tune
 from ray.tune.execution import class_cache
 
 from orpo_ray import provenance
-from orpo_ray.config.experiment import AshaConfig, ExperimentConfig, SweepConfig
+from orpo_ray.config import AshaConfig, ExperimentConfig, SweepConfig
 from orpo_ray.orchestration import broker
 from orpo_ray.orchestration.auto_scaling import fitted
-from orpo_ray.orchestration.capacity import Capacity, Resources, SharedFolder, look
+from orpo_ray.orchestration.capacity import SharedFolder, look
+from orpo_ray.orchestration.checks import (
+    SweepError,
+    group_resources,
+    require_room,
+    require_shared_folders,
+    resolve_use_gpu,
+)
+from orpo_ray.orchestration.claim import claim_run_dir, remove_new_run_dir
 from orpo_ray.orchestration.driver import StopAtBroker, TrialDriver
+from orpo_ray.orchestration.event_pump import EventPump
 from orpo_ray.orchestration.groups import GroupManager
+from orpo_ray.planning.architecture import architecture_of
 from orpo_ray.planning.cost import CostModel
-from orpo_ray.planning.memory import architecture_of
 from orpo_ray.reports import report
 from orpo_ray.reports.progress import SweepProgress
 from orpo_ray.results import winners
 from orpo_ray.search import searchers
+from orpo_ray.search.algorithm import Proposer
 from orpo_ray.search.ladder import Ladder
 from orpo_ray.search.proposals import CONFIRMATIONS, Proposals
-from orpo_ray.search.scheduler import Conductor, Proposer
-from orpo_ray.storage import requests, results, sync
+from orpo_ray.search.scheduler import Conductor
+from orpo_ray.storage import journal, requests, results, sync
 from orpo_ray.storage.history import History
+from orpo_ray.storage.lease import Lease, LeaseError
 from orpo_ray.storage.object_store import Storage
+from orpo_ray.storage.run_dir import EVENTS_FILE, FITTED_FILE, LOCK_FILE, RESULTS_FILE, SWEEP_FILE, write_results
 from orpo_ray.tracking import warm_start
 from orpo_ray.tracking.node_metrics import ClusterMonitor
-from orpo_ray.tracking.prometheus import SweepMetrics
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from orpo_ray.tracking.warm_start import WarmStart
 
 NAMESPACE = "orpo_ray"
 _TUNE_DIR = "tune"
-_TICK_S = 0.2
 _PROBE_TIMEOUT_S = 60
 """A node starts a process to say whether it sees the run directory."""
 _DRIVER_RESOURCES = {"node:__internal_head__": 1e-4}
 """Drivers take no CPU, so they never starve the workers, and sit on the head node, which is not preempted."""
-
-
-class SweepError(RuntimeError):
-    """The sweep cannot start here; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         # Not at once: `orpo-ray watch` holds it for a moment to see whether a sweep does.
-        with FileLock(config.run_dir / results.LOCK_FILE, timeout=0.2):
+        with FileLock(config.run_dir / LOCK_FILE, timeout=0.2):
             if config.storage is None:
                 return _run(config, sweep, progress, None)
             return _run_kept(config, sweep, progress, Storage(config.storage) / config.name)
@@ -104,8 +106,8 @@ def _run_kept(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgr
         _thread.interrupt_main()
 
     try:
-        lease = sync.Lease(remote, stop, progress.say)
-    except sync.LeaseError as error:
+        lease = Lease(remote, stop, progress.say)
+    except LeaseError as error:
         raise SweepError(str(error)) from None
     try:
         sync.take_up(config.run_dir, remote)
@@ -121,24 +123,24 @@ def _run_kept(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgr
 
 def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, remote: Storage | None) -> Outcome:
     inbox = requests.Inbox(config.run_dir)
-    is_new = not (config.run_dir / results.SWEEP_FILE).exists()
-    sweep_id = _claim_run_dir(config, remote)
+    is_new = not (config.run_dir / SWEEP_FILE).exists()
+    sweep_id = claim_run_dir(config, remote)
     # Without a store, what workers write must be seen from here.
-    proof = None if remote else config.run_dir / results.SWEEP_FILE
+    proof = None if remote else config.run_dir / SWEEP_FILE
     try:
         config = fitted(config)
-        if remote is not None and (config.run_dir / results.FITTED_FILE).exists():
-            sync.put(config.run_dir, remote, results.FITTED_FILE)
+        if remote is not None and (config.run_dir / FITTED_FILE).exists():
+            sync.put(config.run_dir, remote, FITTED_FILE)
         config, sweep = config.as_sweep()
         capacity = look()
-        resources = group_resources(config, sweep, _has_gpus(config, sweep, capacity))
-        _require_room(resources, capacity)
+        resources = group_resources(config, sweep, resolve_use_gpu(config, sweep, capacity))
+        require_room(resources, capacity)
         shared = SharedFolder(proof) if proof else None
         if shared is not None:
-            _require_shared(config, shared.blind(capacity, timeout_s=_PROBE_TIMEOUT_S))
+            require_shared_folders(config, shared.blind(capacity, timeout_s=_PROBE_TIMEOUT_S))
     except Exception:
         if is_new:
-            _leave_nothing(config.run_dir)
+            remove_new_run_dir(config.run_dir)
         raise
 
     broker_name = f"broker-{sweep_id}"
@@ -163,7 +165,7 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
     if known is not None:
         progress.console.print(known.message, markup=False, highlight=False)
     monitor = ClusterMonitor() if config.tracking.system_metrics else None
-    follower = _Follower(config, handle, manager, shared, tracker, progress, monitor)
+    follower = EventPump(config, handle, manager, shared, tracker, progress, monitor)
     follower.start()
     complete = False
     try:
@@ -177,7 +179,7 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
     tracker.flush()  # runs of the last trials get their ids
     if remote is not None:
         sync.bring(config.run_dir, remote)  # what workers on other nodes left
-    events = results.read_events(config.run_dir / results.EVENTS_FILE)
+    events = journal.read_events(config.run_dir / EVENTS_FILE)
     summary = results.summarize(config.name, sweep.metric, sweep.mode, events, tracker.run_ids)
     if isinstance(source := conductor.proposals.source, Ladder):
         summary["expectations"] = source.expectations(History(events))
@@ -186,134 +188,22 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
         # Where finalists were confirmed, the best score of the search need not be the best setting's.
         summary["best"] = next(t for t in summary["trials"] if t["trial_id"] == winner["trial_id"])
     summary["interrupted"] = not complete
-    results.write_results(config.run_dir / results.RESULTS_FILE, summary)
+    write_results(config.run_dir / RESULTS_FILE, summary)
     files = report.write_report(config.run_dir, config)
     if remote is not None:
-        names = (file.relative_to(config.run_dir) for file in (config.run_dir / results.RESULTS_FILE, *files))
+        names = (file.relative_to(config.run_dir) for file in (config.run_dir / RESULTS_FILE, *files))
         sync.put(config.run_dir, remote, *map(str, names))
-    tracker.attach([config.run_dir / results.RESULTS_FILE, *files])
+    tracker.attach([config.run_dir / RESULTS_FILE, *files])
     undelivered = tracker.close(summary, interrupted=not complete)
     ray.kill(handle)
     return Outcome(summary, config.run_dir, files, tracker.uri, undelivered, interrupted=not complete)
-
-
-def _has_gpus(config: ExperimentConfig, sweep: SweepConfig, capacity: Capacity) -> bool:
-    """What `scaling.use_gpu: auto` means here."""
-    asks = any(request != other for request, other in zip(*_with_and_without_gpus(config, sweep), strict=True))
-    if asks and capacity.has_gpus is None:
-        raise SweepError(
-            f"scaling.use_gpu is auto, but {capacity.describe()} that does not tell whether it could add GPUs: "
-            "set scaling.use_gpu to true or false"
-        )
-    return bool(capacity.has_gpus)
-
-
-def _with_and_without_gpus(config: ExperimentConfig, sweep: SweepConfig) -> tuple[list[Resources], list[Resources]]:
-    with_gpus, without = (group_resources(config, sweep, has_gpus).values() for has_gpus in (True, False))
-    return list(with_gpus), list(without)
-
-
-def group_resources(config: ExperimentConfig, sweep: SweepConfig, has_gpus: bool) -> dict[str, Resources]:
-    """What a worker group occupies, for each bundle label (`""` where there is no bundle axis)."""
-    axis = sweep.bundle_axis
-    if axis is None:
-        return {"": Resources.of(config.scaling, has_gpus)}
-    labels = sweep.space[axis].candidates()
-    return {str(label): Resources.of(config.trial({axis: label}).scaling, has_gpus) for label in labels}
-
-
-class _Follower(threading.Thread):
-    """Moves events from the broker, and how busy the nodes are, to MLflow, Prometheus and the terminal; lets the group
-    manager look around."""
-
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        handle: Any,
-        manager: GroupManager,
-        shared: SharedFolder | None,
-        tracker: SweepTracker,
-        progress: SweepProgress,
-        monitor: ClusterMonitor | None,
-    ) -> None:
-        super().__init__(name="follower", daemon=True)
-        self._config, self._shared, self._monitor = config, shared, monitor
-        self._broker, self._manager, self._tracker, self._progress = handle, manager, tracker, progress
-        _, sweep = config.as_sweep()
-        self._metrics = SweepMetrics(config.name, sweep.metric, sweep.mode)
-        self._stopping = threading.Event()
-        self._error: BaseException | None = None
-        self._inbox: requests.Inbox | None = None
-        self._conductor: Conductor | None = None
-        self.asked_to_stop = False
-        """The user wants the sweep interrupted."""
-        self._is_interrupted = False
-
-    def listen(self, inbox: requests.Inbox, conductor: Conductor) -> None:
-        """From now on, do what the user asks for."""
-        self._conductor, self._inbox = conductor, inbox
-
-    def run(self) -> None:
-        try:
-            while not self._stopping.wait(_TICK_S):
-                self._manager.tick()
-                if self._shared is not None:
-                    _require_shared(self._config, self._shared.blind(self._manager.capacity))
-                if self._conductor is not None:
-                    self._conductor.resize(self._manager.slots)
-                self._move_events()
-                if self._monitor is not None and (sample := self._monitor.tick()):
-                    self._tracker.handle_system(sample)
-                if self._inbox is not None and self._conductor is not None:
-                    self._obey(self._inbox, self._conductor)
-        except BaseException as error:
-            self._error = error
-            _thread.interrupt_main()  # else Tune would wait for ever for groups that nobody starts; `stop` tells why
-
-    def _obey(self, inbox: requests.Inbox, conductor: Conductor) -> None:
-        for request in inbox.new():
-            if request.trial_id is None:
-                self.asked_to_stop = True
-                ray.get(self._broker.hold.remote())
-            else:
-                ray.get(self._broker.stop.remote(request.trial_id, request.reason))
-                conductor.unwanted.add(request.trial_id)
-        # Before its loop has begun, Tune would not catch the interrupt.
-        if self.asked_to_stop and conductor.is_running and not self._is_interrupted:
-            load: broker.Load = ray.get(self._broker.load.remote())
-            if not load.busy:
-                self._is_interrupted = True
-                _thread.interrupt_main()
-
-    def stop(self, timeout_s: float) -> None:
-        """Give the groups so long to end, move what is left.
-
-        Raises:
-            Exception: the thread had failed.
-        """
-        self._stopping.set()
-        self.join()
-        self._manager.shutdown(timeout_s)
-        ray.get(self._broker.flushed.remote())
-        self._move_events()
-        if self._error is not None:
-            raise self._error
-
-    def _move_events(self) -> None:
-        events = ray.get(self._broker.drain.remote())
-        if events:
-            self._tracker.handle(events)
-            self._progress.handle(events)
-            self._metrics.handle(events)
-        if self._metrics.is_due:
-            self._metrics.refresh(ray.get(self._broker.load.remote()), self._tracker.flush(timeout_s=0))
 
 
 def _conductor(
     config: ExperimentConfig, sweep: SweepConfig, handle: Any, slots: int, num_lanes: int, known: WarmStart | None
 ) -> Conductor:
     """Take up the sweep where its journal ends."""
-    events = results.read_events(config.run_dir / results.EVENTS_FILE)
+    events = journal.read_events(config.run_dir / EVENTS_FILE)
     history = History(events)
     sizes = _sizes(config, sweep)
     source = searchers.build(sweep, config.run_dir, sizes, config.train.max_steps)
@@ -386,75 +276,3 @@ def _fit(config: ExperimentConfig, conductor: Conductor, broker_name: str, lanes
         raise SweepError(f"a trial driver failed, which is a defect of orpo_ray: {grid.errors[0]}") from grid.errors[0]
     trials = conductor.proposals.history.trials.values()
     return conductor.proposals.is_exhausted and all(trial.status is not None for trial in trials)
-
-
-def _claim_run_dir(config: ExperimentConfig, remote: Storage | None) -> str:
-    """Write the config into a new run directory, or recognise it in the old one; returns the sweep's id."""
-    path = config.run_dir / results.SWEEP_FILE
-    mine = config.model_dump(mode="json")
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(_differences(_comparable(known["config"]), _comparable(mine)))
-        if changed:
-            raise SweepError(
-                f"{config.run_dir} holds a sweep with other settings ({'; '.join(changed)}): "
-                "choose another name, or remove that directory to start over"
-            )
-        (config.run_dir / results.RESULTS_FILE).unlink(missing_ok=True)  # it would speak of an earlier end
-        return str(known["sweep_id"])
-    sweep_id = uuid.uuid4().hex[:12]
-    results.write_results(path, {"sweep_id": sweep_id, "created": int(time.time() * 1000), "config": mine})
-    if remote is not None:
-        sync.put(config.run_dir, remote, results.SWEEP_FILE)
-    return sweep_id
-
-
-def _comparable(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without what may change between two runs of the same sweep: where it runs, not what it does."""
-    tree = json.loads(json.dumps(tree))
-    tree.setdefault("storage", None)  # of a sweep from before there was any
-    tree.pop("checkpoint", None)
-    for name in ("num_workers", "cpus_per_worker"):
-        tree["scaling"].pop(name, None)  # checkpoints are cut anew, and the objective does not depend on it
-    tree.pop("output_dir")
-    tree["tracking"].pop("system_metrics", None)
-    tree.pop("generation", None)  # only shown; and of a sweep from before there was any
-    for name in ("max_concurrent", "max_failures"):
-        tree["sweep"].pop(name)
-    return tree
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = old.keys() | new.keys()
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if old == new else [f"{path} was {old}, is {new}"]
-
-
-def _require_room(resources: dict[str, Resources], capacity: Capacity) -> None:
-    for bundle, request in resources.items():
-        if not capacity.could_hold([request]):
-            name = f"bundle {bundle}" if bundle else "a trial"
-            raise SweepError(
-                f"{name} needs {request.num_workers} workers × {request.cpus_per_worker} CPU and "
-                f"{request.gpus_per_worker} GPU, but {capacity.describe()}: "
-                "it would wait for ever; lower scaling.num_workers or scaling.cpus_per_worker, or add nodes"
-            )
-
-
-def _require_shared(config: ExperimentConfig, blind: list[str]) -> None:
-    """On several nodes, all must see what is written here."""
-    if blind:
-        where = ", ".join(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in blind))
-        raise SweepError(
-            f"output_dir {config.output_dir}: {config.run_dir} is not seen by {where}; on several nodes it must be on "
-            "a file system that all of them mount, or set storage to an object store"
-        )
-
-
-def _leave_nothing(run_dir: Path) -> None:
-    """Remove what a sweep that was refused has written; what else is there stays."""
-    for name in (results.SWEEP_FILE, results.FITTED_FILE, results.LOCK_FILE):
-        (run_dir / name).unlink(missing_ok=True)
-    if not any(run_dir.iterdir()):
-        run_dir.rmdir()

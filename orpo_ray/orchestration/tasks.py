@@ -16,15 +16,16 @@ from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.progress import Progress
 
-from orpo_ray.config.experiment import ScalingConfig
+from orpo_ray.config import ScalingConfig
+from orpo_ray.errors import UserError
 from orpo_ray.orchestration.capacity import Capacity, Resources, look
-from orpo_ray.storage.results import write_results
+from orpo_ray.storage.run_dir import write_results
 
 _RETRIES = 2
 """Of a task whose process was lost; Ray begins it again and hands on the parts that are missing."""
 
 
-class TaskError(RuntimeError):
+class TaskError(UserError, RuntimeError):
     """A task was lost with its process, or Ray could not begin it; the message says which one, and what to do."""
 
 

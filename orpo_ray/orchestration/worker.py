@@ -159,7 +159,8 @@ def _run_trial(
     import torch
     import torch.distributed as dist
 
-    from orpo_ray.training.loop import Decision, RankContext, Status, TrialResult, train
+    from orpo_ray.training.loop import train
+    from orpo_ray.training.trial import Decision, RankContext, Status, TrialResult
 
     worker_logs.adopt_libraries()
     trial_id, attempt = assignment.trial_id, assignment.attempt

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from orpo_ray.config.experiment import ConfigError, ExperimentConfig
-from orpo_ray.planning.memory import GIB, Device, Memory, architecture_of, peak_memory
+from orpo_ray.config import ConfigError, ExperimentConfig
+from orpo_ray.hardware import Device, NodeMemory, device_of
+from orpo_ray.planning.architecture import architecture_of
+from orpo_ray.planning.memory import GIB, Memory, peak_memory
 
 SAFETY = 0.85
 """Share of a memory that a prediction may fill: predictions are within 15 % of what is measured."""
@@ -16,19 +17,6 @@ _MOST_CPUS_PER_GPU = 4
 """A worker with a GPU needs CPUs for its batches only."""
 _PASSES = {Device.CUDA: (16384, 8192, 4096, 2048, 1024, 512), Device.CPU: (4096, 2048, 1024, 512)}
 """Tokens per pass to choose from."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeMemory:
-    """A node of the cluster, as far as it decides what fits."""
-
-    cpus: int
-    gpus: int
-    memory_bytes: int
-    gpu_memory_bytes: int = 0
-    """Of each GPU."""
-    bf16_units: bool = False
-    """Its CPUs multiply bf16 matrices faster than fp32 ones (AMX or AVX-512 BF16)."""
 
 
 def fit_to(config: ExperimentConfig, nodes: list[NodeMemory], longest_pair: int | None = None) -> ExperimentConfig:
@@ -87,13 +75,6 @@ def fitted_settings(
     if best is None:
         raise ConfigError(_nothing_fits(config, nodes, on_gpu, smallest))
     return best[1]
-
-
-def device_of(on_gpu: bool, nodes: list[NodeMemory]) -> Device:
-    """What workers compute on; CPUs count as having bf16 units where all nodes' have."""
-    if on_gpu:
-        return Device.CUDA
-    return Device.CPU_BF16 if nodes and all(node.bf16_units for node in nodes) else Device.CPU
 
 
 def workers_on(node: NodeMemory, memory: Memory, cpus: int, on_gpu: bool) -> int:

@@ -6,38 +6,28 @@ Neither Ray nor torch is imported, so that a plan of any size is there in a seco
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from orpo_ray.config.experiment import AshaConfig, ConfigError, ExperimentConfig, MedianConfig, SweepConfig
+from orpo_ray.config import AshaConfig, ConfigError, ExperimentConfig, MedianConfig, SweepConfig
 from orpo_ray.config.space import Bundle, Grid, LogUniform, Uniform, describe, grid_cells
+from orpo_ray.hardware import Device, NodeMemory, device_of, this_machine
 from orpo_ray.planning import speed
+from orpo_ray.planning.architecture import Architecture, architecture_of
 from orpo_ray.planning.cost import CostModel
-from orpo_ray.planning.fit import SAFETY, NodeMemory, device_of, fit_to, workers_on
-from orpo_ray.planning.memory import (
-    BF16_FLAGS,
-    GIB,
-    Architecture,
-    Device,
-    Memory,
-    architecture_of,
-    checkpoint_bytes,
-    peak_memory,
-    precision_on,
-    tokens_per_pass,
-)
+from orpo_ray.planning.fit import SAFETY, fit_to, workers_on
+from orpo_ray.planning.memory import GIB, Memory, checkpoint_bytes, peak_memory, precision_on, tokens_per_pass
+from orpo_ray.planning.plan_table import TABLE_STYLE, _bytes, _duration, _gib
 from orpo_ray.storage.history import History
-from orpo_ray.storage.results import EVENTS_FILE, read_events
+from orpo_ray.storage.journal import read_events
+from orpo_ray.storage.run_dir import EVENTS_FILE
 
 _MOST_CELLS = 200
 
@@ -135,7 +125,7 @@ class Plan:
             parts.append(Padding(Text(f"{problem.kind}: {problem.text}", style=style), (1, 0, 0, 0)))
         if not self.axes:
             return Group(*parts)
-        axes = Table("axis", "values", title="\nsearch space", **_STYLE)
+        axes = Table("axis", "values", title="\nsearch space", **TABLE_STYLE)
         for name, values in self.axes.items():
             axes.add_row(name, values)
         drawn = [name for name, values in self.axes.items() if values.startswith(("uniform", "loguniform", "one of"))]
@@ -157,7 +147,7 @@ class Plan:
         )
 
     def _table(self) -> Table:
-        table = Table(**_STYLE)
+        table = Table(**TABLE_STYLE)
         table.add_column("size")
         for column in ("trials", "params", "workers", "ZeRO", "tokens/pass", "GiB each", "ckpt", "s/step", "device-h"):
             table.add_column(column, no_wrap=True, justify="right")
@@ -194,23 +184,6 @@ class Plan:
             f"\nmemory       GiB of each worker are {accuracy}; a memory is filled to {SAFETY:.0%}"
             f"\ncheckpoints  {disk} in all, {_bytes(self.free_disk_bytes)} free"
         )
-
-
-_STYLE: dict[str, Any] = {"title_justify": "left", "box": None, "padding": (0, 2, 0, 0)}
-
-
-def this_machine() -> NodeMemory:
-    """CPUs, GPUs and memory of the machine this runs on."""
-    gpus = _gpu_memory()
-    cpu_info = Path("/proc/cpuinfo")
-    known = cpu_info.read_text(encoding="utf-8") if cpu_info.is_file() else ""
-    return NodeMemory(
-        cpus=os.cpu_count() or 1,
-        gpus=len(gpus),
-        memory_bytes=psutil.virtual_memory().total,
-        gpu_memory_bytes=min(gpus, default=0),
-        bf16_units=any(flag in known for flag in BF16_FLAGS),
-    )
 
 
 def plan(config: ExperimentConfig, node: NodeMemory | None = None, flops_per_second: float | None = None) -> Plan:
@@ -500,16 +473,6 @@ def _axis_text(axis: Any) -> str:
             return "one of " + ", ".join(map(str, axis.values))
 
 
-def _gpu_memory() -> list[int]:
-    """Bytes of each of this machine's GPUs."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    found = subprocess.run(query, capture_output=True, text=True, timeout=10)
-    return [int(line) * 2**20 for line in found.stdout.split()] if found.returncode == 0 else []
-
-
 def _existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
@@ -522,17 +485,3 @@ def _sum(numbers: list[Any]) -> Any:
 
 def _times(number: int | None, by: int) -> int | None:
     return None if number is None else number * by
-
-
-def _gib(count: int) -> str:
-    return f"{count / GIB:.1f} GiB"
-
-
-def _bytes(count: int) -> str:
-    return _gib(count) if count >= GIB else f"{count / 2**20:.0f} MiB"
-
-
-def _duration(hours: float) -> str:
-    if hours < 1:
-        return f"{max(1, round(60 * hours))} min"
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from orpo_ray.config.experiment import DataConfig, ExperimentConfig
-from orpo_ray.planning.memory import Architecture
+from orpo_ray.config import DataConfig, ExperimentConfig
+from orpo_ray.planning.architecture import Architecture
 
 _SAMPLE = 256
 """Pairs that are read to learn how long they are."""
@@ -45,7 +45,8 @@ class PairTokens:
 
 def pair_tokens(data: DataConfig) -> PairTokens:
     """Mean lengths from the texts of the first pairs; hub data sets are not fetched for it, and assumed."""
-    from orpo_ray.data.rows import BUILTIN, BadRow, choose_splits, parse_row
+    from orpo_ray.data.rows import BadRow, parse_row
+    from orpo_ray.data.sources import BUILTIN, choose_splits
 
     if data.path != BUILTIN and not Path(data.path).expanduser().exists():
         sequence = _SHARE_OF_LIMIT * data.max_tokens

@@ -6,19 +6,31 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from orpo_ray.config.space import describe
 from orpo_ray.formatting import number
+from orpo_ray.reports.chart_style import (
+    axis_name,
+    for_bundle,
+    hue,
+    log_axis,
+    lr_text,
+    new_figure,
+    parameter_count,
+    rounded,
+    shortened,
+    styled,
+    viridis,
+)
 from orpo_ray.results.frames import LAMBDA, LR, SEED, finished_rows, setting_key, setting_of, varied_axes
-from orpo_ray.results.winners import summarize_winners
+from orpo_ray.results.importance import N_SPLITS, permutation_shares
+from orpo_ray.results.winners import Optimum
 
 _MAX_SHOWN = 10
 """Settings whose intervals are drawn."""
@@ -30,7 +42,6 @@ _MAX_TABLE = 40
 """Rows of a figure's table; beyond that it is no alternative to the figure."""
 MIN_TRIALS = 10
 """Finished trials below which a forest says nothing of importance."""
-_SPLITS, _TREES, _SHUFFLES = 10, 40, 3
 _CURVES = {
     "eval/chosen_logp": "log p(chosen)",
     "eval/rejected_logp": "log p(rejected)",
@@ -79,7 +90,7 @@ def intervals(winners: dict[str, Any]) -> Panel:
     rows = winners["settings"][:_MAX_SHOWN]
     if len(rows) < 2:
         return Panel((), "Fewer than two settings finished: there is nothing to compare.")
-    known, figure = winners["no_intervals"] is None, _figure(height=90 + 30 * len(rows))
+    known, figure = winners["no_intervals"] is None, new_figure(height=90 + 30 * len(rows))
     for tied in (True, False):
         some = [row for row in rows if bool(row["tied"] or row is rows[0]) == tied]
         spread = {
@@ -92,15 +103,15 @@ def intervals(winners: dict[str, Any]) -> Panel:
         }
         figure.add_scatter(
             x=[row["mean"] for row in some],
-            y=[_short(row["name"]) for row in some],
+            y=[shortened(row["name"]) for row in some],
             error_x=spread if known else None,
             mode="markers",
             marker={"size": 10, "color": _GREY},
-            meta=_colour(0.45) if tied else None,
+            meta=viridis(0.45) if tied else None,
             hovertext=[_of_setting(row, winners["metric"]) for row in some],
             hoverinfo="text",
         )
-    names = [_short(row["name"]) for row in rows]
+    names = [shortened(row["name"]) for row in rows]
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], automargin=True)
     figure.update_xaxes(title_text=winners["metric"], nticks=5)
     better = "higher" if winners["mode"] == "max" else "lower"
@@ -146,7 +157,7 @@ def heat_maps(results: dict[str, Any], frame: pd.DataFrame) -> Panel:
                 rows.append((lam, lr.replace("<br>", " "), number(mean), str(len(done)), why))
             z.append(z_row)
             said.append(said_row)
-        figure = _figure(height=130 + 46 * len(lambdas))
+        figure = new_figure(height=130 + 46 * len(lambdas))
         figure.add_heatmap(
             x=lrs,
             y=lambdas,
@@ -175,7 +186,7 @@ def heat_maps(results: dict[str, Any], frame: pd.DataFrame) -> Panel:
         figure.update_xaxes(categoryorder="array", tickangle=0, tickfont_size=11)
         figure.update_yaxes(type="category", title_text="λ", categoryarray=lambdas, showgrid=False)
         figure.update_yaxes(categoryorder="array")
-        label = f"Mean {metric} by λ and learning rate{_for(bundle)}"
+        label = f"Mean {metric} by λ and learning rate{for_bundle(bundle)}"
         table = tuple(rows) if len(rows) <= 2 * _MAX_TABLE else ()
         charts.append(Chart(figure, label, str(bundle), ("λ", "lr", metric, "finished", "others"), table))
     text = (
@@ -212,7 +223,7 @@ def curves(results: dict[str, Any], frame: pd.DataFrame, evaluations: pd.DataFra
         others = [trial_id for trial_id in mine if trial_id not in chosen]
         rest += len(others)
         figure = make_subplots(rows=len(shown), cols=1, shared_xaxes=True, vertical_spacing=0.05)
-        _style(figure, height=110 + 150 * len(shown) + 19 * len(chosen))
+        styled(figure, height=110 + 150 * len(shown) + 19 * len(chosen))
         for row, column in enumerate(shown, start=1):
             x, y = _joined([of_trial[t] for t in others], column)
             if x:
@@ -233,7 +244,7 @@ def curves(results: dict[str, Any], frame: pd.DataFrame, evaluations: pd.DataFra
                     name=_without_bundle(params[trial_id], str(bundle)),
                     legendgroup=trial_id,
                     showlegend=row == 1,
-                    meta=_colour(_hue(lam, frame) if lam is not None else place / max(1, len(chosen) - 1)),
+                    meta=viridis(hue(lam, frame) if lam is not None else place / max(1, len(chosen) - 1)),
                     hovertemplate="%{y:.4f} at step %{x}",
                     row=row,
                     col=1,
@@ -242,7 +253,7 @@ def curves(results: dict[str, Any], frame: pd.DataFrame, evaluations: pd.DataFra
         figure.update_xaxes(title_text="step", row=len(shown), col=1)
         legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.14, "yanchor": "top", "font": {"size": 11}}
         figure.update_layout(showlegend=True, legend=legend)
-        label = f"Held-out {', '.join(_CURVES[c] for c in shown)} by step{_for(bundle)}"
+        label = f"Held-out {', '.join(_CURVES[c] for c in shown)} by step{for_bundle(bundle)}"
         rows = []
         for trial_id in chosen:
             first, last = of_trial[trial_id].iloc[0], of_trial[trial_id].iloc[-1]
@@ -273,7 +284,7 @@ def pareto(front_of: dict[str, Any]) -> Panel:
     most = max(_whiskers(costs, "min")[1], *(row["cost"] for row in front))
     least = min(_whiskers(gains, "max")[0], *(row["accuracy"] for row in front))
     shown = [r for r in settings if r["cost"] <= most and r["accuracy"] >= least]
-    figure = _figure(height=420)
+    figure = new_figure(height=420)
     figure.add_scatter(
         x=[r["cost"] for r in shown if not r["on_front"]],
         y=[r["accuracy"] for r in shown if not r["on_front"]],
@@ -291,7 +302,7 @@ def pareto(front_of: dict[str, Any]) -> Panel:
         mode="lines+markers+text",
         line={"shape": "hv", "width": 1.5},
         marker={"size": 10, "symbol": ["circle-open" if r["uncertain"] else "circle" for r in front]},
-        meta=_colour(0.45),
+        meta=viridis(0.45),
         cliponaxis=False,
         hovertemplate=f"%{{text}}. %{{hovertext}}<br>{cost} %{{x:.4f}}<br>{gain} %{{y:.4f}}<extra></extra>",
     )
@@ -332,18 +343,18 @@ def parallel(results: dict[str, Any], frame: pd.DataFrame) -> Panel:
                     "label": label,
                     "values": np.log10(values).tolist(),
                     "tickvals": np.log10(ticks).tolist(),
-                    "ticktext": [_lr_text(tick) for tick in ticks],
+                    "ticktext": [lr_text(tick) for tick in ticks],
                 }
             )
         else:
             dimensions.append({"label": label, "values": values.tolist()})
     dimensions += [
-        {"label": name.removeprefix("eval/"), "values": [_rounded(v) for v in finished[name]]}
+        {"label": name.removeprefix("eval/"), "values": [rounded(v) for v in finished[name]]}
         for name in metrics
         if name in finished and finished[name].notna().all()
     ]
     low, high = _whiskers(finished[metric].to_numpy(), results["mode"])
-    figure = _figure(height=420, margin={"l": 48, "r": 40, "t": 64, "b": 24})
+    figure = new_figure(height=420, margin={"l": 48, "r": 40, "t": 64, "b": 24})
     figure.add_parcoords(
         dimensions=dimensions,
         line={
@@ -374,7 +385,7 @@ def importance(results: dict[str, Any], frame: pd.DataFrame) -> Panel:
     """
     metric = results["metric"]
     finished, axes = _finished_and_axes(results, frame)
-    features = {_axis_name(name): _numbers(finished[name], log=name == LR) for name in axes}
+    features = {axis_name(name): _numbers(finished[name], log=name == LR) for name in axes}
     if finished["bundle"].nunique() > 1:
         features = {"model size": _numbers(finished["bundle"], log=False)} | features
     params = {t["trial_id"]: t["params"] for t in results["trials"]}
@@ -389,7 +400,7 @@ def importance(results: dict[str, Any], frame: pd.DataFrame) -> Panel:
     target = finished[metric].to_numpy(dtype=float)
     if not target.std():
         return Panel((), f"All trials have the same {metric}: nothing to explain.")
-    explained, shares_SF = _permutation_shares(np.stack([*features.values()], axis=1), target, groups)
+    explained, shares_SF = permutation_shares(np.stack([*features.values()], axis=1), target, groups)
     if explained <= 0:
         return Panel(
             (),
@@ -399,12 +410,12 @@ def importance(results: dict[str, Any], frame: pd.DataFrame) -> Panel:
     low_F, middle_F, high_F = np.quantile(shares_SF, [0.1, 0.5, 0.9], axis=0)
     order = np.argsort(middle_F)
     names = [[*features][index] for index in order]
-    figure = _figure(height=90 + 38 * len(names))
+    figure = new_figure(height=90 + 38 * len(names))
     figure.add_bar(
         y=names,
         x=middle_F[order].tolist(),
         orientation="h",
-        meta=_colour(0.45),
+        meta=viridis(0.45),
         error_x={
             "type": "data",
             "symmetric": False,
@@ -418,50 +429,12 @@ def importance(results: dict[str, Any], frame: pd.DataFrame) -> Panel:
     figure.update_yaxes(automargin=True)
     text = (
         f"Permutation importance of a random forest for {metric} (R² = {explained:.2f} on settings it has not seen): "
-        f"median over {_SPLITS} splits, bars from the 10 % to the 90 % quantile. It counts within the ranges that were "
-        "tried."
+        f"median over {N_SPLITS} splits, bars from the 10 % to the 90 % quantile. It counts within the ranges that "
+        "were tried."
     )
     quantiles_3F = np.stack([middle_F, low_F, high_F])[:, order]
     rows = [(name, *(f"{q:.3f}" for q in of_one)) for name, of_one in zip(names, quantiles_3F.T, strict=True)]
     return Panel((Chart(figure, text, "", ("setting", "median", "10 %", "90 %"), tuple(rows[::-1])),), text)
-
-
-@dataclass(frozen=True, slots=True)
-class Optimum:
-    """The best setting of a model size, and how far the settings reach that cannot be told from it."""
-
-    bundle: str
-    parameters: int | None
-    name: str
-    mean: float
-    at: dict[str, float]
-    """λ and lr of the best, where they are axes."""
-    tied: dict[str, tuple[float, float]] | None
-    """Lowest and highest among the settings tied with it; None where ties are not known."""
-
-
-def optima(results: dict[str, Any], run_dir: str | Path, parameters: dict[str, int]) -> list[Optimum]:
-    """The optimum of each model size by itself, small to large.
-
-    Args:
-        results: of `results.summarize`.
-        run_dir: of the sweep.
-        parameters: of the model, by bundle, as far as known.
-    """
-    found = []
-    for bundle in dict.fromkeys(trial["bundle"] for trial in results["trials"]):
-        own = [trial for trial in results["trials"] if trial["bundle"] == bundle]
-        winners = summarize_winners(results | {"trials": own}, run_dir)
-        if (best := winners["best"]) is None:
-            continue
-        names = [n for n in (LAMBDA, LR) if n in best["params"]]
-        ranges = None
-        if winners["no_intervals"] is None:
-            values = {n: [float(r["params"][n]) for r in winners["settings"] if r["tied"]] for n in names}
-            ranges = {n: (min(v), max(v)) for n, v in values.items()}
-        at = {n: float(best["params"][n]) for n in names}
-        found.append(Optimum(bundle, parameters.get(bundle), best["name"], best["mean"], at, ranges))
-    return sorted(found, key=lambda optimum: optimum.parameters or 0)
 
 
 def scaling(found: Sequence[Optimum], metric: str) -> Panel:
@@ -481,7 +454,7 @@ def scaling(found: Sequence[Optimum], metric: str) -> Panel:
             continue
         at = [optimum.at[name] for optimum in found]
         ranges = [optimum.tied[name] if optimum.tied else (v, v) for optimum, v in zip(found, at, strict=True)]
-        figure = _figure(height=320)
+        figure = new_figure(height=320)
         figure.add_scatter(
             x=x,
             y=at,
@@ -489,7 +462,7 @@ def scaling(found: Sequence[Optimum], metric: str) -> Panel:
             mode="lines+markers",
             line={"width": 1.2, "dash": "dot"},
             marker={"size": 11},
-            meta=_colour(0.45),
+            meta=viridis(0.45),
             error_y={
                 "type": "data",
                 "symmetric": False,
@@ -501,13 +474,13 @@ def scaling(found: Sequence[Optimum], metric: str) -> Panel:
             hovertemplate="%{text}: %{y:.3g}<extra></extra>",
         )
         if known:
-            ticks = {"tickvals": x, "ticktext": [f"{o.bundle}<br>{_count(o.parameters)}" for o in found]}
+            ticks = {"tickvals": x, "ticktext": [f"{o.bundle}<br>{parameter_count(o.parameters)}" for o in found]}
             figure.update_xaxes(type="log", title_text="parameters", **ticks)
         figure.update_yaxes(title_text=f"best {title}", exponentformat="power")
         if name == LR:
-            _log_axis(figure.update_yaxes, [v for pair in ranges for v in pair])
+            log_axis(figure.update_yaxes, [v for pair in ranges for v in pair])
         rows = tuple(
-            (o.bundle, _count(o.parameters), f"{v:.3g}", f"{low:.3g} to {high:.3g}" if o.tied else "not known")
+            (o.bundle, parameter_count(o.parameters), f"{v:.3g}", f"{low:.3g} to {high:.3g}" if o.tied else "not known")
             for o, v, (low, high) in zip(found, at, ranges, strict=True)
         )
         label = f"Best {title} of each model size"
@@ -537,7 +510,7 @@ def divergence(results: dict[str, Any], frame: pd.DataFrame, boundaries: dict[st
         return Panel((), missing)
     charts = []
     for bundle, group in ended.groupby("bundle", sort=False):
-        figure = _figure(height=360, showlegend=True)
+        figure = new_figure(height=360, showlegend=True)
         for status, symbol in _SYMBOLS.items():
             some = group[group["status"] == status]
             figure.add_scatter(
@@ -545,7 +518,7 @@ def divergence(results: dict[str, Any], frame: pd.DataFrame, boundaries: dict[st
                 y=some[LR].tolist(),
                 mode="markers",
                 marker={"symbol": symbol, "size": 9, "color": _ALARM if status == "diverged" else _GREY},
-                meta=None if status == "diverged" else _colour(0.45),
+                meta=None if status == "diverged" else viridis(0.45),
                 cliponaxis=False,
                 name=status.replace("_", " "),
                 hovertemplate="λ %{x:g}, lr %{y:.2e}",
@@ -558,47 +531,15 @@ def divergence(results: dict[str, Any], frame: pd.DataFrame, boundaries: dict[st
             figure.add_scatter(x=x, y=y, mode="lines", line=line, name="half diverge (fit)", hovertemplate="%{y:.2e}")
         figure.update_xaxes(title_text="λ")
         figure.update_yaxes(title_text="learning rate")
-        _log_axis(figure.update_yaxes, ended[LR])
+        log_axis(figure.update_yaxes, ended[LR])
         figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"})
         lost = int((group["status"] == "diverged").sum())
-        label = f"{lost} of {len(group)} trials diverged{_for(bundle)}, by λ and learning rate"
+        label = f"{lost} of {len(group)} trials diverged{for_bundle(bundle)}, by λ and learning rate"
         charts.append(Chart(figure, label, str(bundle)))
     return Panel(tuple(charts), "How trials ended, over λ and learning rate; the line is where half diverge (fit).")
 
 
 # ---- pieces -------------------------------------------------------------------------------------------------------
-
-
-def _figure(height: int, **layout: Any) -> go.Figure:
-    return _style(go.Figure(), height, **layout)
-
-
-def _style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
-    """No colours: the page gives them, as it is light or dark."""
-    given = {"margin": {"l": 56, "r": 14, "t": 28, "b": 48}, "showlegend": False, "font": {"size": 12}} | layout
-    figure.update_layout(template="none", height=height, hovermode="closest", **given)
-    figure.update_xaxes(automargin=True, zeroline=False, title_standoff=8)
-    figure.update_yaxes(automargin=True, zeroline=False, title_standoff=8)
-    return figure
-
-
-def _colour(place: float) -> dict[str, str]:
-    """Of viridis, from 0 to 1; neither what is lost on a dark page nor on a light one."""
-    light, dark = sample_colorscale("Viridis", [0.85 * place, 0.28 + 0.72 * place])
-    return {"light": light, "dark": dark}
-
-
-def _hue(lam: float, frame: pd.DataFrame) -> float:
-    values = sorted(set(frame[LAMBDA].dropna()))
-    return values.index(lam) / max(1, len(values) - 1)
-
-
-def _for(bundle: Any) -> str:
-    return f" for {bundle}" if bundle else ""
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 36 else name[:35] + "…"
 
 
 def _of_setting(row: dict[str, Any], metric: str) -> str:
@@ -622,7 +563,7 @@ def _missing_axes(results: dict[str, Any], *names: str) -> str:
 def _binned(values: pd.Series, log: bool) -> tuple[pd.Series, list[str]]:
     """The cell of each value, and the cells' names from low to high: values, or ranges where there are many."""
     unique = np.unique(values.dropna())
-    write = _lr_text if log else lambda v: f"{v:.3g}"
+    write = lr_text if log else lambda v: f"{v:.3g}"
     if len(unique) <= _MAX_CELLS:
         return values.map({v: i for i, v in enumerate(unique)}), [write(v) for v in unique]
     edges = (np.geomspace if log and unique[0] > 0 else np.linspace)(unique[0], unique[-1], _MAX_CELLS - 1)
@@ -632,11 +573,6 @@ def _binned(values: pd.Series, log: bool) -> tuple[pd.Series, list[str]]:
 
 def _and_bins(*names: list[str]) -> str:
     return " and over the values within each range" if any("<br>" in n for axis in names for n in axis) else ""
-
-
-def _lr_text(value: float) -> str:
-    digits, exponent = f"{value:.1e}".split("e")
-    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 _SHORT_ENDS = {"no trial": "–", "all lost": "×", "none finished": "…", "": ""}
@@ -688,7 +624,7 @@ def _thinned(points: pd.DataFrame, column: str, most: int) -> tuple[list[int], l
     step_N, value_N = points["step"].to_numpy(), points[column].to_numpy()
     known_N = np.flatnonzero(~np.isnan(value_N))
     kept_N = known_N[np.unique(np.linspace(0, len(known_N) - 1, min(most, len(known_N))).astype(int))]
-    return step_N[kept_N].tolist(), [_rounded(value) for value in value_N[kept_N]]
+    return step_N[kept_N].tolist(), [rounded(value) for value in value_N[kept_N]]
 
 
 def _joined(of_trials: Iterable[pd.DataFrame], column: str) -> tuple[list[Any], list[Any]]:
@@ -700,10 +636,6 @@ def _joined(of_trials: Iterable[pd.DataFrame], column: str) -> tuple[list[Any], 
         x += [*steps, None]
         y += [*values, None]
     return x, y
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
 
 
 def _without_bundle(params: dict[str, Any], bundle: str) -> str:
@@ -722,50 +654,3 @@ def _numbers(values: pd.Series, log: bool) -> list[float]:
         names = list(dict.fromkeys(map(str, values)))
         return [float(names.index(str(value))) for value in values]
     return [math.log10(v) if log and v > 0 else float(v) for v in values.fillna(values.median())]
-
-
-def _axis_name(name: str) -> str:
-    return {LAMBDA: "λ", LR: "learning rate"}.get(name, name)
-
-
-def _permutation_shares(features_NF: np.ndarray, target_N: np.ndarray, groups: list[str]) -> tuple[float, np.ndarray]:
-    """R² on settings not learned from, and the rise of the squared error [splits, features] in variances."""
-    from sklearn.ensemble import RandomForestRegressor  # takes its time to import
-    from sklearn.inspection import permutation_importance
-    from sklearn.model_selection import GroupShuffleSplit
-
-    errors, shares, variance = [], [], float(target_N.var())
-    splits = GroupShuffleSplit(n_splits=_SPLITS, test_size=0.25, random_state=0).split(features_NF, groups=groups)
-    for learned, held_out in splits:
-        forest = RandomForestRegressor(_TREES, min_samples_leaf=2, random_state=0)
-        forest.fit(features_NF[learned], target_N[learned])
-        shuffled = permutation_importance(
-            forest,
-            features_NF[held_out],
-            target_N[held_out],
-            scoring="neg_mean_squared_error",
-            n_repeats=_SHUFFLES,
-            random_state=0,
-        )
-        errors.append(float(np.mean((forest.predict(features_NF[held_out]) - target_N[held_out]) ** 2)))
-        shares.append(shuffled.importances_mean / variance)
-    return 1 - float(np.mean(errors)) / variance, np.array(shares)
-
-
-def _count(parameters: int | None) -> str:
-    if not parameters:
-        return "not known"
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if parameters >= size:
-            return f"{parameters / size:.3g} {unit}"
-    return str(parameters)
-
-
-def _log_axis(update: Any, values: Iterable[float]) -> None:
-    """Ticks at 1, 2 and 5 of each decade, written as `1e-3`."""
-    positive = [v for v in values if v > 0]
-    low, high = math.log10(min(positive)), math.log10(max(positive))
-    pad = max(0.08 * (high - low), 0.1)
-    ticks = [m * 10.0**e for e in range(math.floor(low - pad), math.ceil(high + pad) + 1) for m in (1, 2, 5)]
-    ticks = [t for t in ticks if low - pad <= math.log10(t) <= high + pad]
-    update(type="log", range=[low - pad, high + pad], tickvals=ticks, ticktext=[_lr_text(t) for t in ticks])

@@ -23,14 +23,15 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from orpo_ray.config.experiment import as_given
+from orpo_ray.config import as_given
 from orpo_ray.config.space import describe
 from orpo_ray.formatting import number
 from orpo_ray.provenance import without_password
 from orpo_ray.reports import charts
 from orpo_ray.results.frames import LAMBDA, LR, varied_axes
+from orpo_ray.results.winners import optima
 from orpo_ray.storage.history import History
-from orpo_ray.storage.results import SWEEP_FILE
+from orpo_ray.storage.run_dir import SWEEP_FILE
 
 PAGE_FILE = "report.html"
 EXPERIMENT_FILE = "experiment.yaml"
@@ -92,7 +93,7 @@ def write_page(
         "pareto": charts.pareto(winners["pareto"]),
         "parallel": charts.parallel(results, frame),
         "importance": charts.importance(results, frame),
-        "scaling": charts.scaling(charts.optima(results, run_dir, parameters), metric),
+        "scaling": charts.scaling(optima(results, run_dir, parameters), metric),
         "divergence": charts.divergence(results, frame, winners["divergence"]),
     }
     template = _environment().get_template("report.html.j2")

@@ -24,14 +24,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orpo_ray.config.experiment import MEANING_MOVED_BY, METRIC_MODES
-from orpo_ray.config.flatten import as_text
+from orpo_ray.config import MEANING_MOVED_BY, METRIC_MODES
+from orpo_ray.config.flatten import SPEED_ONLY, as_text
+from orpo_ray.errors import UserError
 from orpo_ray.formatting import markdown_table
 from orpo_ray.results import transfer
-from orpo_ray.results.runs import SweepRecord, TrialRecord
 from orpo_ray.results.transfer import Law, Transfer, short_size
-from orpo_ray.storage.results import write_results
-from orpo_ray.tracking.warm_start import SPEED_ONLY
+from orpo_ray.storage.records import SweepRecord, TrialRecord
+from orpo_ray.storage.run_dir import write_results
 
 PAGE_FILE, PICTURE_FILE, NUMBERS_FILE = "transfer.md", "transfer.png", "transfer.json"
 _NAMES = {"lr": "learning rate", "orpo_lambda": "λ"}
@@ -42,7 +42,7 @@ _COUNTED = frozenset({"finished", "diverged"})
 """Of what ended early the metric is that of another number of steps."""
 
 
-class TransferError(ValueError):
+class TransferError(UserError, ValueError):
     """The sweeps carry no transfer study; the message says why and what to do."""
 
 

@@ -24,13 +24,15 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import describe
+from orpo_ray.errors import NoSuchRunError, UserError
 from orpo_ray.provenance import without_password
 from orpo_ray.reports.live_state import About, Board, Reading
 from orpo_ray.reports.live_view import frame
-from orpo_ray.results.runs import find_run_dir
 from orpo_ray.storage import requests, results
+from orpo_ray.storage.find import find_run_dir
+from orpo_ray.storage.run_dir import EVENTS_FILE, LOCK_FILE, SWEEP_FILE
 from orpo_ray.tracking.uri import resolve_uri, ui_command
 
 _CHUNK = 1 << 22
@@ -46,7 +48,7 @@ q      leave this view; the sweep goes on (also Ctrl-C)
 ?      show this, or hide it"""
 
 
-class WatchError(RuntimeError):
+class WatchError(UserError, RuntimeError):
     """The sweep cannot be watched as asked for; the message says what to do."""
 
 
@@ -78,9 +80,9 @@ class RunDir:
             FileNotFoundError: there is none of that name.
         """
         self._path = find_run_dir(name, output_dir)
-        if not (self._path / results.SWEEP_FILE).is_file():
-            raise FileNotFoundError(
-                f"{self._path / results.SWEEP_FILE}: no such file, so this cannot be watched; see orpo-ray report"
+        if not (self._path / SWEEP_FILE).is_file():
+            raise NoSuchRunError(
+                f"{self._path / SWEEP_FILE}: no such file, so this cannot be watched; see orpo-ray report"
             )
 
     def read(self, sweep_id: str | None, offset: int) -> Reading:
@@ -90,13 +92,13 @@ class RunDir:
             ValueError: a line of the journal is damaged.
         """
         # In this order: when the process that ran the sweep is gone, nothing is written any more.
-        is_running = _is_locked(self._path / results.LOCK_FILE)
-        kept = json.loads((self._path / results.SWEEP_FILE).read_text(encoding="utf-8"))
+        is_running = _is_locked(self._path / LOCK_FILE)
+        kept = json.loads((self._path / SWEEP_FILE).read_text(encoding="utf-8"))
         if self._about is None or kept["sweep_id"] != self._about.sweep_id:
             self._about = _about(kept, self._path)
         if sweep_id != self._about.sweep_id:
             offset = 0
-        events, end, size = _follow(self._path / results.EVENTS_FILE, offset)
+        events, end, size = _follow(self._path / EVENTS_FILE, offset)
         is_complete = not is_running and not results.is_open(self._path)
         if is_complete:
             is_complete = not results.load_results(self._path).get("interrupted", False)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from orpo_ray.errors import MissingExtraError
 from orpo_ray.results.bootstrap import LEVEL, RESAMPLES, draws
 
 EXTRA = "wordllama==0.4.0.post1"
@@ -136,7 +137,7 @@ def _wordllama() -> Any:
     try:
         return importlib.import_module("wordllama")
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f"local embeddings are wordllama's, and {error.name or error} is not installed: pip install "
             f"'orpo-ray[judges]', or '{EXTRA}'"
         ) from error

@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeGuard, get_args
 import yaml
 
 from orpo_ray import provenance
+from orpo_ray.errors import UserError
 
 Backend = Literal["transformers", "vllm"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -55,7 +56,7 @@ _PLACEHOLDER = re.compile(r"{([^ \s]+?)}")
 """What alpaca_eval fills in a prompt (tatsu-lab/alpaca_eval src/alpaca_eval/utils.py, `make_prompts`)."""
 
 
-class JudgeError(RuntimeError):
+class JudgeError(UserError, RuntimeError):
     """Answers or files that a judge could not read, or would read wrongly; the message says what to do."""
 
 

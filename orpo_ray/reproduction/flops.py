@@ -29,12 +29,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from orpo_ray.config.experiment import LossConfig, ModelConfig
+from orpo_ray.config import LossConfig, ModelConfig
 from orpo_ray.data.dataset import Pair
 from orpo_ray.formatting import number
 from orpo_ray.models.loading import build_model, count_parameters, load_tokenizer
+from orpo_ray.models.logps import PairLogps
 from orpo_ray.models.packing import Batch, Counting, collate
-from orpo_ray.models.pair_model import Form, PairModel, form_of, pair_logps, product_type
+from orpo_ray.models.pair_model import Form, PairModel, pair_logps
+from orpo_ray.models.precision import product_type
+from orpo_ray.models.probe import form_of
 from orpo_ray.training import loss
 
 ORPO_PADDED = "ORPO, two padded sequences per pair (as the paper counts)"
@@ -226,7 +229,7 @@ def _passes(model: PairModel, pairs: Sequence[Pair], pad_token_id: int) -> tuple
     return trained, frozen, against
 
 
-def _run(model: PairModel, batch: Batch, settings: LossConfig | None) -> tuple[_Pass, loss.PairLogps]:
+def _run(model: PairModel, batch: Batch, settings: LossConfig | None) -> tuple[_Pass, PairLogps]:
     """One pass forward, and backward where there is a loss; without one, it is the reference's."""
     seen: list[torch.Size] = []
 

@@ -20,10 +20,10 @@ import numpy as np
 from rich.console import Console
 
 from orpo_ray import provenance
-from orpo_ray.config import experiment as configs
-from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config import ExperimentConfig, as_given, parse
 from orpo_ray.data.dataset import held_out_texts, load_pairs
 from orpo_ray.data.rows import Message
+from orpo_ray.errors import UserError
 from orpo_ray.models.loading import load_tokenizer
 from orpo_ray.models.packing import Counting
 from orpo_ray.models.reward_model import RewardModel
@@ -35,8 +35,9 @@ from orpo_ray.reproduction.diversity import Diversity, Embed, diversity, local_e
 from orpo_ray.reproduction.scales import LAMBDAS, MAIN_LAMBDA, SEEDS, Scale, base_pairs
 from orpo_ray.results import export
 from orpo_ray.results.bootstrap import LEVEL, RESAMPLES, draws
+from orpo_ray.storage.journal import read_events
 from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores
-from orpo_ray.storage.results import EVENTS_FILE, read_events, write_results
+from orpo_ray.storage.run_dir import EVENTS_FILE, write_results
 from orpo_ray.training import reference
 
 RESULT_FILE = "reproduction.json"
@@ -55,7 +56,7 @@ _COMPARED = (
 )
 
 
-class ReproduceError(RuntimeError):
+class ReproduceError(UserError, RuntimeError):
     """The reproduction cannot go on; the message says why and what to do."""
 
 
@@ -80,7 +81,7 @@ class Place:
     def experiment(self, role: str, **settings: Any) -> ExperimentConfig:
         """The experiment of a role, e.g. `sft`; dotted settings are changed."""
         tree = self.scale.tree(role) | {"name": role, "output_dir": str(self.folder)}
-        return configs.parse(tree, [f"{path}={json.dumps(value)}" for path, value in settings.items()], source=role)
+        return parse(tree, [f"{path}={json.dumps(value)}" for path, value in settings.items()], source=role)
 
     def model(self, name: str) -> Path:
         """Where an exported model is, or will be."""
@@ -269,7 +270,7 @@ def _train(
         values = [params[axis] for params in wanted.values()]
         space = {axis: {"type": "grid", "values": values}}
         tree = config.model_dump(mode="json", exclude_unset=True)
-        config = configs.parse(configs.as_given(tree) | {"sweep": {"space": space}}, source=role)
+        config = parse(as_given(tree) | {"sweep": {"space": space}}, source=role)
     elif params := next(iter(wanted.values())):
         config = config.trial(dict(params))
     _, axes = config.as_sweep()

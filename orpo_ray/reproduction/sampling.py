@@ -15,11 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from orpo_ray.config.experiment import DataConfig, ModelConfig
+from orpo_ray.config import DataConfig, ModelConfig
 from orpo_ray.data.rows import DataError, Message
 from orpo_ray.data.tokenizer import PairTokenizer
 from orpo_ray.models.loading import build_model, load_tokenizer
-from orpo_ray.models.pair_model import PairModel, Prompts, form_of, product_type
+from orpo_ray.models.pair_model import PairModel, Prompts
+from orpo_ray.models.precision import product_type
+from orpo_ray.models.probe import form_of
 
 Backend = Literal["vllm", "transformers"]
 _VLLM_PROMPTS = 512

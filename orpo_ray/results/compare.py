@@ -12,29 +12,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from scipy.stats import ttest_ind
 
-from orpo_ray.config.experiment import MEANING_MOVED_BY, METRIC_MODES
-from orpo_ray.config.flatten import as_text
+from orpo_ray.config import MEANING_MOVED_BY, METRIC_MODES
+from orpo_ray.config.flatten import SPEED_ONLY, as_text
 from orpo_ray.config.space import describe
-from orpo_ray.formatting import markdown_table, number
+from orpo_ray.errors import UserError
 from orpo_ray.results.bootstrap import LEVEL, compare_with_best, resample, setting_replicates
 from orpo_ray.results.frames import SEED, mean_interval, setting_key, setting_of
-from orpo_ray.results.runs import SweepRecord, TrialRecord, compare_page, read_sweep
+from orpo_ray.results.runs import read_sweep
 from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores, on_shared_pairs
+from orpo_ray.storage.records import SweepRecord, TrialRecord
+from orpo_ray.tracking.read_runs import compare_page
 from orpo_ray.tracking.uri import TrackingError
-from orpo_ray.tracking.warm_start import SPEED_ONLY
 
 _COUNTS_TOKENS = ("eval/nll", "eval/loss")
 """Metrics over the tokens of whatever tokenizer the model has."""
-_MAX_MATCHED = 20
-"""Settings that both ran which are shown; to_json has all."""
 
 
-class CompareError(ValueError):
+class CompareError(UserError, ValueError):
     """The two cannot be compared; the message says why and what to do."""
 
 
@@ -156,72 +152,6 @@ class Comparison:
         for row, match in zip(tree["matched"], self.matched, strict=True):
             row["difference"]["better"] = match.difference.better
         return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False)
-
-    def to_markdown(self) -> str:
-        """As a page."""
-        parts = [f"# {self.a.name} (A) and {self.b.name} (B)", f"**{self.sentence}**"]
-        for title, titles, rows, after in self._tables():
-            parts.append((f"## {title}\n\n" if title else "") + markdown_table(titles, rows))
-            parts += [after] if after else []
-        parts += ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
-        parts += [f"In MLflow: <{self.compare_page}>"] if self.compare_page else []
-        return "\n\n".join(parts) + "\n"
-
-    def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(self.sentence, style="bold")]
-        for title, titles, rows, after in self._tables():
-            table = Table(
-                title=Text(f"\n{title}" if title else ""), title_justify="left", box=None, pad_edge=False, expand=False
-            )
-            for place, heading in enumerate(titles):
-                figures = title in ("Metrics", "Settings that both ran") and 0 < place < len(titles) - 1
-                table.add_column(
-                    heading,
-                    justify="right" if figures else "left",
-                    no_wrap=figures,
-                    overflow="fold",
-                )
-            for row in rows:
-                table.add_row(*(Text(cell) for cell in row), style="green" if row[-1] in ("A", "B") else "")
-            parts.append(table)
-            parts += [Text(after, style="dim")] if after else []
-        if self.notes:
-            parts.append(Text("\n" + "\n".join(f"- {note}" for note in self.notes)))
-        return Group(*parts)
-
-    def _tables(self) -> list[tuple[str, list[str], list[list[str]], str]]:
-        """(title, headings, rows, what to say below) of each table that has something in it."""
-        a, b = self.a, self.b
-        about = [
-            ["", a.name, b.name],
-            ["compared", *(f"{'best: ' if s.is_sweep else ''}{s.setting}" for s in (a, b))],
-            ["runs", *(_runs_of(s) for s in (a, b))],
-            ["steps", *(f"{s.steps}, {s.status.replace('_', ' ')}" for s in (a, b))],
-            ["trials", *(_trials_of(s) for s in (a, b))],
-            ["device time", *(_time(s.device_hours) for s in (a, b))],
-            ["wall time", *(_time(s.wall_hours) for s in (a, b))],
-        ]
-        tables = [("", ["", "A", "B"], about, "")]
-        covers = {d.covers for d in self.metrics if d.covers}
-        below = f"95 %: intervals of the difference over {' or '.join(sorted(covers))}." if covers else ""
-        for difference in self.metrics[1:]:
-            if difference.mode is not None and difference.no_interval not in (None, self.metrics[0].no_interval):
-                below += f"\n{difference.metric}: {difference.no_interval}."
-        below = below.strip()
-        rows = [[_with_mode(d), *_figures(d), d.verdict] for d in self.metrics]
-        tables.append(("Metrics", ["metric", "A", "B", "B − A", "95 %", "better"], rows, below))
-        if self.matched:
-            rows = [[m.setting, *_figures(m.difference), m.difference.verdict] for m in self.matched[:_MAX_MATCHED]]
-            rest = len(self.matched) - _MAX_MATCHED
-            below = f"{self.metric}; each interval holds for itself, not all at once."
-            below += f" {rest} more are in --json." if rest > 0 else ""
-            tables.append(("Settings that both ran", ["setting", "A", "B", "B − A", "95 %", "better"], rows, below))
-        for title, changes in (("Settings that differ", self.settings), ("Sweep section", self.search)):
-            if changes:
-                swept = any(change.swept for change in changes)
-                rows = [[c.path, c.a or "–", c.b or "–", *([c.swept] if swept else [])] for c in changes]
-                tables.append((title, ["setting", "A", "B", *(["swept by"] if swept else [])], rows, ""))
-        return tables
 
 
 def compare_runs(
@@ -640,30 +570,3 @@ def _page(a: SweepRecord, b: SweepRecord, left: Side, right: Side) -> tuple[str 
         return compare_page(uri, known), []
     except TrackingError as error:
         return None, [f"No link to MLflow's compare page: {str(error).splitlines()[0]}"]
-
-
-def _runs_of(side: Side) -> str:
-    ids = ", ".join(side.trial_ids[:5]) + (", ..." if len(side.trial_ids) > 5 else "")
-    return f"{len(side.trial_ids)} seeds: {ids}" if len(side.trial_ids) > 1 else ids
-
-
-def _trials_of(side: Side) -> str:
-    ended = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in side.statuses.items())
-    return f"{side.trials}: {ended}"
-
-
-def _time(hours: float | None) -> str:
-    if hours is None:
-        return "–"
-    if hours < 1 / 30:
-        return f"{hours * 3600:.1f} s"
-    return f"{hours * 60:.1f} min" if hours < 2 else f"{hours:.1f} h"
-
-
-def _with_mode(difference: Difference) -> str:
-    return difference.metric + {"max": "↑", "min": "↓", None: ""}[difference.mode]
-
-
-def _figures(d: Difference) -> list[str]:
-    interval = "–" if d.low is None or d.high is None else f"[{d.low:+.4f}, {d.high:+.4f}]"
-    return [number(d.a), number(d.b), number(d.difference, "+.4f"), interval]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import hashlib
@@ -10,31 +9,32 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from transformers import PreTrainedModel
 
 from orpo_ray import provenance
-from orpo_ray.config.experiment import ExperimentConfig, as_given, parse
+from orpo_ray.config import ExperimentConfig, as_given, parse
 from orpo_ray.config.space import describe
 from orpo_ray.data.tokenizer import PairTokenizer
+from orpo_ray.errors import UserError
 from orpo_ray.models.loading import build_model, build_reward_model, count_parameters, load_tokenizer
-from orpo_ray.models.pair_model import name_of, product_type
-from orpo_ray.provenance import without_password
+from orpo_ray.models.precision import name_of, product_type
 from orpo_ray.results import verify
 from orpo_ray.results.model_card import CardFacts, model_card
-from orpo_ray.results.runs import find_run_dir
+from orpo_ray.storage import checkpoint_files
+from orpo_ray.storage.find import find_run_dir
+from orpo_ray.storage.journal import read_events
 from orpo_ray.storage.object_store import Storage
-from orpo_ray.storage.results import EVENTS_FILE, SWEEP_FILE, current, read_events
-from orpo_ray.tracking.uri import resolve_uri
+from orpo_ray.storage.results import current
+from orpo_ray.storage.run_dir import EVENTS_FILE, SWEEP_FILE
+from orpo_ray.tracking import registry
+from orpo_ray.tracking.read_runs import sweep_of_run
+from orpo_ray.tracking.uri import TrackingError, resolve_uri
 from orpo_ray.training import checkpoint
 
 Dtype = Literal["float32", "bfloat16"]
@@ -47,7 +47,7 @@ _EXPERIMENT = "experiment.yaml"
 _MODEL_PREFIX = "lm."  # of `forward.PairModel`
 
 
-class ExportError(RuntimeError):
+class ExportError(UserError, RuntimeError):
     """Nothing can be exported or registered; the message says why and what to do."""
 
 
@@ -126,14 +126,9 @@ def find(run: str, tracking_uri: str | None = None) -> Candidate:
 
 def _of_mlflow_run(run_id: str, uri: str) -> tuple[Path, str | None]:
     """Run directory and trial id (None: a parent run) of an MLflow run."""
-    with _mlflow_errors(uri), tempfile.TemporaryDirectory() as scratch:
-        client = MlflowClient(uri)
-        tags = client.get_run(run_id).data.tags
-        trial_id, parent_id = tags.get("orpo_ray.trial_id"), tags.get("mlflow.parentRunId", run_id)
-        sweep_id = client.get_run(parent_id).data.tags.get("orpo_ray.sweep_id")
-        if sweep_id is None:
-            raise ExportError(f"MLflow run {run_id} was not made by orpo-ray; give a run directory, or another run id")
-        config = yaml.safe_load(Path(client.download_artifacts(parent_id, "config.yaml", scratch)).read_text("utf-8"))
+    sweep_id, trial_id, config = sweep_of_run(run_id, uri)
+    if sweep_id is None:
+        raise ExportError(f"MLflow run {run_id} was not made by orpo-ray; give a run directory, or another run id")
     run_dir = Path(config["output_dir"]).expanduser().absolute() / config["name"]
     if not (run_dir / SWEEP_FILE).is_file() or _sweep_file(run_dir)["sweep_id"] != sweep_id:
         raise ExportError(
@@ -163,7 +158,7 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
     config = parse(as_given(known["config"]), source=SWEEP_FILE).trial(trial["params"])
     folder = run_dir / "trials" / trial["trial_id"]
     remote = None if config.storage is None else Storage(config.storage) / config.name / "trials" / trial["trial_id"]
-    taken = checkpoint.chosen(folder, config.checkpoint.keep_best, remote)
+    taken = checkpoint_files.chosen(folder, config.checkpoint.keep_best, remote)
     if taken is None:
         raise ExportError(
             f"trial {trial['trial_id']} ({describe(trial['params'])}, {trial['status'].replace('_', ' ')} after "
@@ -171,7 +166,7 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
             "train.checkpoint_every steps (by default at each evaluation, train.eval_every) and after the last step: "
             "set train.checkpoint_every to fewer steps and train it again, or export another trial"
         )
-    manifest = checkpoint.read_manifest(taken)
+    manifest = checkpoint_files.read_manifest(taken)
     logged: dict[str, float | None] = {}
     products = name_of(product_type(config.train.precision))
     of_others: dict[str, dict[str, float | None]] = {}
@@ -405,42 +400,14 @@ def register(candidate: Candidate, exported: Exported, name: str | None = None, 
         )
     name = name or candidate.results["name"]
     uri = resolve_uri(uri or candidate.config.tracking.uri, candidate.run_dir.parent)
-    with _mlflow_errors(uri):
-        client = MlflowClient(uri)
-        run = client.get_run(run_id)
-        _ensure_registered_model(client, name)
-        version = _known_version(client, name, run_id, exported.digest)
-        is_new = version is None
-        if version is None:
-            # A path of its own for each content: a version's files never change.
-            path = f"model/{exported.digest[:12]}"
-            client.log_artifacts(run_id, str(exported.folder), path)
-            tags = _identity(candidate) | {"step": str(candidate.step), "digest": exported.digest}
-            made = client.create_model_version(
-                name,
-                source=f"{run.info.artifact_uri}/{path}",
-                run_id=run_id,
-                tags={f"orpo_ray.{key}": value for key, value in tags.items()},
-                description=_description(candidate),
-            )
-            version = str(made.version)
-        client.set_registered_model_alias(name, ALIAS, version)
-    return Registered(name, version, is_new, f"models:/{name}@{ALIAS}")
-
-
-def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+    tags = _identity(candidate) | {"step": str(candidate.step), "digest": exported.digest}
     try:
-        client.create_registered_model(name, tags={"orpo_ray.task": "preference-tuning"})
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def _known_version(client: MlflowClient, name: str, run_id: str, digest: str) -> str | None:
-    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
-        if version.tags.get("orpo_ray.digest") == digest:
-            return str(version.version)
-    return None
+        version, is_new = registry.publish(
+            uri, name, run_id, exported.folder, exported.digest, tags, _description(candidate), ALIAS
+        )
+    except TrackingError as error:
+        raise ExportError(f"{error}, correct --name, or export with --no-register") from error
+    return Registered(name, version, is_new, f"models:/{name}@{ALIAS}")
 
 
 def _description(candidate: Candidate) -> str:
@@ -448,14 +415,3 @@ def _description(candidate: Candidate) -> str:
     value = candidate.logged.get(metric)
     judged = "" if value is None else f", {metric} {value:.4f}"
     return f"{candidate.results['name']}: {describe(candidate.trial['params'])}, step {candidate.step}{judged}"
-
-
-@contextlib.contextmanager
-def _mlflow_errors(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except MlflowException as error:
-        raise ExportError(
-            f"MLflow at {without_password(uri)}: {without_password(str(error))}\nCorrect --tracking-uri or --name, "
-            "or export with --no-register"
-        ) from error

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import describe
 from orpo_ray.formatting import markdown_table, number
 from orpo_ray.models.presets import PRESETS

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from orpo_ray.config.experiment import ExperimentConfig, LossConfig
+from orpo_ray.config import ExperimentConfig, LossConfig
 from orpo_ray.data.dataset import PairDataset, load_pairs
 from orpo_ray.models.loading import load_tokenizer
 from orpo_ray.models.packing import Counting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from orpo_ray.results.bootstrap import (
     setting_replicates,
 )
 from orpo_ray.results.divergence import divergence_boundaries
-from orpo_ray.results.frames import setting_key, setting_of
+from orpo_ray.results.frames import LAMBDA, LR, setting_key, setting_of
 from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores, on_shared_pairs
 
 NLL, NLL_PER_BYTE, ACCURACY = "eval/nll", "eval/nll_per_byte", "eval/preference_accuracy"
@@ -275,3 +276,41 @@ def _by_setting(trials: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, An
 def _confirms(trial: dict[str, Any]) -> bool:
     """Whether it is a finalist with a fresh seed; results of before there were such trials do not say."""
     return bool(trial.get("purpose") == "confirm")
+
+
+@dataclass(frozen=True, slots=True)
+class Optimum:
+    """The best setting of a model size, and how far the settings reach that cannot be told from it."""
+
+    bundle: str
+    parameters: int | None
+    name: str
+    mean: float
+    at: dict[str, float]
+    """λ and lr of the best, where they are axes."""
+    tied: dict[str, tuple[float, float]] | None
+    """Lowest and highest among the settings tied with it; None where ties are not known."""
+
+
+def optima(results: dict[str, Any], run_dir: str | Path, parameters: dict[str, int]) -> list[Optimum]:
+    """The optimum of each model size by itself, small to large.
+
+    Args:
+        results: of `results.summarize`.
+        run_dir: of the sweep.
+        parameters: of the model, by bundle, as far as known.
+    """
+    found = []
+    for bundle in dict.fromkeys(trial["bundle"] for trial in results["trials"]):
+        own = [trial for trial in results["trials"] if trial["bundle"] == bundle]
+        winners = summarize_winners(results | {"trials": own}, run_dir)
+        if (best := winners["best"]) is None:
+            continue
+        names = [n for n in (LAMBDA, LR) if n in best["params"]]
+        ranges = None
+        if winners["no_intervals"] is None:
+            values = {n: [float(r["params"][n]) for r in winners["settings"] if r["tied"]] for n in names}
+            ranges = {n: (min(v), max(v)) for n, v in values.items()}
+        at = {n: float(best["params"][n]) for n in names}
+        found.append(Optimum(bundle, parameters.get(bundle), best["name"], best["mean"], at, ranges))
+    return sorted(found, key=lambda optimum: optimum.parameters or 0)

@@ -6,8 +6,16 @@ promoted once it is. Ray Tune's own ASHA stops such a trial for good, by what fe
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler as Decision
+
+from orpo_ray.config import AshaConfig, SweepConfig
+from orpo_ray.storage.history import History
 
 
 @dataclass(slots=True)
@@ -131,3 +139,103 @@ class Rungs:
             if any(self._waiting.get(trial_id) == index for trial_id in self._candidates(index, last=True)):
                 return index + 1  # complete itself, but somebody leaves it for the next one
         return len(self._rungs)
+
+
+class Asha:
+    """`Rungs` for Tune."""
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        trials: dict[str, Trial],
+        events: list[dict[str, Any]],
+        history: History,
+        more_to_come: Callable[[], bool],
+    ) -> None:
+        self._sweep, self._trials, self._history = sweep, trials, history
+        self._more_to_come = more_to_come
+        self._rungs: Rungs | None = None
+        self._answers: tuple[bool, str | None, list[str]] | None = None
+        """(more to come, next promotion, hopeless ones), until something changes: Tune asks many times a second."""
+        self._events = events
+        if max_steps := next((e["max_steps"] for e in events if e["event"] == "started"), None):
+            self._start(max_steps)
+
+    def _start(self, max_steps: int) -> Rungs:
+        """Learn again what the journal's trials had reported."""
+        assert isinstance(self._sweep.scheduler, AshaConfig)
+        scheduler = self._sweep.scheduler
+        rungs = self._rungs = Rungs(
+            scheduler.grace_steps,
+            scheduler.reduction_factor,
+            max_steps,
+            self._sweep.mode,
+            patient=not self._sweep.is_model_based,
+        )
+        for event in self._events:
+            trial_id = event["trial_id"]
+            if event["event"] in ("started", "log", "eval") and trial_id in rungs.waiting:
+                rungs.promote(trial_id)  # it went on
+            if event["event"] == "submitted":
+                rungs.add(trial_id)
+            elif event["event"] == "eval" and self._sweep.metric in event["metrics"]:
+                rungs.report(trial_id, event["step"], event["metrics"][self._sweep.metric], more_to_come=True)
+            elif event["event"] == "finished":
+                rungs.remove(trial_id)
+        for trial_id in rungs.waiting:
+            self._history.trials[trial_id].paused = True  # a crash came between its evaluation and the word to pause
+        self._events = []
+        return rungs
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        if self._rungs is not None and trial.trial_id not in self._rungs.waiting:
+            self._rungs.add(trial.trial_id)
+            self._answers = None
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        rungs = self._rungs
+        if rungs is None:
+            rungs = self._start(json.loads(result["report"])["max_steps"])
+            for other in controller.get_trials():
+                rungs.add(other.trial_id)
+        self._answers = None
+        decision = rungs.report(trial.trial_id, result["step"], result[self._sweep.metric], self._more_to_come())
+        return str(Decision.PAUSE if decision == "pause" else Decision.CONTINUE)
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        self.on_trial_remove(controller, trial)
+
+    def on_trial_remove(self, controller: Any, trial: Trial) -> None:
+        if self._rungs is not None:
+            self._rungs.remove(trial.trial_id)
+            self._answers = None
+
+    def choose_trial_to_run(self, controller: Any) -> Trial | None:
+        chosen = self._ask()[1]
+        trial = None if chosen is None else self._trials.get(chosen)
+        # Tune is still writing its note of the pause; a moment later it is paused.
+        return trial if trial is not None and trial.status == Trial.PAUSED else None
+
+    def last_promotion(self) -> Trial | None:
+        """Who would go on if no trial were to come."""
+        chosen = None if self._rungs is None else self._rungs.next_promotion(more_to_come=False)
+        trial = None if chosen is None else self._trials.get(chosen)
+        return trial if trial is not None and trial.status == Trial.PAUSED else None
+
+    def begin(self, trial: Trial) -> None:
+        """The trial has been given a turn."""
+        if self._rungs is not None and trial.trial_id in self._rungs.waiting:
+            self._rungs.promote(trial.trial_id)
+            self._answers = None
+
+    def hopeless(self) -> list[str]:
+        """See `Rungs.hopeless`; only trials that Tune has paused already."""
+        return [name for name in self._ask()[2] if name in self._trials and self._trials[name].status == Trial.PAUSED]
+
+    def _ask(self) -> tuple[bool, str | None, list[str]]:
+        more = self._more_to_come()
+        if self._answers is None or self._answers[0] != more:
+            rungs = self._rungs
+            promotion, hopeless = (None, []) if rungs is None else (rungs.next_promotion(more), rungs.hopeless(more))
+            self._answers = (more, promotion, hopeless)
+        return self._answers

@@ -21,8 +21,9 @@ import numpy as np
 from scipy.stats import norm, qmc
 from scipy.stats import t as student_t
 
-from orpo_ray.config.experiment import LadderConfig, SweepConfig
+from orpo_ray.config import LadderConfig, SweepConfig
 from orpo_ray.config.space import LogUniform, Uniform
+from orpo_ray.errors import UserError
 from orpo_ray.planning.cost import CostModel
 from orpo_ray.search.surrogate import (
     Array,
@@ -76,6 +77,10 @@ class _Evaluations:
     """Whether its trial has ended."""
 
 
+class LadderError(UserError, ValueError):
+    """The ladder cannot plan within its budget; the message says what to change."""
+
+
 class Ladder:
     """Proposes settings and sizes, and says which trials to give up. Every answer is a function of the history."""
 
@@ -94,7 +99,7 @@ class Ladder:
         if not isinstance(sweep.searcher, LadderConfig) or sweep.budget is None or sweep.bundle_axis is None:
             raise ValueError("a ladder needs searcher ladder, sweep.budget and a bundle axis whose labels are sizes")
         if len(set(parameters.values())) < MIN_SIZES:
-            raise ValueError(
+            raise LadderError(
                 f"a ladder needs bundles of at least two sizes, but all have {next(iter(parameters.values()))} "
                 "parameters; use searcher optuna for one size"
             )
@@ -243,7 +248,7 @@ class Ladder:
             return {self._sizes[0]: 1.0}  # nothing has reported yet: only the cheapest is started
         hours = largest.seconds / 3600.0
         if hours > self._budget and (largest.measured or largest.num_sizes >= MIN_SIZES):
-            raise ValueError(
+            raise LadderError(
                 f"a trial of {self._largest} takes about {hours:.3g} device-hours, and sweep.budget.device_hours is "
                 f"{self._budget:g}: raise it, shorten trials, or drop that size"
             )

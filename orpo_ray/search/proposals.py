@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orpo_ray.config.experiment import ExperimentConfig, SweepConfig
+from orpo_ray.config import ExperimentConfig, SweepConfig
 from orpo_ray.search.searchers import Source, key
 from orpo_ray.storage.history import Exhausted, History, TrialHistory, trial_id_of
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from orpo_ray.config.experiment import (
+from orpo_ray.config import (
     METRIC_MODES,
     BohbConfig,
     HyperOptConfig,
@@ -26,6 +26,7 @@ from orpo_ray.config.experiment import (
     SweepConfig,
 )
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform, grid_cells, to_optuna
+from orpo_ray.errors import UserError
 from orpo_ray.search.ladder import Ladder
 from orpo_ray.storage.history import LOST, Exhausted, History, TrialHistory, trial_id_of
 
@@ -34,7 +35,7 @@ _MAX_REPEATS = 50
 """Proposals in a row that were tried before, until a space of discrete axes counts as exhausted."""
 
 
-class SourceError(RuntimeError):
+class SourceError(UserError, RuntimeError):
     """The library that a searcher stands for is not installed."""
 
 

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.errors import UserError
 from orpo_ray.storage.object_store import Storage, StorageError
 
 FOLDER = "journal"
@@ -26,6 +27,10 @@ _MERGED = 100
 """So many segments become one: each costs a request when a sweep is taken up again."""
 
 _log = logging.getLogger(__name__)
+
+
+class JournalError(UserError, ValueError):
+    """A line of a journal is damaged; the message names the file and the line."""
 
 
 class Journal:
@@ -146,3 +151,45 @@ def _segments(remote: Storage) -> list[tuple[int, int]]:
 
 def _name(first: int, last: int) -> str:
     return f"{FOLDER}/{first:010d}-{last:010d}.jsonl"
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """Events of a sweep in the order they were written; an empty list where the journal does not exist yet.
+
+    The last line may be torn (the process died while writing it) and is then left out.
+
+    Raises:
+        JournalError: any other line is not an event, so the journal is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    # Bytes, not text: a torn line can end inside a UTF-8 character.
+    lines = path.read_bytes().splitlines()
+    while lines and not lines[-1].strip():
+        lines.pop()
+    events: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+            if not isinstance(event, dict) or "event" not in event:
+                raise ValueError("not a JSON object with an `event` key")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise JournalError(
+                f"{path}, line {number}: {error}. Only the last line may be torn; this file was damaged otherwise: "
+                "restore it, or delete that line and lose what it recorded"
+            ) from None
+        events.append(event)
+    return events
+
+
+def drop_torn_tail(path: Path) -> None:
+    """Cut off a line that a crash left unfinished, so that what follows starts on a line of its own."""
+    with path.open("rb+") as file:
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            file.truncate(whole)
+            os.fsync(file.fileno())

@@ -18,13 +18,15 @@ from typing import Any
 import pyarrow.fs
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from orpo_ray.errors import UserError
+
 PATIENCE_S = 900.0
 """A store that refuses for so long is given up; shorter outages hold up nothing but what must be stored."""
 _CONNECT_S, _REQUEST_S = 10.0, 60.0
 _THREADS = 16
 
 
-class StorageError(RuntimeError):
+class StorageError(UserError, RuntimeError):
     """The object store cannot be used, or has refused for too long; the message says why and what to do."""
 
 

@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from orpo_ray.config.experiment import METRIC_MODES
-
-EVENTS_FILE = "events.jsonl"
-RESULTS_FILE = "results.json"
-SWEEP_FILE = "sweep.json"
-"""Id and config of the sweep, written before its first event."""
-FITTED_FILE = "fitted.json"
-"""What `scaling: auto` became: bundle label ("" where there is none) -> settings. A continued sweep keeps them, on
-whatever cluster: a checkpoint fits the workers it was written by."""
-LOCK_FILE = "sweep.lock"
-"""Held (flock) by the process that runs the sweep."""
+from orpo_ray.config import METRIC_MODES
+from orpo_ray.errors import NoSuchRunError
+from orpo_ray.storage.journal import read_events
+from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, finite
 
 _NO_END = "did not finish"
-
-
-def read_events(path: str | Path) -> list[dict[str, Any]]:
-    """Events of a sweep in the order they were written; an empty list where the journal does not exist yet.
-
-    The last line may be torn (the process died while writing it) and is then left out.
-
-    Raises:
-        ValueError: any other line is not an event, so the journal is damaged.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    # Bytes, not text: a torn line can end inside a UTF-8 character.
-    lines = path.read_bytes().splitlines()
-    while lines and not lines[-1].strip():
-        lines.pop()
-    events: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-            if not isinstance(event, dict) or "event" not in event:
-                raise ValueError("not a JSON object with an `event` key")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path}, line {number}: {error}. Only the last line may be torn; this file was damaged otherwise: "
-                "restore it, or delete that line and lose what it recorded"
-            ) from None
-        events.append(event)
-    return events
 
 
 def summarize(
@@ -120,24 +79,8 @@ def summarize(
                 )
     for trial_id, trial in trials.items():
         trial["attempts"] = len(attempts[trial_id])
-    ordered = [_finite(trial) for trial in trials.values()]
+    ordered = [finite(trial) for trial in trials.values()]
     return {"name": name, "metric": metric, "mode": mode, "best": _best(ordered, metric, mode), "trials": ordered}
-
-
-def write_results(path: str | Path, results: dict[str, Any]) -> None:
-    """Write results.json, or what else is kept as JSON, whole or not at all: a reader never sees half a file.
-
-    NaN and infinity become null.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_finite(results), file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_results(run_dir: str | Path) -> dict[str, Any]:
@@ -154,7 +97,7 @@ def load_results(run_dir: str | Path) -> dict[str, Any]:
             if begun
             else "no sweep has run here: is it the run directory, `<output_dir>/<name>`?"
         )
-        raise FileNotFoundError(f"{path}: no such file; {why}")
+        raise NoSuchRunError(f"{path}: no such file; {why}")
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return results
 
@@ -217,15 +160,3 @@ def _best(trials: list[dict[str, Any]], metric: str, mode: str) -> dict[str, Any
             better = max if mode == "max" else min
             return better(candidates, key=lambda trial: trial["metrics"][metric])  # ties: the first submitted
     return None
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case _:
-            return value

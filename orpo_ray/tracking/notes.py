@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from orpo_ray.config.experiment import METRIC_MODES, ExperimentConfig
+from orpo_ray.config import METRIC_MODES, ExperimentConfig
 from orpo_ray.config.space import describe
 from orpo_ray.formatting import markdown_table, number
 

@@ -8,19 +8,18 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import (
-    MLFLOW_DATASET_CONTEXT,
     MLFLOW_EXPERIMENT_PRIMARY_METRIC_GREATER_IS_BETTER,
     MLFLOW_EXPERIMENT_PRIMARY_METRIC_NAME,
     MLFLOW_GIT_COMMIT,
@@ -32,12 +31,25 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_SOURCE_TYPE,
 )
 
-from orpo_ray.config.experiment import METRIC_MODES, DataConfig, ExperimentConfig
+from orpo_ray.config import METRIC_MODES, ExperimentConfig
 from orpo_ray.config.flatten import as_text, parent_params, trial_params
 from orpo_ray.config.space import describe
 from orpo_ray.provenance import without_password
 from orpo_ray.tracking import notes
 from orpo_ray.tracking.delivery import Delivery, Unreachable, backoffs
+from orpo_ray.tracking.run_values import (
+    GENERATIONS_ARTIFACT,
+    ChildRun,
+    dataset_inputs,
+    end_tags,
+    final_metrics,
+    final_name,
+    known_child,
+    latest_points,
+    metric_points,
+    tag_text,
+    worker_params,
+)
 from orpo_ray.tracking.uri import TrackingError, bound_requests, resolve_uri
 
 log = logging.getLogger(__name__)
@@ -45,10 +57,6 @@ log = logging.getLogger(__name__)
 _TERMINAL = {"finished": "FINISHED", "stopped_early": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
 """Status of a trial -> status of its MLflow run."""
 
-_KIND = {"train": "log", "perf": "log", "eval": "eval"}
-"""Prefix of a metric -> the event it comes with."""
-
-_MAX_TAG_BYTES = 7900  # MLflow refuses tags over 8000
 
 _SENDERS = 8
 """Requests to a server at a time, each of another run; a SQLite file gets one writer."""
@@ -56,27 +64,7 @@ _SENDERS = 8
 _SYSTEM = "system metrics"
 """Key under which metrics of nodes are delivered: they belong to the parent run, and need not wait for its end."""
 
-_GENERATIONS = "generations.json"
 _KIND_OF_EXPERIMENT = "mlflow.experimentKind"  # else the UI takes it for one with prompts and traces
-
-
-@dataclass(slots=True)
-class _Child:
-    """What is known of a trial's run in MLflow."""
-
-    run_id: str
-    is_open: bool = True
-    is_done: bool = False
-    """Its end was delivered, and so everything before it."""
-    watermark: dict[str, int] = field(default_factory=dict)
-    """Kind of event -> last step delivered."""
-    logged_params: frozenset[str] = frozenset()
-    """Keys that MLflow holds already; a second value would be refused."""
-    has_inputs: bool = False
-    """The data it trains on is noted."""
-    has_generations: bool = False
-    was_found: bool = False
-    """It was read from MLflow, so it may have more than is known here."""
 
 
 @dataclass(slots=True)
@@ -115,7 +103,7 @@ class SweepTracker:
         """Run id of the parent, after `start`."""
         self._config, self._sweep_id, self._provenance = config, sweep_id, provenance
         self._trials: dict[str, _Trial] = {}
-        self._children: dict[str, _Child] = {}
+        self._children: dict[str, ChildRun] = {}
         self._in_doubt: set[str] = set()
         """Trials of which a request may have arrived though its answer did not."""
         self._last_time = 0
@@ -241,7 +229,7 @@ class SweepTracker:
             # What the UI draws first. Of several sweeps in the experiment, the last one says.
             metric = self._config.sweep.metric
             tags = {
-                MLFLOW_EXPERIMENT_PRIMARY_METRIC_NAME: _final_name(metric),
+                MLFLOW_EXPERIMENT_PRIMARY_METRIC_NAME: final_name(metric),
                 MLFLOW_EXPERIMENT_PRIMARY_METRIC_GREATER_IS_BETTER: str(METRIC_MODES[metric] == "max"),
             }
             if _KIND_OF_EXPERIMENT not in experiment.tags:  # what a user chose in the UI stays
@@ -257,7 +245,7 @@ class SweepTracker:
         )
         if found:
             self._client.update_run(found[0].info.run_id, status="RUNNING")
-            steps = [m.step for m in _latest_points(found[0]) if m.key.startswith("system/")]
+            steps = [m.step for m in latest_points(found[0]) if m.key.startswith("system/")]
             self._next_system_step = max(steps, default=0) + 1
             return self._describe_parent(found[0], f"resumed/{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}/")
         tags = self._origin_tags() | {
@@ -306,7 +294,7 @@ class SweepTracker:
             if key is None:
                 self._deliver_parent(events)
             elif key == _SYSTEM:
-                points = [m for event in events for m in _points(event["metrics"], event["time"], event["step"])]
+                points = [m for event in events for m in metric_points(event["metrics"], event["time"], event["step"])]
                 self._client.log_batch(self.parent_id, metrics=points, synchronous=True)
             else:
                 self._deliver_trial(key, events)
@@ -317,9 +305,9 @@ class SweepTracker:
                 self._in_doubt.add(key)
             raise Unreachable(without_password(str(error))) from error
 
-    def _find_children(self, trial_id: str | None = None) -> dict[str, _Child]:
+    def _find_children(self, trial_id: str | None = None) -> dict[str, ChildRun]:
         """Every trial of the sweep that MLflow knows, or one of them, with how far it was delivered."""
-        children: dict[str, _Child] = {}
+        children: dict[str, ChildRun] = {}
         wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'"
         if trial_id is not None:
             wanted += f" and tags.`orpo_ray.trial_id` = '{trial_id}'"
@@ -329,7 +317,7 @@ class SweepTracker:
                 [self._experiment_id], filter_string=wanted, max_results=1000, page_token=token
             )
             for run in page:
-                children[run.data.tags["orpo_ray.trial_id"]] = _known_child(run)
+                children[run.data.tags["orpo_ray.trial_id"]] = known_child(run)
             token = page.token
             if not token:
                 break
@@ -359,7 +347,7 @@ class SweepTracker:
             # After the end: where artifacts cannot be stored, the run is at least complete.
             self._log_generations(trial_id, child)
 
-    def _deliver_events(self, trial_id: str, trial: _Trial, child: _Child, events: list[dict[str, Any]]) -> None:
+    def _deliver_events(self, trial_id: str, trial: _Trial, child: ChildRun, events: list[dict[str, Any]]) -> None:
         if not child.is_open:
             self._client.update_run(child.run_id, status="RUNNING")
             child.is_open = True
@@ -375,14 +363,14 @@ class SweepTracker:
                     tags[MLFLOW_RUN_NOTE] = self._note(trial_id, trial)
                 case "started":
                     facts = event.get("facts", {})
-                    params |= _facts(facts)
+                    params |= worker_params(facts)
                     if "forward/fallback" in facts:
                         tags["orpo_ray.fallback"] = facts["forward/fallback"]
                     self._log_inputs(child, facts)
                 case "log" | "eval":
                     # At the watermark itself again: its batch may have been cut in two. MLflow drops equal points.
                     if event["step"] >= reached.get(kind, 0):
-                        metrics += _points(event["metrics"], event["time"], event["step"])
+                        metrics += metric_points(event["metrics"], event["time"], event["step"])
                         reached[kind] = event["step"]
                 case "retry":
                     tags |= {"orpo_ray.retries": str(event["attempt"]), "orpo_ray.last_retry": event["error"]}
@@ -393,27 +381,27 @@ class SweepTracker:
                     axes: dict[str, float | None] = {
                         f"axes/{name}": v for name, v in event["params"].items() if isinstance(v, int | float)
                     }
-                    metrics += _points(axes, event["time"], event["step"])
+                    metrics += metric_points(axes, event["time"], event["step"])
                     tags["orpo_ray.last_fork"] = f"of trial {event['donor']} at step {event['step']}"
                     trial.params, trial.is_forked = event["params"], True
                 case "finished":
                     # Step 0: a bar in the UI, not a line.
                     model_id = self._model_of(trial_id, trial, child, event)
-                    metrics += _points(_final(event), event["time"], step=0, model_id=model_id)
-                    tags |= _end_tags(event) | {MLFLOW_RUN_NOTE: self._note(trial_id, trial, event)}
+                    metrics += metric_points(final_metrics(event), event["time"], step=0, model_id=model_id)
+                    tags |= end_tags(event) | {MLFLOW_RUN_NOTE: self._note(trial_id, trial, event)}
                 case _:
                     raise ValueError(f"unknown event {kind!r} of trial {trial_id}")
         self._client.log_batch(
             child.run_id,
             metrics=metrics,
             params=[Param(k, as_text(v)) for k, v in params.items() if k not in child.logged_params],
-            tags=[RunTag(k, _tag(v)) for k, v in tags.items()],
+            tags=[RunTag(k, tag_text(v)) for k, v in tags.items()],
             synchronous=True,
         )
         child.watermark = reached
         child.logged_params |= params.keys()
 
-    def _create_child(self, trial_id: str, time_ms: int, trial: _Trial) -> _Child:
+    def _create_child(self, trial_id: str, time_ms: int, trial: _Trial) -> ChildRun:
         run = self._client.create_run(
             self._experiment_id,
             start_time=time_ms,
@@ -421,7 +409,7 @@ class SweepTracker:
             run_name=describe(trial.params) if trial.params else self._config.name,
         )
         self.run_ids[trial_id] = run.info.run_id
-        return _Child(run.info.run_id)
+        return ChildRun(run.info.run_id)
 
     def _address(self, run_id: str) -> str:
         """Of a run's page in MLflow's UI, from another of its pages."""
@@ -439,11 +427,11 @@ class SweepTracker:
             end=end,
         )
 
-    def _log_inputs(self, child: _Child, facts: dict[str, Any]) -> None:
+    def _log_inputs(self, child: ChildRun, facts: dict[str, Any]) -> None:
         """The data it trains and is evaluated on, which only the worker has seen; the parent run lists it too."""
         if child.has_inputs or "data/train_digest" not in facts:  # journals of before it was told
             return
-        datasets = _datasets(self._config.data, facts)
+        datasets = dataset_inputs(self._config.data, facts)
         with self._inputs_lock:  # two at once would both create the data set, and one be refused
             try:
                 self._client.log_inputs(child.run_id, datasets=datasets)
@@ -455,7 +443,7 @@ class SweepTracker:
                 _pass_over(error, "the data sets of a trial")
         child.has_inputs = True
 
-    def _model_of(self, trial_id: str, trial: _Trial, child: _Child, end: dict[str, Any]) -> str | None:
+    def _model_of(self, trial_id: str, trial: _Trial, child: ChildRun, end: dict[str, Any]) -> str | None:
         """Id of the MLflow model that stands for the trial's checkpoint, whose files stay where they are."""
         if end["status"] != "finished" or end["checkpoint"] is None:
             return None
@@ -465,7 +453,7 @@ class SweepTracker:
             _pass_over(error, f"the model of trial {trial_id}")
             return None
 
-    def _get_or_create_model(self, trial_id: str, trial: _Trial, child: _Child, end: dict[str, Any]) -> str:
+    def _get_or_create_model(self, trial_id: str, trial: _Trial, child: ChildRun, end: dict[str, Any]) -> str:
         if child.was_found:
             for model in self._client.search_logged_models(
                 [self._experiment_id], filter_string=f"source_run_id = '{child.run_id}'", max_results=1
@@ -482,18 +470,18 @@ class SweepTracker:
         self._client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)
 
-    def _log_generations(self, trial_id: str, child: _Child) -> None:
+    def _log_generations(self, trial_id: str, child: ChildRun) -> None:
         """What the trial's model answered at each evaluation, as the table that MLflow's UI shows.
 
         `client.log_table` would add to a table that is there already, and so double it after a restart.
         """
-        from orpo_ray.training import generate  # imports torch, which who only reads runs need not wait for
+        from orpo_ray.storage import generations  # imports torch, which who only reads runs need not wait for
 
-        rows = generate.read(self._config.run_dir / "trials" / trial_id)
+        rows = generations.read(self._config.run_dir / "trials" / trial_id)
         if rows:
             table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
-            self._client.log_text(child.run_id, json.dumps(table, ensure_ascii=False), _GENERATIONS)
-            tag = json.dumps([{"path": _GENERATIONS, "type": "table"}])
+            self._client.log_text(child.run_id, json.dumps(table, ensure_ascii=False), GENERATIONS_ARTIFACT)
+            tag = json.dumps([{"path": GENERATIONS_ARTIFACT, "type": "table"}])
             self._client.set_tag(child.run_id, MLFLOW_LOGGED_ARTIFACTS, tag)
         child.has_generations = True
 
@@ -517,107 +505,19 @@ class SweepTracker:
         tags = {MLFLOW_RUN_NOTE: notes.sweep_answer(self._config, results, links, interrupted=interrupted)}
         metrics: list[Metric] = []
         if best := results["best"]:
-            metrics = _points(_final(best), at, step=0)
+            metrics = metric_points(final_metrics(best), at, step=0)
             tags |= {f"best.{name}": as_text(value) for name, value in best["params"].items()}
             if best["trial_id"] in self.run_ids:
                 tags["best_run_id"] = self.run_ids[best["trial_id"]]
         self._client.log_batch(
             self.parent_id,
             metrics=metrics,
-            tags=[RunTag(key, _tag(value)) for key, value in tags.items()],
+            tags=[RunTag(key, tag_text(value)) for key, value in tags.items()],
             synchronous=True,
         )
         finished = any(trial["status"] == "finished" for trial in results["trials"])
         status = "KILLED" if interrupted else "FINISHED" if finished else "FAILED"
         self._client.set_terminated(self.parent_id, status, end_time=at)
-
-
-def _known_child(run: Run) -> _Child:
-    watermark: dict[str, int] = {}
-    for metric in _latest_points(run):
-        kind = _KIND.get(metric.key.partition("/")[0])
-        if kind:
-            watermark[kind] = max(watermark.get(kind, 0), metric.step)
-    is_open = run.info.status == "RUNNING"
-    return _Child(
-        run_id=run.info.run_id,
-        is_open=is_open,
-        # The tag alone may have arrived without the end that follows it.
-        is_done="orpo_ray.status" in run.data.tags and not is_open,
-        watermark=watermark,
-        logged_params=frozenset(run.data.params),
-        has_inputs=bool(run.inputs.dataset_inputs),
-        has_generations=_GENERATIONS in run.data.tags.get(MLFLOW_LOGGED_ARTIFACTS, ""),
-        was_found=True,
-    )
-
-
-def _latest_points(run: Run) -> Iterable[Any]:
-    """The latest point of each key; `RunData.metrics` has no steps."""
-    points: Iterable[Any] = run.data.to_proto().metrics
-    return points
-
-
-def _points(metrics: Mapping[str, float | None], time_ms: int, step: int, model_id: str | None = None) -> list[Metric]:
-    return [
-        Metric(k, float("nan") if v is None else float(v), time_ms, step, model_id=model_id) for k, v in metrics.items()
-    ]
-
-
-def _final_name(metric: str) -> str:
-    return f"final/{metric.removeprefix('eval/')}"
-
-
-def _final(trial: dict[str, Any]) -> dict[str, float | None]:
-    """One number per trial and held-out metric, for MLflow's tables and parallel coordinates."""
-    final = {_final_name(k): v for k, v in trial["metrics"].items() if k.startswith("eval/")}
-    return final | {"final/steps": trial["steps"], "final/train_seconds": trial["train_seconds"]}
-
-
-def _end_tags(end: dict[str, Any]) -> dict[str, str]:
-    tags = {"orpo_ray.status": end["status"]}
-    tags |= {"orpo_ray.error": end["error"]} if end["error"] else {}
-    tags |= {"orpo_ray.diverged": "true"} if end["status"] == "diverged" else {}
-    tags |= {"orpo_ray.reused_from": end["reused_from"]} if end.get("reused_from") else {}
-    tags |= {"orpo_ray.checkpoint": end["checkpoint"]} if end["checkpoint"] else {}
-    return tags
-
-
-def _tag(text: str) -> str:
-    return text.encode()[:_MAX_TAG_BYTES].decode(errors="ignore")
-
-
-def _facts(facts: dict[str, Any]) -> dict[str, Any]:
-    """What only the worker knows, as parameters."""
-    return {key.replace("/", "."): value for key, value in facts.items()}
-
-
-def _datasets(data: DataConfig, facts: dict[str, Any]) -> list[DatasetInput]:
-    """Training and held-out pairs, as MLflow's UI shows data sets."""
-    inputs = []
-    for part, context, path in (
-        ("train", "training", data.path),
-        ("eval", "evaluation", data.eval_path or data.path),
-    ):
-        kind, source = _source(path)
-        dataset = Dataset(
-            name=Path(path).name if kind == "local" else path,
-            digest=facts[f"data/{part}_digest"][:32],  # MLflow takes 36 characters
-            source_type=kind,
-            source=json.dumps(source),
-            profile=json.dumps({"num_rows": facts[f"data/{part}_pairs"]}),
-        )
-        inputs.append(DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)]))
-    return inputs
-
-
-def _source(path: str) -> tuple[str, dict[str, Any]]:
-    """Kind of a data set's source and its address, in the forms that `mlflow.data.get_source` reads."""
-    if path.startswith("builtin://"):
-        return "code", {"tags": {MLFLOW_SOURCE_NAME: path}}
-    if Path(path).is_absolute():  # `config` makes the paths of local files absolute
-        return "local", {"uri": path}
-    return "hugging_face", {"path": path}
 
 
 def _pass_over(error: MlflowException, what: str) -> None:

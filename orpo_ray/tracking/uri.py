@@ -9,10 +9,11 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from orpo_ray.errors import UserError
 from orpo_ray.provenance import without_password
 
 
-class TrackingError(RuntimeError):
+class TrackingError(UserError, RuntimeError):
     """The tracking URI cannot be used, or its server did not answer when the sweep began."""
 
 

@@ -11,27 +11,14 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from orpo_ray.config.experiment import ExperimentConfig, SweepConfig
-from orpo_ray.config.flatten import as_text, settings_of
+from orpo_ray.config import ExperimentConfig, SweepConfig
+from orpo_ray.config.flatten import SPEED_ONLY, as_text, settings_of
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
 from orpo_ray.storage.history import TrialHistory
 from orpo_ray.tracking.uri import TrackingError
 
 WARM_START_FILE = "warm_start.json"
 """What was found when the sweep began; it stays what the sweep started from."""
-
-SPEED_ONLY = (
-    "scaling.",
-    "deepspeed.",
-    "data.cache_dir",
-    "train.micro_batch_size",
-    "train.max_tokens_per_micro_batch",
-    "train.log_every",
-    "train.checkpoint_every",
-    "model.gradient_checkpointing",
-    "model.attention",
-)
-"""Settings that change speed and memory, never the numbers (law 2)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,12 @@ manifest is damaged, and the one before it is used.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
 import os
 import pickle
 import random
-import re
 import shutil
 import time
 from argparse import Namespace
@@ -38,15 +36,27 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from orpo_ray.config.experiment import METRIC_MODES, CheckpointConfig
+from orpo_ray.config import CheckpointConfig
+from orpo_ray.errors import UserError
+from orpo_ray.storage.checkpoint_files import (
+    MANIFEST,
+    STEP_NAME,
+    best_step,
+    damage_of,
+    file_facts,
+    flush_folder,
+    manifest_metrics,
+    owner_rank,
+    pull_checkpoint,
+    read_manifest,
+    step_name,
+    write_durably,
+)
 from orpo_ray.storage.object_store import Storage, StorageError
 
 _TAG = "engine"
 _UNIVERSAL = "universal"
-MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
-_STEP = re.compile(r"step-\d{8}")
-_OF_A_RANK = re.compile(r"(?:zero_pp_rank_|random-rank-|/rank)0*(\d+)")
 _STATE_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
 """What DeepSpeed's files hold besides tensors and plain values: two numbers, and the name of a stage."""
 _PAUSES_S = (1.0, 5.0, 15.0, 40.0)
@@ -57,7 +67,7 @@ _COMMIT_TIMEOUT = timedelta(hours=4)
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be used; the message says why and what to do."""
 
 
@@ -117,7 +127,7 @@ class Checkpoints:
     @property
     def committed(self) -> str | None:
         """Where the newest safe checkpoint is: a path, or a URI in an object store. Not a collective."""
-        name = _name(self.committed_step)
+        name = step_name(self.committed_step)
         home = self._folder if self._remote is None else self._remote
         return str(home / name) if self.committed_step else None
 
@@ -184,7 +194,7 @@ class Checkpoints:
         if self._remote is None:
             self.wait()
         is_busy = self._pending is not None and not self._pending.done()
-        partial = self._folder / f"{_name(step)}{_PARTIAL}"
+        partial = self._folder / f"{step_name(step)}{_PARTIAL}"
         if any(self._gather(is_busy)):
             return False
         self.wait()
@@ -260,10 +270,12 @@ class Checkpoints:
         for leftover in self._folder.glob(f"step-*{_PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
         if self._remote is None:
-            own = [p for p in self._folder.glob("step-*") if _STEP.fullmatch(p.name)]
-            return {p.name: _metrics((p / MANIFEST).read_bytes() if (p / MANIFEST).exists() else b"") for p in own}
+            own = [p for p in self._folder.glob("step-*") if STEP_NAME.fullmatch(p.name)]
+            return {
+                p.name: manifest_metrics((p / MANIFEST).read_bytes() if (p / MANIFEST).exists() else b"") for p in own
+            }
         names = self._remote.list()
-        folders = {folder for name in names if _STEP.fullmatch(folder := name.partition("/")[0])}
+        folders = {folder for name in names if STEP_NAME.fullmatch(folder := name.partition("/")[0])}
         for folder in folders:
             if f"{folder}/{MANIFEST}" not in names:
                 self._remote.delete(folder)  # an upload that a crash cut off
@@ -271,16 +283,16 @@ class Checkpoints:
             if not file.exists():
                 self._remote.download(name, file)  # what the trial's files beside the checkpoints go on from
         whole = [f for f in folders if f"{f}/{MANIFEST}" in names]
-        return {folder: _metrics(self._remote.read(f"{folder}/{MANIFEST}") or b"") for folder in whole}
+        return {folder: manifest_metrics(self._remote.read(f"{folder}/{MANIFEST}") or b"") for folder in whole}
 
     def _fetch(self, name: str) -> str | None:
         """Have a checkpoint here, and look at this rank's share of it. Returns what is wrong with it."""
         here = self._folder / name
         if self._remote is None:
-            return _damage(here, share=(self._rank, self._world))
+            return damage_of(here, share=(self._rank, self._world))
         if not self._leads:
             return None
-        return _bring(self._remote, here)
+        return pull_checkpoint(self._remote, here)
 
     @contextlib.contextmanager
     def _recut(self, engine: deepspeed.DeepSpeedEngine, found: Found, stage: int) -> Iterator[str]:
@@ -349,10 +361,10 @@ class Checkpoints:
         files = {}
         for path in sorted(partial.rglob("*")):
             name = str(path.relative_to(partial))
-            if path.is_file() and _owner(name) == self._rank:
-                files[name] = _facts(path, flush=True)
+            if path.is_file() and owner_rank(name) == self._rank:
+                files[name] = file_facts(path, flush=True)
                 if self._remote is not None:
-                    self._remote.upload(path, f"{_name(step)}/{name}")
+                    self._remote.upload(path, f"{step_name(step)}/{name}")
         return files
 
     def _seal(self, partial: Path, step: int, manifest: str) -> str | None:
@@ -360,13 +372,13 @@ class Checkpoints:
         try:
             if self._rank == 0:
                 self._before_commit()
-            _write_durably(partial / MANIFEST, manifest)
+            write_durably(partial / MANIFEST, manifest)
             if self._rank == 0 and self._remote is not None:
-                self._remote.write(f"{_name(step)}/{MANIFEST}", manifest.encode())
-            final = self._folder / _name(step)
+                self._remote.write(f"{step_name(step)}/{MANIFEST}", manifest.encode())
+            final = self._folder / step_name(step)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(partial, final)
-            _flush_folder(self._folder)
+            flush_folder(self._folder)
         except Exception as error:  # as above
             return f"{type(error).__name__}: {error}"
         return None
@@ -380,12 +392,12 @@ class Checkpoints:
             del self._kept[step]
         here = self._folder.glob("step-*")
         for path in here:
-            if _STEP.fullmatch(path.name) and int(path.name[5:]) < newest and int(path.name[5:]) not in wanted:
+            if STEP_NAME.fullmatch(path.name) and int(path.name[5:]) < newest and int(path.name[5:]) not in wanted:
                 shutil.rmtree(path, ignore_errors=True)
         if self._remote is not None and self._rank == 0:
             try:
                 names = [name.partition("/")[0] for name in self._remote.list()]
-                there = {name for name in names if _STEP.fullmatch(name)}
+                there = {name for name in names if STEP_NAME.fullmatch(name)}
                 for name in there:
                     if int(name[5:]) < newest and int(name[5:]) not in wanted:
                         self._remote.delete(f"{name}/{MANIFEST}")  # first: what is half deleted is no checkpoint
@@ -423,47 +435,6 @@ def _tolerant(engine: deepspeed.DeepSpeedEngine) -> Iterator[_Writer]:
         del engine._copy_recovery_script
 
 
-def chosen(folder: Path, metric: str | None = None, remote: Storage | None = None) -> Path | None:
-    """The whole checkpoint of a trial that stands for it: where a held-out metric was best; without one, the newest.
-
-    No process group is needed. Where that one is damaged, the newest whole one is taken.
-
-    Args:
-        folder: the trial's.
-        metric: `checkpoint.keep_best`.
-        remote: the trial's folder in an object store; the checkpoint is brought from there into `folder`.
-
-    Returns:
-        The checkpoint's folder; None if there is none.
-
-    Raises:
-        StorageError: the store cannot be read.
-    """
-    if remote is None:
-        here = {p.name: p / MANIFEST for p in folder.glob("step-*") if _STEP.fullmatch(p.name)}
-        manifests = {name: file.read_bytes() for name, file in here.items() if file.is_file()}
-    else:
-        there = {name.partition("/")[0] for name in remote.list() if name.endswith(f"/{MANIFEST}")}
-        manifests = {name: remote.read(f"{name}/{MANIFEST}") or b"" for name in there if _STEP.fullmatch(name)}
-    names = sorted(manifests, reverse=True)
-    best = best_step({int(name[5:]): _metrics(content) for name, content in manifests.items()}, metric)
-    if best is not None:
-        names.insert(0, _name(best))
-    for name in names:
-        if (_damage(folder / name) if remote is None else _bring(remote, folder / name)) is None:
-            return folder / name
-    return None
-
-
-def best_step(metrics: dict[int, dict[str, float]], metric: str | None) -> int | None:
-    """The step at which a held-out metric was best; of equals the newest. None without a metric or a value."""
-    if metric is None:
-        return None
-    sign = 1 if METRIC_MODES[metric] == "max" else -1
-    values = [(sign * found[metric], step) for step, found in metrics.items() if metric in found]
-    return max(values)[1] if values else None
-
-
 def full_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The trained weights of a checkpoint of any ZeRO stage and any number of workers; no process group is needed.
 
@@ -477,7 +448,7 @@ def full_state_dict(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: it is damaged, or holds more than tensors.
     """
-    if (damage := _damage(path)) is not None:
+    if (damage := damage_of(path)) is not None:
         raise CheckpointError(f"{path}: {damage}; its weights cannot be read")
     if read_manifest(path)["zero_stage"] == 3:
         # The weights are cut over the ranks' files. DeepSpeed tells the terminal about each of its steps.
@@ -515,113 +486,10 @@ def _tensors_only(path: Path) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What was recorded: step, num_workers, zero_stage, progress, files with their sizes in bytes and SHA-256."""
-    return dict(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
-
-
 @cache
 def _commit_group(world: Any) -> Any:
     """For the threads alone: the loop uses other groups at the same time. One for each process group there is."""
     return dist.new_group(backend="gloo", timeout=_COMMIT_TIMEOUT)
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _owner(name: str) -> int:
-    """The rank that writes a file; what no other rank claims is rank 0's."""
-    found = _OF_A_RANK.search(name)
-    return int(found[1]) if found else 0
-
-
-def _facts(path: Path, flush: bool = False) -> dict[str, Any]:
-    with path.open("rb") as file:
-        if flush:
-            os.fsync(file.fileno())
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _difference(path: Path, facts: dict[str, Any]) -> str | None:
-    """How a file differs from what its manifest says of it."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if (size := path.stat().st_size) != facts["size"]:
-        return f"{path.name} has {size} bytes, not the {facts['size']} it was written with"
-    if _facts(path) != facts:
-        return f"{path.name} has other content than was written (SHA-256 differs)"
-    return None
-
-
-class _Outside(ValueError):
-    """A manifest names a file that would not lie in its checkpoint."""
-
-
-def _files_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    files = dict(manifest["files"])
-    for name in files:
-        if Path(name).is_absolute() or any(part in ("", ".", "..") for part in name.split("/")):
-            raise _Outside(f"its manifest names {name!r:.100}, which is not a file inside of it")
-    return files
-
-
-def _damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint; every world-th file is looked at.
-
-    Args:
-        path: its folder.
-        share: (rank, world).
-    """
-    try:
-        mine = sorted(_files_of(read_manifest(path)).items())[share[0] :: share[1]]
-        return next((problem for name, facts in mine if (problem := _difference(path / name, facts))), None)
-    except _Outside as error:
-        return str(error)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "its manifest is missing or unreadable"
-
-
-def _bring(remote: Storage, here: Path) -> str | None:
-    """Have a checkpoint of a trial's folder in an object store on this node. Returns what is wrong with it."""
-    name = here.name
-    try:
-        content = remote.read(f"{name}/{MANIFEST}")
-        files = _files_of(json.loads(content or b""))
-        missing = {f: here / f for f, facts in files.items() if _difference(here / f, facts) is not None}
-        remote.download_all({f"{name}/{f}": path for f, path in missing.items()})
-        _write_durably(here / MANIFEST, (content or b"").decode())
-    except FileNotFoundError as error:
-        return f"a file is missing ({error})"
-    except _Outside as error:
-        return str(error)
-    except (ValueError, KeyError, TypeError):
-        return "its manifest is unreadable"
-    return _damage(here)
-
-
-def _metrics(manifest: bytes) -> dict[str, float]:
-    """What was measured at a checkpoint; nothing where the manifest is damaged."""
-    try:
-        return dict(json.loads(manifest)["progress"].get("metrics", {}))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    """A rename survives a power cut once its folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _upload_quietly(remote: Storage, file: Path, tell: Callable[[str], None]) -> None:

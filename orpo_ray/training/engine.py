@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from filelock import FileLock
 from torch.utils.cpp_extension import get_default_build_root
 
-from orpo_ray.config.experiment import DeepSpeedConfig, ExperimentConfig, OptimConfig
+from orpo_ray.config import DeepSpeedConfig, ExperimentConfig, OptimConfig
 from orpo_ray.models.pair_model import PairModel
 
 _COMMUNICATION_OP = "ShareMemCommBuilder"

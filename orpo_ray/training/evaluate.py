@@ -10,12 +10,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from orpo_ray.config.experiment import ExperimentConfig, LossConfig
+from orpo_ray.config import ExperimentConfig, LossConfig
 from orpo_ray.data.dataset import Pair, PairDataset
+from orpo_ray.models.logps import PairLogps
 from orpo_ray.models.packing import Counting, micro_batches
 from orpo_ray.models.pair_model import pair_logps
 from orpo_ray.storage.pair_scores import PairScores
-from orpo_ray.training.loss import BatchCounts, LossFn, LossTerms, PairLogps
+from orpo_ray.training.loss import BatchCounts, LossFn, LossTerms
 from orpo_ray.training.metrics import PairSums, held_out_kind_of
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from orpo_ray.config.experiment import GenerationConfig
+from orpo_ray.config import GenerationConfig
 from orpo_ray.data.dataset import PairDataset
 from orpo_ray.models.pair_model import Prompts
-
-GENERATIONS_FILE = "generations.jsonl"
-"""In a trial's directory: one row per evaluation and prompt, see `generate`."""
 
 
 @torch.no_grad()
@@ -74,23 +68,3 @@ def generate(
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, rows, group=group)
     return [everyone[index % world][index // world] for index in wanted]
-
-
-def keep(folder: Path, rows: list[dict[str, Any]], step: int) -> None:
-    """Put an evaluation's rows behind the earlier ones; those of this step or later, from before a restart, go."""
-    path = folder / GENERATIONS_FILE
-    earlier = [row for row in read(folder) if row["step"] < step]
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in earlier + rows]
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows kept in a trial's directory, in order; none if there is no file."""
-    path = folder / GENERATIONS_FILE
-    if not path.is_file():
-        return []
-    # Of bytes: a text's lines would also end at U+2028 and its like, which JSON leaves as they are.
-    return [json.loads(line) for line in path.read_bytes().splitlines()]

@@ -13,49 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from orpo_ray.config.experiment import LossConfig
+from orpo_ray.config import LossConfig
+from orpo_ray.models.logps import PairLogps, at_least_fp32
 
 LOGP_CEILING = -1.0e-6
 """log(1 - P) and its gradient are finite in fp32 below this; a mean log-probability nearer to 0 is held here."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceLogps:
-    """What the reference model gives the same answers: means over the same tokens as `PairLogps`."""
-
-    chosen_logps_P: torch.Tensor
-    rejected_logps_P: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class PairLogps:
-    """What the forward pass knows of P pairs. `logps` are means over an answer's tokens: log P(y|x), paper eq. 1."""
-
-    chosen_logps_P: torch.Tensor
-    rejected_logps_P: torch.Tensor
-    nll_sums_P: torch.Tensor
-    """Sum of -log p over the tokens of [prompt | chosen] that the NLL counts."""
-    nll_tokens_P: torch.Tensor
-    """How many those are; may be 0 where `loss.nll_eos` is off."""
-    chosen_tokens_P: torch.Tensor
-    """How many tokens `chosen_logps_P` is a mean over: mean × tokens is log p of the whole answer."""
-    rejected_tokens_P: torch.Tensor
-    """The same for the rejected answers."""
-    reference: ReferenceLogps | None = None
-    """For the losses that compare with a reference model."""
-    rewards_P2: torch.Tensor | None = None
-    """rloo: what the reward model gives each pair's first and second sampled answer."""
-
-    def log_ratios_P2(self) -> torch.Tensor:
-        """log p(y) - log p_ref(y) of whole answers, for the losses that compare with a reference model."""
-        assert self.reference is not None
-        return torch.stack(
-            [
-                (_wide(self.chosen_logps_P) - _wide(self.reference.chosen_logps_P)) * self.chosen_tokens_P,
-                (_wide(self.rejected_logps_P) - _wide(self.reference.rejected_logps_P)) * self.rejected_tokens_P,
-            ],
-            dim=1,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +62,9 @@ def log_odds_ratio(chosen_logps_P: torch.Tensor, rejected_logps_P: torch.Tensor)
         chosen_logps_P: mean token log-probability of each chosen answer, ≤ 0.
         rejected_logps_P: the same for the rejected answers.
     """
-    chosen, rejected = (_wide(logps_P).clamp(max=LOGP_CEILING) for logps_P in (chosen_logps_P, rejected_logps_P))
+    chosen, rejected = (
+        at_least_fp32(logps_P).clamp(max=LOGP_CEILING) for logps_P in (chosen_logps_P, rejected_logps_P)
+    )
     return (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
 
 
@@ -125,7 +89,9 @@ def orpo(
         temperature: b, 1 in the paper (Gorbatovski et al. 2025, arXiv 2502.01237).
     """
     log_odds_P = log_odds_ratio(logps.chosen_logps_P, logps.rejected_logps_P)
-    log_ratio_P = log_odds_P if ratio == "odds" else _wide(logps.chosen_logps_P) - _wide(logps.rejected_logps_P)
+    log_ratio_P = (
+        log_odds_P if ratio == "odds" else at_least_fp32(logps.chosen_logps_P) - at_least_fp32(logps.rejected_logps_P)
+    )
     preference_loss_P = F.softplus(-temperature * log_ratio_P)
     nll = _nll(logps, counts, nll_reduction)
     # At λ = 0 the odds ratio is left out rather than multiplied by 0: the gradient is then SFT's to the last bit.
@@ -179,7 +145,7 @@ def simpo(logps: PairLogps, counts: BatchCounts, *, beta: float, simpo_gamma: fl
             γ / β instead.
         nll_reduction: of the reported NLL; the objective has none.
     """
-    margin_P = _wide(logps.chosen_logps_P) - _wide(logps.rejected_logps_P)
+    margin_P = at_least_fp32(logps.chosen_logps_P) - at_least_fp32(logps.rejected_logps_P)
     return _preference_only(logps, counts, nll_reduction, F.softplus(simpo_gamma - beta * margin_P))
 
 
@@ -193,8 +159,8 @@ def cpo(logps: PairLogps, counts: BatchCounts, *, beta: float, nll_weight: float
         nll_weight: TRL's `cpo_alpha`. TRL's NLL counts the response only, as a token mean.
         nll_reduction: as for `orpo`.
     """
-    chosen_P = _wide(logps.chosen_logps_P) * logps.chosen_tokens_P
-    rejected_P = _wide(logps.rejected_logps_P) * logps.rejected_tokens_P
+    chosen_P = at_least_fp32(logps.chosen_logps_P) * logps.chosen_tokens_P
+    rejected_P = at_least_fp32(logps.rejected_logps_P) * logps.rejected_tokens_P
     preference_loss_P = F.softplus(-beta * (chosen_P - rejected_P))
     nll = _nll(logps, counts, nll_reduction)
     loss = nll_weight * nll + preference_loss_P.sum() / counts.pairs
@@ -212,7 +178,7 @@ def bradley_terry(rewards: PairLogps, counts: BatchCounts, *, nll_reduction: str
         counts: the global batch it belongs to.
         nll_reduction: not read: there is no NLL.
     """
-    margin_P = _wide(rewards.chosen_logps_P) - _wide(rewards.rejected_logps_P)
+    margin_P = at_least_fp32(rewards.chosen_logps_P) - at_least_fp32(rewards.rejected_logps_P)
     preference_loss_P = F.softplus(-margin_P)
     loss = preference_loss_P.sum() / counts.pairs
     return _terms(loss, torch.zeros_like(loss), margin_P, preference_loss_P)
@@ -245,10 +211,10 @@ def rloo(
     """
     if logps.reference is None or logps.rewards_P2 is None:
         raise ValueError("loss.name rloo needs the reference and the rewards of sampled answers; see training.rollouts")
-    returns_P2 = _wide(logps.rewards_P2) - beta * logps.log_ratios_P2().detach()
+    returns_P2 = at_least_fp32(logps.rewards_P2) - beta * logps.log_ratios_P2().detach()
     advantage_P = 0.5 * (returns_P2[:, 0] - returns_P2[:, 1])
-    chosen_P = _wide(logps.chosen_logps_P) * logps.chosen_tokens_P
-    rejected_P = _wide(logps.rejected_logps_P) * logps.rejected_tokens_P
+    chosen_P = at_least_fp32(logps.chosen_logps_P) * logps.chosen_tokens_P
+    rejected_P = at_least_fp32(logps.rejected_logps_P) * logps.rejected_tokens_P
     preference_loss_P = -advantage_P * (chosen_P - rejected_P)
     loss = preference_loss_P.sum() / counts.pairs
     log_odds_P = log_odds_ratio(logps.chosen_logps_P, logps.rejected_logps_P)
@@ -282,11 +248,6 @@ def held_out_from_config(config: LossConfig) -> LossFn:
     return from_config(config)
 
 
-def _wide(logps_P: torch.Tensor) -> torch.Tensor:
-    """At least fp32: in bf16 all log-probabilities above -0.002 are P = 1. fp64 stays, for gradient checks."""
-    return logps_P.to(torch.promote_types(logps_P.dtype, torch.float32))
-
-
 def _nll(logps: PairLogps, counts: BatchCounts, reduction: str) -> torch.Tensor:
     """This micro-batch's share of the NLL; of no tokens at all it is 0."""
     if reduction == "token":
@@ -302,8 +263,8 @@ def _mean_log_ratios(name: str, logps: PairLogps) -> tuple[torch.Tensor, torch.T
             "compute them with orpo_ray.training.reference where LossConfig.needs_reference is true"
         )
     return (
-        _wide(logps.chosen_logps_P) - _wide(logps.reference.chosen_logps_P),
-        _wide(logps.rejected_logps_P) - _wide(logps.reference.rejected_logps_P),
+        at_least_fp32(logps.chosen_logps_P) - at_least_fp32(logps.reference.chosen_logps_P),
+        at_least_fp32(logps.rejected_logps_P) - at_least_fp32(logps.reference.rejected_logps_P),
     )
 
 

@@ -10,8 +10,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from orpo_ray.config.experiment import LossConfig
-from orpo_ray.training.loss import LossTerms, PairLogps
+from orpo_ray.config import LossConfig
+from orpo_ray.models.logps import PairLogps
+from orpo_ray.training.loss import LossTerms
 
 Kind = Literal["answers", "rewards", "samples"]
 """What pairs are measured: log-probabilities of given answers, a reward model's rewards of them, or a model's own

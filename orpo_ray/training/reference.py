@@ -21,13 +21,15 @@ from rich.console import Console
 from rich.progress import track
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from orpo_ray.config.experiment import ExperimentConfig, ModelConfig
+from orpo_ray.config import ExperimentConfig, ModelConfig
 from orpo_ray.data.dataset import Pair, PairDataset
 from orpo_ray.models.loading import build_model
+from orpo_ray.models.logps import PairLogps
 from orpo_ray.models.packing import Counting, micro_batches
-from orpo_ray.models.pair_model import PairModel, form_of, name_of, pair_logps, product_type
+from orpo_ray.models.pair_model import PairModel, pair_logps
+from orpo_ray.models.precision import name_of, product_type
 from orpo_ray.models.presets import PRESETS
-from orpo_ray.training.loss import PairLogps
+from orpo_ray.models.probe import form_of
 
 _FORMAT_VERSION = 2  # raise it whenever the same model and pairs would get other numbers
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config import ExperimentConfig
 from orpo_ray.data.dataset import Pair
 from orpo_ray.data.tokenizer import PairTokenizer
 from orpo_ray.models.loading import ModelError, build_model, load_tokenizer

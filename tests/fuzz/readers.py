@@ -25,8 +25,8 @@ with atheris.instrument_imports(include=["orpo_ray", "yaml", "csv", "json"]):
 
     import yaml  # noqa: F401
 
-    from orpo_ray.config import experiment
-    from orpo_ray.data.dataset import parquet_size, rows  # noqa: F401
+    from orpo_ray.config import ConfigError, DataConfig, as_given, load, parse
+    from orpo_ray.data import parquet_size, rows, sources  # noqa: F401
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,9 +43,9 @@ def read_config(data: bytes, file: Path) -> None:
     content, _, override = data.partition(b"\0\0")
     file.write_bytes(content)
     given = [override.decode("utf-8", "replace")] if override else []
-    with suppress(experiment.ConfigError):
-        found = experiment.load(file, given)
-        again = experiment.parse(experiment.as_given(found.model_dump(mode="json")))
+    with suppress(ConfigError):
+        found = load(file, given)
+        again = parse(as_given(found.model_dump(mode="json")))
         assert again == found, "what is written is not what is read"
 
 
@@ -53,7 +53,7 @@ def read_rows(data: bytes, file: Path) -> None:
     """A file of pairs in the format that its name says; every row gives a pair or a BadRow."""
     file.write_bytes(data)
     try:
-        split, _ = rows.choose_splits(experiment.DataConfig(path=str(file)))
+        split, _ = sources.choose_splits(DataConfig(path=str(file)))
         for pair_id, row in split.read():
             assert pair_id.startswith(file.name)
             with suppress(rows.BadRow):

@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 from pandas.testing import assert_frame_equal
 
 from orpo_ray import load_runs
-from orpo_ray.config.experiment import METRIC_MODES
+from orpo_ray.config import METRIC_MODES
+from orpo_ray.reports.comparison import comparison_markdown
 from orpo_ray.results.compare import compare_runs
 from orpo_ray.results.runs import read_sweep
 from orpo_ray.storage.results import summarize
@@ -216,4 +217,4 @@ def test_a_server_gives_the_address_of_its_compare_page(output_dir: Path) -> Non
     assert json.loads(runs) == [found.a.mlflow_run_id, found.b.mlflow_run_id]
     assert json.loads(experiments) == [experiment_id]
     assert found.metrics[0].better == "B"
-    assert f"In MLflow: <{found.compare_page}>" in found.to_markdown()
+    assert f"In MLflow: <{found.compare_page}>" in comparison_markdown(found)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orpo_ray.config.experiment import METRIC_MODES
+from orpo_ray.config import METRIC_MODES
 from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores
 from tests.support.ranks import Job, Record, experiment, train_all
 

@@ -17,12 +17,13 @@ from mlflow.artifacts import download_artifacts
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from orpo_ray import cli, provenance
-from orpo_ray.config.experiment import ExperimentConfig, ModelConfig
+from orpo_ray.config import ExperimentConfig, ModelConfig
 from orpo_ray.data.dataset import load_pairs
 from orpo_ray.data.style_pairs import generate
 from orpo_ray.models.loading import load_tokenizer
 from orpo_ray.results import export
-from orpo_ray.storage.results import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, summarize, write_results
+from orpo_ray.storage.results import summarize
+from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, write_results
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from orpo_ray.training import checkpoint
 from tests.support.ranks import Job, Record, experiment, train_all
@@ -280,7 +281,7 @@ def test_card_tells_what_the_run_was(zoo: Zoo, tmp_path: Path) -> None:
     assert "64 training pairs" in card
     assert zoo.run_ids["lora"] in card
     assert "orpo-ray train experiment.yaml" in card
-    from orpo_ray.config.experiment import load
+    from orpo_ray.config import load
 
     again = load(folder / "experiment.yaml")
     same = {"name": True, "output_dir": True, "tracking": True, "data": {"cache_dir"}}

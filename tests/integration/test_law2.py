@@ -28,11 +28,11 @@ def plain_torch(cache: Path) -> list[float]:
     """20 steps of the same objective with plain torch: whole batch at once, padded, full logits, AdamW, clipping."""
     from orpo_ray.data.dataset import batch_indices
     from orpo_ray.models.loading import build_model
-    from orpo_ray.training import loop, loss
+    from orpo_ray.training import loss, schedule, steps
 
     torch.set_num_threads(1)
     config = experiment(cache)
-    pairs, _ = loop._pairs(config.data, config.model)
+    pairs, _ = steps._pairs(config.data, config.model)
     model = build_model(config.model, config.train.seed)
     decay = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
@@ -49,7 +49,7 @@ def plain_torch(cache: Path) -> list[float]:
         terms.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = loop.learning_rate(config.optim, step, 20)
+            group["lr"] = schedule.learning_rate(config.optim, step, 20)
         optimizer.step()
         curve.append(float(terms.loss.detach()))
     return curve
@@ -84,11 +84,11 @@ def test_gradients_are_equal_for_every_cut(reduction: str, cache: Path) -> None:
     """4×1, 2×2 and 1×4 in one process, to 1e-6; batches of unequal lengths, where micro-batch means would differ."""
     from orpo_ray.data.dataset import batch_indices
     from orpo_ray.models.loading import build_model
-    from orpo_ray.training import loop, loss
+    from orpo_ray.training import loss, steps
 
     torch.set_num_threads(1)
     config = experiment(cache, **{"loss.nll_reduction": reduction})
-    pairs, _ = loop._pairs(config.data, config.model)
+    pairs, _ = steps._pairs(config.data, config.model)
     indices = batch_indices(1, len(pairs), 4, seed=7)
     tokens = [len(pairs[int(i)].prompt_ids) - 1 + len(pairs[int(i)].chosen_ids) for i in indices]
     assert len(set(tokens)) > 1

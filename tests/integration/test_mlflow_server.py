@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from orpo_ray.config import experiment as configuration
+from orpo_ray.config import ExperimentConfig, parse
 from orpo_ray.storage.results import summarize
 from orpo_ray.tracking import delivery
 from orpo_ray.tracking.sweep_tracker import SweepTracker
@@ -160,8 +160,8 @@ def server(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     made.kill()
 
 
-def sweep_config(folder: Path, uri: str, name: str) -> configuration.ExperimentConfig:
-    return configuration.parse(
+def sweep_config(folder: Path, uri: str, name: str) -> ExperimentConfig:
+    return parse(
         {
             "name": name,
             "output_dir": str(folder / "runs"),

@@ -12,7 +12,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from orpo_ray.config import experiment as configs
+from orpo_ray.config import parse
 from orpo_ray.storage.results import summarize
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from tests.support.browser import BrowserMissing, chromium, mlflow_server
@@ -70,7 +70,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
 
 def _sweep(folder: Path, url: str) -> list[str]:
     """Deliver a sweep of made-up numbers; names of its trials' runs."""
-    config = configs.parse(
+    config = parse(
         {
             "name": "which-lambda",
             "output_dir": str(folder / "runs"),

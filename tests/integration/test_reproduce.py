@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from orpo_ray.models.pair_model import name_of, product_type
+from orpo_ray.models.precision import name_of, product_type
 from tests.integration.conftest import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

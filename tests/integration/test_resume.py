@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config import ExperimentConfig
 from tests.golden.make_golden import CONFIG, METRICS, read
 from tests.support.ranks import Job, Record, experiment, train, train_all
 

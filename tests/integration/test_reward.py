@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config import ExperimentConfig
 from orpo_ray.models.loading import build_model, build_reward_model, load_tokenizer
 from orpo_ray.models.reward_model import RewardModel
 from orpo_ray.training import checkpoint

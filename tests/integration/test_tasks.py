@@ -18,7 +18,7 @@ import json, os, sys, time
 from pathlib import Path
 import ray
 from rich.console import Console
-from orpo_ray.config.experiment import ScalingConfig
+from orpo_ray.config import ScalingConfig
 from orpo_ray.data.rows import DataError
 from orpo_ray.orchestration.tasks import Task, TaskError, run_all
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from orpo_ray.data.dataset import Pair
+from orpo_ray.models.logps import PairLogps
 from orpo_ray.models.packing import Counting, collate
 from orpo_ray.models.pair_model import Form, PairModel, pair_logps
-from orpo_ray.training.loss import PairLogps
 
 PLAIN = Form(shares_prompt=False, chunks_head=False)
 """Padded rows, all logits: what every other code does."""

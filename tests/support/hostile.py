@@ -28,9 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orpo_ray.cluster.upload import files_to_send
-from orpo_ray.config import experiment as configs
-from orpo_ray.config.experiment import CheckpointConfig, DataConfig, ModelConfig
-from orpo_ray.data.rows import BadRow, DataError, choose_splits, parse_row
+from orpo_ray.config import CheckpointConfig, DataConfig, ModelConfig, load
+from orpo_ray.data.rows import BadRow, DataError, parse_row
+from orpo_ray.data.sources import choose_splits
 from orpo_ray.storage.object_store import Storage
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "security.md"
@@ -74,7 +74,7 @@ def _experiment(more: str | bytes = "", *overrides: str, instead: bool = False) 
         added = more.replace("FOLDER", str(folder)).encode() if isinstance(more, str) else more
         (folder / "x.yaml").write_bytes(added if instead else _GOOD.encode() + added)
         given = [override.replace("FOLDER", str(folder)) for override in overrides]
-        return lambda: configs.load(folder / "x.yaml", given)
+        return lambda: load(folder / "x.yaml", given)
 
     return make
 
@@ -92,14 +92,14 @@ def _grids(axes: Iterable[str]) -> str:
 
 def _device_as_experiment(folder: Path) -> Feed:
     (folder / "x.yaml").symlink_to("/dev/zero")
-    return lambda: configs.load(folder / "x.yaml")
+    return lambda: load(folder / "x.yaml")
 
 
 def _tracking_password(folder: Path) -> Feed:
     (folder / "x.yaml").write_text(_GOOD + "tracking: {uri: 'http://me:hunter2@mlflow:5000'}\n")
 
     def feed() -> str:
-        config = configs.load(folder / "x.yaml")
+        config = load(folder / "x.yaml")
         assert config.tracking.uri == "http://me:hunter2@mlflow:5000"
         written = config.model_dump_json()
         assert "hunter2" not in written
@@ -112,7 +112,7 @@ def _shared_by_alias(folder: Path) -> Feed:
     (folder / "x.yaml").write_text("name: a\nmodel: &m {path: one}\ndata: *m\ntrain: {max_steps: 5}\n")
 
     def feed() -> str:
-        config = configs.load(folder / "x.yaml", ["model.path=two"])
+        config = load(folder / "x.yaml", ["model.path=two"])
         return f"changes the one that is named: model {config.model.path}, data {config.data.path}"
 
     return feed
@@ -379,8 +379,9 @@ def _every_byte_damaged(folder: Path) -> Feed:
     def feed() -> str:
         code = (
             "import pathlib, sys\n"
-            "from orpo_ray.config.experiment import DataConfig\n"
-            "from orpo_ray.data.rows import DataError, choose_splits\n"
+            "from orpo_ray.config import DataConfig\n"
+            "from orpo_ray.data.rows import DataError\n"
+            "from orpo_ray.data.sources import choose_splits\n"
             "outcomes = [0, 0]\n"
             "for path in sorted(pathlib.Path(sys.argv[1]).glob('*.parquet')):\n"
             "    try:\n"
@@ -851,13 +852,13 @@ def _checkpoint(folder: Path, contents: dict[str, object], stage: int = 0) -> Pa
     """A whole checkpoint, by its manifest."""
     import torch
 
-    from orpo_ray.training.checkpoint import MANIFEST, _facts
+    from orpo_ray.storage.checkpoint_files import MANIFEST, file_facts
 
     path = folder / "trial" / "step-00000002"
     (path / "engine").mkdir(parents=True)
     for name, content in contents.items():
         torch.save(content, path / name)
-    files = {name: _facts(path / name) for name in contents}
+    files = {name: file_facts(path / name) for name in contents}
     about = {"step": 2, "num_workers": 1, "zero_stage": stage, "progress": {}, "files": files}
     (path / MANIFEST).write_text(json.dumps(about))
     return path
@@ -907,7 +908,8 @@ def _resumed(state: str) -> Make:
 
 def _manifest_outside(folder: Path) -> Feed:
     """The manifest of a checkpoint in a store names a file above its folder, and the store has one there."""
-    from orpo_ray.training.checkpoint import MANIFEST, Checkpoints
+    from orpo_ray.storage.checkpoint_files import MANIFEST
+    from orpo_ray.training.checkpoint import Checkpoints
 
     store = Storage(f"file://{folder}/deep/store/trial", patience_s=1.0)
     (folder / "deep").mkdir()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.config import experiment as configs
+from orpo_ray.config import parse
 
 BEGAN = 1_700_000_000_000
 """Milliseconds since 1970."""
@@ -66,7 +66,7 @@ def write_journal(run_dir: Path, events: list[dict[str, Any]] | None = None, **s
         },
     }
     run_dir.mkdir(parents=True)
-    config = configs.parse(tree).model_dump(mode="json")
+    config = parse(tree).model_dump(mode="json")
     (run_dir / "sweep.json").write_text(json.dumps({"sweep_id": "abc", "config": config}), encoding="utf-8")
     append(run_dir, UNDER_WAY if events is None else events)
     return run_dir

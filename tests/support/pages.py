@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from orpo_ray.config import experiment as configuration
-from orpo_ray.config.experiment import METRIC_MODES
+from orpo_ray.config import METRIC_MODES, parse
 from orpo_ray.results.winners import summarize_winners
-from orpo_ray.storage.results import summarize, write_results
+from orpo_ray.storage.results import summarize
+from orpo_ray.storage.run_dir import write_results
 from tests.support.sweeps import pair_scores, write_pairs
 
 METRIC = "eval/preference_accuracy"
@@ -38,7 +38,7 @@ def config_tree(name: str) -> dict[str, Any]:
         "train": {"max_steps": _MAX_STEPS, "eval_every": _EVERY},
         "sweep": {"metric": METRIC, "space": space},
     }
-    return configuration.parse(tree).model_dump(mode="json")
+    return parse(tree).model_dump(mode="json")
 
 
 def write_sweep(run_dir: Path, num_trials: int, num_pairs: int = 96) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.config import experiment as configs
+from orpo_ray.config import ExperimentConfig, parse
 
 BASE: dict[str, Any] = {
     "name": "test",
@@ -33,11 +33,11 @@ BASE: dict[str, Any] = {
 }
 
 
-def experiment(cache_dir: Path, **settings: Any) -> configs.ExperimentConfig:
+def experiment(cache_dir: Path, **settings: Any) -> ExperimentConfig:
     """The base experiment with dotted settings changed, e.g. `**{"train.max_steps": 5}`."""
     tree = json.loads(json.dumps(BASE))
     tree["data"]["cache_dir"] = str(cache_dir)
-    return configs.parse(tree, [f"{path}={json.dumps(value)}" for path, value in settings.items()])
+    return parse(tree, [f"{path}={json.dumps(value)}" for path, value in settings.items()])
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Record:
 class Job:
     """One trial."""
 
-    config: configs.ExperimentConfig
+    config: ExperimentConfig
     trial_dir: Path
     stop_at: int | None = None
     """The owner says stop at the evaluation of this step."""
@@ -68,7 +68,7 @@ class Job:
     """The last rank is told after this step that its machine goes away."""
 
 
-def train(config: configs.ExperimentConfig, trial_dir: Path, stop_at: int | None = None) -> Record:
+def train(config: ExperimentConfig, trial_dir: Path, stop_at: int | None = None) -> Record:
     """Train with as many fresh processes as the config has workers."""
     return train_all([Job(config, trial_dir, stop_at)])[0]
 
@@ -119,13 +119,13 @@ def _rank(rank: int, world: int, port: int, jobs: list[Job], queue: Any) -> None
 def _train(job: Job) -> Record:
     import torch
 
-    from orpo_ray.training import loop
+    from orpo_ray.training import loop, trial
 
     record = Record()
 
-    def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None, seconds: float) -> loop.Decision:
+    def on_eval(step: int, metrics: dict[str, float], checkpoint: str | None, seconds: float) -> trial.Decision:
         record.evals[step] = metrics
-        return loop.Decision.STOP if step == job.stop_at else loop.Decision.CONTINUE
+        return trial.Decision.STOP if step == job.stop_at else trial.Decision.CONTINUE
 
     def on_start(step: int, max_steps: int, facts: dict[str, Any]) -> None:
         record.started_at, record.facts = step, facts
@@ -136,7 +136,7 @@ def _train(job: Job) -> Record:
         last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         return last and next(steps) + 1 == job.preempted_at
 
-    ctx = loop.RankContext(
+    ctx = trial.RankContext(
         job.trial_dir,
         on_start=on_start,
         on_log=record.logs.__setitem__,

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.config import experiment as configuration
-from orpo_ray.config.experiment import METRIC_MODES, ExperimentConfig
+from orpo_ray.config import METRIC_MODES, ExperimentConfig, parse
 from orpo_ray.results.winners import summarize_winners
 from orpo_ray.storage.pair_scores import PairScores
-from orpo_ray.storage.results import summarize, write_results
+from orpo_ray.storage.results import summarize
+from orpo_ray.storage.run_dir import write_results
 from tests.support.sweeps import write_pairs
 
 BEGAN_MS = 1_700_000_000_000
@@ -29,7 +29,7 @@ def experiment(output_dir: Path, name: str, space: dict[str, Any], **settings: A
     for path, value in settings.items():
         section, key = path.split(".", 1)
         tree.setdefault(section, {})[key] = value
-    return configuration.parse(tree)
+    return parse(tree)
 
 
 def life(

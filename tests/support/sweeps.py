@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from orpo_ray.config.experiment import METRIC_MODES
+from orpo_ray.config import METRIC_MODES
 from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores
 
 

@@ -14,7 +14,7 @@ from benchmarks import steps as measured
 from benchmarks.case import SIDES, Case
 from benchmarks.flops import pair_flops, parts, predicted_tokens, seen_keys, shape_of
 from benchmarks.plain_side import collate, llamafactory_loss
-from orpo_ray.config.experiment import ModelConfig
+from orpo_ray.config import ModelConfig
 from orpo_ray.models.loading import build_model, load_tokenizer
 from orpo_ray.models.packing import SharedPrompt
 

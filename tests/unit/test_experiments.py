@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orpo_ray.config.experiment import load, parse
+from orpo_ray.config import load, parse
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 FILES = sorted([*EXPERIMENTS.rglob("*.yaml"), *EXPERIMENTS.rglob("*.yml")])

@@ -19,7 +19,7 @@ import yaml
 import orpo_ray
 from orpo_ray.cluster import jobs, submit, upload
 from orpo_ray.cluster.upload import EXCLUDES, SubmitError, files_to_send
-from orpo_ray.config.experiment import ConfigError
+from orpo_ray.config import ConfigError
 from tests.support.ranks import BASE
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from orpo_ray.config.experiment import METRIC_MODES, ConfigError, ExperimentConfig, SweepConfig, as_given, load, parse
+from orpo_ray.config import METRIC_MODES, ConfigError, ExperimentConfig, SweepConfig, as_given, load, parse
 from orpo_ray.config.space import Bundle, Grid, LogUniform
 
 
@@ -519,8 +519,8 @@ def test_parsing_needs_neither_torch_nor_ray_and_takes_under_a_second(tmp_path: 
     path.write_text(EXPERIMENT + "sweep: {space: {optim.lr: {type: grid, values: [1e-6, 1e-5]}}}\n")
     script = """\
     import sys, time
-    from orpo_ray.config import experiment
-    experiment.load(sys.argv[1])
+    from orpo_ray.config import load
+    load(sys.argv[1])
     heavy = {"torch", "ray", "deepspeed", "mlflow", "transformers", "datasets", "optuna", "numpy"} & set(sys.modules)
     # CPU seconds of this process, its start included: other load on the machine does not count.
     print(sorted(heavy), time.process_time())

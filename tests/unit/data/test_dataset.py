@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from orpo_ray.config.experiment import DataConfig
+from orpo_ray.config import DataConfig
 from orpo_ray.data.dataset import PairDataset, batch_indices, load_pairs
-from orpo_ray.data.rows import DataError, _hub_splits
+from orpo_ray.data.rows import DataError
+from orpo_ray.data.sources import _hub_splits
 from orpo_ray.data.style_pairs import generate
 from orpo_ray.data.tokenizer import ORPO_CHAT_TEMPLATE
 

@@ -18,11 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from orpo_ray.config import experiment as configs
-from orpo_ray.config import strict_yaml
-from orpo_ray.config.experiment import ConfigError, DataConfig, ExperimentConfig
+from orpo_ray.config import ConfigError, DataConfig, ExperimentConfig, as_given, load, parse, strict_yaml, sweep
 from orpo_ray.data import parquet_size
-from orpo_ray.data.rows import PROMPT_COLUMNS, BadRow, DataError, choose_splits, parse_row
+from orpo_ray.data.rows import PROMPT_COLUMNS, BadRow, DataError, parse_row
+from orpo_ray.data.sources import choose_splits
 from orpo_ray.data.tokenizer import PairTokenizer
 
 # One folder serves all examples of a test: each of them writes its file anew.
@@ -39,7 +38,7 @@ SECTIONS = ("model", "data", "loss", "optim", "train", "deepspeed", "scaling", "
 SECTION_CLASSES = dict(
     zip(
         SECTIONS,
-        (*(ExperimentConfig.model_fields[name].annotation for name in SECTIONS[:-1]), configs.SweepConfig),
+        (*(ExperimentConfig.model_fields[name].annotation for name in SECTIONS[:-1]), sweep.SweepConfig),
         strict=True,
     )
 )
@@ -72,7 +71,7 @@ def refused_or_read_again(read: Callable[[], ExperimentConfig]) -> None:
         assert refusal
         assert len(refusal) < 20_000
         return
-    assert configs.parse(configs.as_given(config.model_dump(mode="json"))) == config
+    assert parse(as_given(config.model_dump(mode="json"))) == config
 
 
 @FAST
@@ -81,9 +80,9 @@ def test_any_bytes_are_a_config_or_a_config_error(tmp_path: Path, content: bytes
     file = tmp_path / "x.yaml"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=re.escape(str(file))):  # none of them names a model
-        configs.load(file)
+        load(file)
     file.write_bytes(yaml.safe_dump(BASE).encode() + content)
-    refused_or_read_again(lambda: configs.load(file))
+    refused_or_read_again(lambda: load(file))
 
 
 @FAST
@@ -100,13 +99,13 @@ def test_any_values_of_settings_are_a_config_or_a_config_error(changes: list[tup
             if not isinstance(node, dict):
                 return
         node[leaf] = value
-    refused_or_read_again(lambda: configs.parse(tree))
+    refused_or_read_again(lambda: parse(tree))
 
 
 @FAST
 @given(st.sampled_from(SETTINGS) | st.text(max_size=20), st.text(max_size=30))
 def test_any_override_is_applied_or_refused(setting: str, text: str) -> None:
-    refused_or_read_again(lambda: configs.parse(dict(BASE), [f"{setting}={text}"]))
+    refused_or_read_again(lambda: parse(dict(BASE), [f"{setting}={text}"]))
     assert BASE["model"] == {"path": "tiny-llama-1m"}, "what two sections may share was changed"
 
 
@@ -132,10 +131,10 @@ def test_what_is_written_as_yaml_is_read_as_the_same(tmp_path: Path, axes: dict[
         else:
             space[name] = {"type": "grid", "values": drawn}
     settings_of_it = {"optim": {"lr": data.draw(NUMBERS["optim.lr"])}, "sweep": {"space": space}}
-    config = configs.parse(json.loads(json.dumps(BASE | settings_of_it)))
+    config = parse(json.loads(json.dumps(BASE | settings_of_it)))
     file = tmp_path / "x.yaml"
-    file.write_text(yaml.safe_dump(configs.as_given(config.model_dump(mode="json"))), encoding="utf-8")
-    assert configs.load(file) == config
+    file.write_text(yaml.safe_dump(as_given(config.model_dump(mode="json"))), encoding="utf-8")
+    assert load(file) == config
 
 
 @FAST

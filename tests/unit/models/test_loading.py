@@ -27,7 +27,7 @@ from transformers import (
     T5Config,
 )
 
-from orpo_ray.config.experiment import LoraConfig, ModelConfig
+from orpo_ray.config import LoraConfig, ModelConfig
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import loading as model_module
 from orpo_ray.models.loading import (
@@ -37,8 +37,8 @@ from orpo_ray.models.loading import (
     count_parameters_of,
     load_tokenizer,
 )
-from orpo_ray.models.pair_model import form_of
 from orpo_ray.models.presets import PRESETS
+from orpo_ray.models.probe import form_of
 from orpo_ray.training.loss import BatchCounts, orpo
 from tests.support.forwards import FAST, PLAIN, logps
 
@@ -142,7 +142,7 @@ def test_preset_tokenizer_round_trips(tokenizer: PreTrainedTokenizerBase, text: 
 
 def test_preset_tokenizer_is_the_same_in_every_process(tokenizer: PreTrainedTokenizerBase) -> None:
     script = (
-        "import hashlib; from orpo_ray.config.experiment import ModelConfig; "
+        "import hashlib; from orpo_ray.config import ModelConfig; "
         "from orpo_ray.models.loading import load_tokenizer; "
         "t = load_tokenizer(ModelConfig(path='tiny-llama-1m')); "
         "print(hashlib.sha256(t.backend_tokenizer.to_str().encode()).hexdigest())"

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_ray.config.experiment import DataConfig, LossConfig
+from orpo_ray.config import DataConfig, LossConfig
 from orpo_ray.data.dataset import Pair, load_pairs
 from orpo_ray.models.packing import Counting, collate, micro_batches
 

@@ -34,7 +34,8 @@ from transformers import (
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import precision
 from orpo_ray.models.packing import Counting, NllScope, collate
-from orpo_ray.models.pair_model import Form, PairModel, Prompts, form_of, pair_logps
+from orpo_ray.models.pair_model import Form, PairModel, Prompts, pair_logps
+from orpo_ray.models.probe import form_of
 from orpo_ray.training.loss import BatchCounts, orpo
 from orpo_ray.training.metrics import PairSums
 from tests.support.forwards import ALL, CHUNKED, FAST, FORMS, PLAIN, gradient, logps

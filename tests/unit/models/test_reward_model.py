@@ -19,15 +19,16 @@ from transformers import (
     Qwen2Config,
 )
 
-from orpo_ray.config import experiment as configs
-from orpo_ray.config.experiment import ConfigError, LoraConfig, LossConfig, ModelConfig
+from orpo_ray.config import ConfigError, LoraConfig, LossConfig, ModelConfig, parse
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import precision
 from orpo_ray.models.loading import ModelError, _with_lora, build_model, build_reward_model, load_tokenizer
+from orpo_ray.models.logps import PairLogps, ReferenceLogps
 from orpo_ray.models.packing import Counting
-from orpo_ray.models.pair_model import PairModel, form_of
+from orpo_ray.models.pair_model import PairModel
+from orpo_ray.models.probe import form_of
 from orpo_ray.models.reward_model import RewardModel
-from orpo_ray.training.loss import BatchCounts, PairLogps, ReferenceLogps, bradley_terry, from_config, rloo
+from orpo_ray.training.loss import BatchCounts, bradley_terry, from_config, rloo
 from tests.support.forwards import CHUNKED, FAST, gradient, logps
 from tests.support.ranks import BASE
 
@@ -181,14 +182,14 @@ def test_scores_do_not_depend_on_their_company(tmp_path: Path) -> None:
 
 def test_what_a_reward_model_does_not_measure_cannot_rank_it() -> None:
     tree = json.loads(json.dumps(BASE))
-    assert configs.parse(tree | {"loss": {"name": "reward"}, "sweep": {"metric": "eval/loss"}}).loss.is_reward
+    assert parse(tree | {"loss": {"name": "reward"}, "sweep": {"metric": "eval/loss"}}).loss.is_reward
     with pytest.raises(ConfigError, match=r"metric is eval/nll, which loss\.name reward does not measure; use one"):
-        configs.parse(tree | {"loss": {"name": "reward"}, "sweep": {"metric": "eval/nll"}})
+        parse(tree | {"loss": {"name": "reward"}, "sweep": {"metric": "eval/nll"}})
     axis = {"loss.name": {"type": "grid", "values": ["sft", "reward"]}}
     with pytest.raises(ConfigError, match="give reward an experiment of its own"):
-        configs.parse(tree | {"sweep": {"space": axis}})
+        parse(tree | {"sweep": {"space": axis}})
     with pytest.raises(ConfigError, match=r"rloo needs loss\.reward_model"):
-        configs.parse(tree | {"loss": {"name": "rloo"}})
+        parse(tree | {"loss": {"name": "rloo"}})
     loss = {"name": "rloo", "reward_model": "some/rm"}
     with pytest.raises(ConfigError, match=r"keep_best is eval/loss, which loss\.name rloo does not measure"):
-        configs.parse(tree | {"loss": loss, "checkpoint": {"keep_best": "eval/loss"}})
+        parse(tree | {"loss": loss, "checkpoint": {"keep_best": "eval/loss"}})

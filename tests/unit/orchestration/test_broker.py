@@ -11,7 +11,7 @@ import pytest
 
 from orpo_ray.orchestration.broker import Assignment, Broker
 from orpo_ray.storage.history import History
-from orpo_ray.storage.results import read_events
+from orpo_ray.storage.journal import read_events
 
 LANE = "1x1cpu0gpu"
 

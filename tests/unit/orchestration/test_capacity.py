@@ -1,6 +1,6 @@
 import pytest
 
-from orpo_ray.config.experiment import ScalingConfig
+from orpo_ray.config import ScalingConfig
 from orpo_ray.orchestration.capacity import Resources, fits, most_groups
 
 TWO_CPUS = [{"CPU": 2.0}]

@@ -14,16 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import memory_model
 from benchmarks.workload import WorkloadError, hh_path
-from orpo_ray.config.experiment import ConfigError, ExperimentConfig, LoraConfig, ModelConfig, parse
+from orpo_ray.config import ConfigError, ExperimentConfig, LoraConfig, ModelConfig, parse
 from orpo_ray.data.dataset import Pair
+from orpo_ray.hardware import Device, device_of, this_machine
 from orpo_ray.models import lm_head, loading, presets
 from orpo_ray.models import precision as cpu_bf16
 from orpo_ray.models.packing import Counting, collate
 from orpo_ray.models.pair_model import Form, PairModel
 from orpo_ray.planning import memory
-from orpo_ray.planning.fit import device_of
-from orpo_ray.planning.memory import Architecture, Device, Memory, architecture_of, peak_memory
-from orpo_ray.planning.plan import this_machine
+from orpo_ray.planning.architecture import Architecture, architecture_of
+from orpo_ray.planning.memory import Memory, peak_memory
 from tests.support import ranks
 
 LLAMA_8B = Architecture(

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orpo_ray.config.experiment import DataConfig, parse
+from orpo_ray.config import DataConfig, parse
+from orpo_ray.hardware import NodeMemory, this_machine
 from orpo_ray.models.precision import has_bf16_units
 from orpo_ray.planning import speed
-from orpo_ray.planning.fit import NodeMemory
-from orpo_ray.planning.memory import GIB, architecture_of
-from orpo_ray.planning.plan import Plan, plan, this_machine
-from orpo_ray.storage.results import EVENTS_FILE
+from orpo_ray.planning.architecture import architecture_of
+from orpo_ray.planning.memory import GIB
+from orpo_ray.planning.plan import Plan, plan
+from orpo_ray.storage.run_dir import EVENTS_FILE
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 LAPTOP = NodeMemory(cpus=4, gpus=0, memory_bytes=16 * GIB)
@@ -183,7 +184,7 @@ def test_measured_time_is_taken_where_the_sweep_has_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["quickstart", "hh_smollm2"])
 def test_reads_well_at_100_columns(name: str, tmp_path: Path) -> None:
-    from orpo_ray.config.experiment import load
+    from orpo_ray.config import load
 
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     overrides = ["model.path=tiny-llama-8m", "data.path=builtin://style-pairs"] if name == "hh_smollm2" else []

@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from orpo_ray.reports import charts
+from orpo_ray.reports import chart_style, charts
 from orpo_ray.results.frames import load_evaluations_frame, load_runs_frame
-from orpo_ray.results.winners import summarize_winners
-from orpo_ray.storage.results import read_events
+from orpo_ray.results.winners import optima, summarize_winners
+from orpo_ray.storage.journal import read_events
 from tests.support.pages import METRIC, SIZES, write_sweep
 from tests.support.sweeps import pair_scores
 from tests.support.sweeps import trial as made_trial
@@ -79,7 +79,7 @@ def test_what_cannot_be_drawn_is_a_sentence():
         charts.pareto(winners["pareto"]),
         charts.parallel(results, frame),
         charts.importance(results, frame),
-        charts.scaling(charts.optima(results, "nowhere", {}), METRIC),
+        charts.scaling(optima(results, "nowhere", {}), METRIC),
         charts.divergence(results, frame, winners["divergence"]),
     ]
     for panel in panels:
@@ -156,7 +156,7 @@ def test_long_curves_are_thinned_and_keep_their_ends():
 
 def test_the_optimum_of_each_size_and_how_far_its_ties_reach(sweep):
     results, run_dir = sweep
-    found = charts.optima(results, run_dir, SIZES)
+    found = optima(results, run_dir, SIZES)
     assert [optimum.bundle for optimum in found] == [*SIZES]
     for optimum in found:
         own = [t for t in results["trials"] if t["bundle"] == optimum.bundle and t["status"] == "finished"]
@@ -195,7 +195,7 @@ def test_the_front_is_numbered_and_a_setting_that_went_wrong_is_left_out():
 
 def test_colours_of_series_differ_between_light_and_dark_pages():
     for place in (0.0, 1.0):
-        colour = charts._colour(place)
+        colour = chart_style.viridis(place)
         light, dark = (sum(map(int, colour[mode][4:-1].split(","))) for mode in ("light", "dark"))
         assert dark > light  # viridis from its darkest to its lightest: each page leaves out what it swallows
-    assert charts._colour(0.0)["light"] == "rgb(68, 1, 84)"
+    assert chart_style.viridis(0.0)["light"] == "rgb(68, 1, 84)"

@@ -7,10 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from orpo_ray.cli import main
-from orpo_ray.config import experiment as configuration
+from orpo_ray.config import load
 from orpo_ray.reports.html import _script_json, train_command, write_experiment
 from orpo_ray.reports.report import write_report
-from orpo_ray.storage.results import load_results, write_results
+from orpo_ray.storage.results import load_results
+from orpo_ray.storage.run_dir import write_results
 from tests.support.pages import METRIC, write_generations, write_sweep
 from tests.support.sweeps import trial as made_trial
 
@@ -117,7 +118,7 @@ def test_all_trials_are_in_the_table_with_commands_that_parse(sweep):
     for text, trial_id in commands[::7]:
         program, command, file, *overrides = shlex.split(text)
         assert (program, command) == ("orpo-ray", "train")
-        config = configuration.load(file, [*overrides, "sweep=null"])
+        config = load(file, [*overrides, "sweep=null"])
         mine = params[trial_id]
         assert config.name == f"toy-{trial_id}"
         assert config.optim.lr == mine["optim.lr"]
@@ -197,7 +198,7 @@ def test_a_page_of_a_sweep_that_has_only_begun(tmp_path):
 
 def test_the_config_and_where_it_came_from(sweep):
     _, run_dir = sweep
-    config = configuration.load(run_dir / "experiment.yaml")
+    config = load(run_dir / "experiment.yaml")
     assert "Command and versions are written when the sweep ends" in page_of(run_dir)
     write_report(run_dir, config, formats=["html"])
     told = words(Reader((run_dir / "report.html").read_text()).sections["provenance"])
@@ -246,7 +247,7 @@ def test_what_is_sent_to_others_has_no_password(tmp_path):
     known = json.loads((tmp_path / "sweep.json").read_text())
     known["config"]["tracking"]["uri"] = "http://me:secret@host:5000"
     (tmp_path / "sweep.json").write_text(json.dumps(known))
-    config = configuration.load(write_experiment(tmp_path), ["tracking.uri=http://me:secret@host:5000"])
+    config = load(write_experiment(tmp_path), ["tracking.uri=http://me:secret@host:5000"])
     for file in write_report(tmp_path, config):
         if file.suffix in (".html", ".yaml", ".md", ".json"):
             assert "secret" not in file.read_text(encoding="utf-8"), file
@@ -260,8 +261,8 @@ def test_an_experiment_that_sweeps_the_loss_can_be_run_again(tmp_path):
     tree["config"]["sweep"]["space"]["loss.name"] = {"type": "grid", "values": ["orpo", "sft"]}
     (tmp_path / "sweep.json").write_text(json.dumps(tree))
     file = write_experiment(tmp_path)
-    assert configuration.load(file).sweep.space["loss.name"].candidates() == ("orpo", "sft")
-    assert configuration.load(file, ["loss.name=sft", "sweep=null"]).loss.orpo_lambda == 0
+    assert load(file).sweep.space["loss.name"].candidates() == ("orpo", "sft")
+    assert load(file, ["loss.name=sft", "sweep=null"]).loss.orpo_lambda == 0
 
 
 def test_data_in_a_script_cannot_end_it():

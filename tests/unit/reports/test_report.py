@@ -11,12 +11,12 @@ import yaml
 from rich.console import Console
 
 from orpo_ray.cli import main
-from orpo_ray.config import experiment as configuration
-from orpo_ray.config.experiment import METRIC_MODES
+from orpo_ray.config import METRIC_MODES, load, parse
 from orpo_ray.reports.report import results_table, write_report
 from orpo_ray.results.frames import load_runs_frame, mean_interval
 from orpo_ray.results.winners import summarize_winners
-from orpo_ray.storage.results import load_results, summarize, write_results
+from orpo_ray.storage.results import load_results, summarize
+from orpo_ray.storage.run_dir import write_results
 from tests.support.sweeps import pair_scores, write_pairs
 from tests.support.sweeps import trial as made_trial
 
@@ -101,7 +101,7 @@ def sweep_config(space):
         "data": {"path": "builtin://style-pairs"},
         "train": {"max_steps": STEPS, "eval_every": 25, "micro_batch_size": 8},
     }
-    return configuration.parse(tree | ({"sweep": {"space": space}} if space else {}))
+    return parse(tree | ({"sweep": {"space": space}} if space else {}))
 
 
 SPACE = {
@@ -203,7 +203,7 @@ def test_the_best_setting_is_a_file_that_runs(tmp_path):
     config = sweep_config(SPACE)
     run_dir = run_dir_of(tmp_path, sixteen_trials())
     write_report(run_dir, config)
-    best = configuration.load(run_dir / "best.yaml")
+    best = load(run_dir / "best.yaml")
     assert (best.name, best.sweep) == ("toy-best", None)
     assert (best.model.path, best.scaling.num_workers) == ("tiny-llama-8m", 2)
     assert (best.loss.orpo_lambda, best.optim.lr) == (1.0, 3.1e-4 * 1.2)
@@ -385,7 +385,7 @@ def test_the_answer_comes_first_with_its_interval_and_the_tied(tmp_path):
     star = [line for line in text_of(results_table(results)).splitlines() if "★" in line]
     assert len(star) == 1
     assert best["name"] in star[0]
-    assert configuration.load(tmp_path / "best.yaml").loss.orpo_lambda == best["params"]["loss.orpo_lambda"]
+    assert load(tmp_path / "best.yaml").loss.orpo_lambda == best["params"]["loss.orpo_lambda"]
 
 
 def test_one_seed_each_says_what_the_intervals_leave_out(tmp_path):

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from orpo_ray.reports import live_view, watch
 from orpo_ray.reports.live_state import Board
-from orpo_ray.storage import requests, results
+from orpo_ray.storage import requests
+from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, write_results
 from tests.support.journals import (
     BEGAN,
     UNDER_WAY,
@@ -90,11 +91,11 @@ def test_the_journal_is_followed_line_by_line(run_dir: Path) -> None:
     first = following.read(None, 0)
     assert [e["event"] for e in first.events] == [e["event"] for e in UNDER_WAY]
     assert first.is_whole
-    with (run_dir / results.EVENTS_FILE).open("a", encoding="utf-8") as journal:
+    with (run_dir / EVENTS_FILE).open("a", encoding="utf-8") as journal:
         journal.write(json.dumps(evaluated("00001", 12, 8, 2.0, 8.0))[:30])
     torn = following.read("abc", first.offset)
     assert (torn.events, torn.offset, torn.is_whole) == ([], first.offset, True)
-    with (run_dir / results.EVENTS_FILE).open("a", encoding="utf-8") as journal:
+    with (run_dir / EVENTS_FILE).open("a", encoding="utf-8") as journal:
         journal.write(json.dumps(evaluated("00001", 12, 8, 2.0, 8.0))[30:] + "\n")
     assert [e["step"] for e in following.read("abc", first.offset).events] == [8]
     assert len(following.read("of another sweep", first.offset).events) == len(UNDER_WAY) + 1
@@ -109,7 +110,7 @@ def test_a_long_journal_comes_in_pieces(run_dir: Path, monkeypatch: pytest.Monke
 
 
 def test_a_damaged_line_is_told(run_dir: Path) -> None:
-    with (run_dir / results.EVENTS_FILE).open("a", encoding="utf-8") as journal:
+    with (run_dir / EVENTS_FILE).open("a", encoding="utf-8") as journal:
         journal.write("{nonsense}\n")
     with pytest.raises(ValueError, match=r"events\.jsonl: damaged between bytes"):
         source(run_dir).read(None, 0)
@@ -122,7 +123,7 @@ def test_without_its_process_a_sweep_is_interrupted_until_it_has_ended(tmp_path:
     assert (gone.state, gone.status("00000"), gone.groups()) == ("interrupted", "interrupted", [])
     assert gone.seconds == 11
     for interrupted, state in ((True, "interrupted"), (False, "ended")):
-        results.write_results(written / results.RESULTS_FILE, {"interrupted": interrupted})
+        write_results(written / RESULTS_FILE, {"interrupted": interrupted})
         assert board(written).state == state
 
 

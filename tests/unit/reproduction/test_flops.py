@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orpo_ray.config.experiment import ModelConfig
+from orpo_ray.config import ModelConfig
 from orpo_ray.data.dataset import Pair
 from orpo_ray.formatting import markdown_table
 from orpo_ray.models import precision

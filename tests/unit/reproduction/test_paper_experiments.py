@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orpo_ray.config.experiment import ExperimentConfig, load
+from orpo_ray.config import ExperimentConfig, load
 from orpo_ray.config.space import Grid
 
 PAPER = Path(__file__).resolve().parents[3] / "experiments" / "paper"

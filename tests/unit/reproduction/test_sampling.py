@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orpo_ray.config.experiment import ModelConfig
+from orpo_ray.config import ModelConfig
 from orpo_ray.data.rows import DataError
 from orpo_ray.data.tokenizer import ORPO_CHAT_TEMPLATE
 from orpo_ray.models.loading import build_model, load_tokenizer

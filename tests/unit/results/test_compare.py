@@ -8,6 +8,7 @@ from rich.console import Console
 from scipy.stats import ttest_ind
 
 from orpo_ray import cli
+from orpo_ray.reports.comparison import comparison_markdown, comparison_view
 from orpo_ray.results.compare import CompareError, Comparison, compare_runs
 from orpo_ray.results.frames import mean_interval
 from orpo_ray.storage.pair_scores import PAIRS_FILE
@@ -47,7 +48,7 @@ def single(sweeps, name, scores, details=None, **settings):
 
 def shown(comparison: Comparison, width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(comparison)
+    console.print(comparison_view(comparison))
     return console.file.getvalue()
 
 
@@ -268,7 +269,7 @@ def test_json_markdown_and_narrow_terminals(sweeps, tmp_path) -> None:
     assert tree["metrics"][0]["better"] == tree["matched"][0]["difference"]["better"] == "B"
     assert tree["a"]["setting"] == "lr=2.0e-03"
     assert {c["path"]: (c["a"], c["b"]) for c in tree["settings"]} == {"optim.weight_decay": ("0.0", "0.4")}
-    page = found.to_markdown()
+    page = comparison_markdown(found)
     assert page.splitlines()[2] == f"**{found.sentence}**"
     assert "| optim.weight_decay | 0.0 | 0.4 |" in page
     narrow = shown(found, 80)
@@ -290,7 +291,7 @@ def test_the_command_line(sweeps, tmp_path, capsys, monkeypatch) -> None:
     assert cli.main(["compare", "one", "two", "--json", "--metric", "eval/odds_ratio_loss", *where]) == 0
     assert json.loads(capsys.readouterr().out)["metric"] == "eval/odds_ratio_loss"
     assert cli.main(["compare", "one", "two", "--format", "md", *where]) == 0
-    assert capsys.readouterr().out == expected.to_markdown()
+    assert capsys.readouterr().out == comparison_markdown(expected)
     for names, reason in ((("one", "one"), "are the same"), (("one", "tow"), "nearest names there: two")):
         assert cli.main(["compare", *names, *where]) == 2
         assert reason in capsys.readouterr().err

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from orpo_ray.config import experiment as configs
+from orpo_ray.config import parse
 from orpo_ray.results import export
-from orpo_ray.storage.results import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, summarize, write_results
+from orpo_ray.storage.results import summarize
+from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, write_results
 from tests.support.ranks import BASE
 
 
@@ -46,7 +47,7 @@ def run_dir(tmp_path: Path) -> Path:
     space = {"loss.name": {"type": "grid", "values": ["orpo", "dpo"]}}
     tree = json.loads(json.dumps(BASE)) | {"name": "losses", "output_dir": str(tmp_path)}
     tree["sweep"] = {"metric": "eval/nll", "space": space}
-    config = configs.parse(tree)
+    config = parse(tree)
     folder = tmp_path / "losses"
     events = [
         *ended("a", {"loss.name": "dpo"}, 1.0),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from orpo_ray.config import experiment as configs
+from orpo_ray.config import parse
 from orpo_ray.results.model_card import CardFacts, Pairs, model_card
 from tests.support.ranks import BASE
 from tests.support.sweeps import trial
@@ -33,7 +33,7 @@ def facts() -> CardFacts:
         "winners": winners,
     }
     return CardFacts(
-        config=configs.parse(tree),
+        config=parse(tree),
         trial=best,
         results=results | {"winners": winners},
         step=20,

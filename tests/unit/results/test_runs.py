@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 import orpo_ray
-from orpo_ray.config.experiment import METRIC_MODES
+from orpo_ray.config import METRIC_MODES
 from orpo_ray.config.flatten import settings_of
-from orpo_ray.results.runs import find_run_dir, read_sweep
+from orpo_ray.results.runs import read_sweep
+from orpo_ray.storage.find import find_run_dir
 from tests.support.run_dirs import BEGAN_MS, experiment, life, write_run
 from tests.support.sweeps import pair_scores
 

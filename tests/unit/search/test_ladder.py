@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from orpo_ray.config.experiment import SweepConfig
+from orpo_ray.config import SweepConfig
 from orpo_ray.search.ladder import Ladder
 from orpo_ray.storage.history import Exhausted, History
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from orpo_ray.config import experiment as configs
-from orpo_ray.search import scheduler
+from orpo_ray.config import SweepConfig, parse
+from orpo_ray.search.population import Pbt, pb2
 
 RATES = {"a": 1.8e-3, "b": 6.0e-3, "c": 3.6e-4, "d": 6.2e-3}
 
@@ -38,10 +38,10 @@ def population() -> tuple[Any, dict[str, Member]]:
             "space": {"optim.lr": {"type": "loguniform", "low": 1.0e-4, "high": 1.0e-2}},
         },
     }
-    sweep = configs.parse(tree).sweep
+    sweep = parse(tree).sweep
     assert sweep is not None
     assert sweep.scheduler.type == "pb2"
-    rule = scheduler._pb2(sweep.scheduler, sweep, lambda trial, donor: None, {})
+    rule = pb2(sweep.scheduler, sweep, lambda trial, donor: None, {})
     members = {name: Member(name, lr) for name, lr in RATES.items()}
     for member in members.values():
         rule._trial_state[member] = SimpleNamespace(last_perturbation_time=0, last_score=None)
@@ -87,13 +87,13 @@ def test_those_who_wait_go_on_when_the_last_to_come_has_ended(
 ) -> None:
     rule, members = population
     if kind == "pbt":
-        sweep = configs.SweepConfig(
+        sweep = SweepConfig(
             metric="eval/nll",
             num_samples=4,
             scheduler={"type": "pbt", "interval_steps": 8},
             space={"optim.lr": {"type": "loguniform", "low": 1.0e-4, "high": 1.0e-2}},
         )
-        rule = scheduler._Pbt(sweep.scheduler, sweep, lambda trial, donor: None, {})
+        rule = Pbt(sweep.scheduler, sweep, lambda trial, donor: None, {})
     waiting = [members[name] for name in "abc"]  # d was the last, and has been stopped
     for member in waiting:
         member.status = "PAUSED"  # type: ignore[attr-defined]

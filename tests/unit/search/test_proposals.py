@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config import ExperimentConfig
 from orpo_ray.search.proposals import Proposal, Proposals
 from orpo_ray.search.searchers import build
 from orpo_ray.storage.history import History, TrialHistory

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 import pytest
 
-from orpo_ray.config.experiment import SweepConfig
+from orpo_ray.config import SweepConfig
 from orpo_ray.search import searchers
 from orpo_ray.search.searchers import OPTUNA_FILE, Source
 from orpo_ray.storage.history import Exhausted, History

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from orpo_ray.storage.checkpoint_files import MANIFEST, best_step, chosen
 from orpo_ray.storage.object_store import Storage
-from orpo_ray.training.checkpoint import MANIFEST, best_step, chosen
 
 LOSSES = {4: 2.0, 8: 1.0, 12: 3.0}
 

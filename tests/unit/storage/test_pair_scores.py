@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from orpo_ray.config.experiment import METRIC_MODES
+from orpo_ray.config import METRIC_MODES
 from orpo_ray.storage.pair_scores import PairScores, on_shared_pairs
 from tests.support.sweeps import pair_scores
 

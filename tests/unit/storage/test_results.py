@@ -4,7 +4,9 @@ import os
 
 import pytest
 
-from orpo_ray.storage.results import current, load_results, read_events, summarize, write_results
+from orpo_ray.storage.journal import read_events
+from orpo_ray.storage.results import current, load_results, summarize
+from orpo_ray.storage.run_dir import write_results
 
 METRIC = "eval/preference_accuracy"
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from orpo_ray.storage import lease as lease_module
 from orpo_ray.storage import sync
+from orpo_ray.storage.lease import Lease, LeaseError
 from orpo_ray.storage.object_store import Storage, StorageError
 
 
@@ -24,12 +26,12 @@ def remote(tmp_path: Path) -> Storage:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sync, "_BEAT_S", 0.2)
-    monkeypatch.setattr(sync, "_SILENCE_S", 1.0)
+    monkeypatch.setattr(lease_module, "_BEAT_S", 0.2)
+    monkeypatch.setattr(lease_module, "_SILENCE_S", 1.0)
 
 
-def lease(remote: Storage, lost: list[str] | None = None, said: list[str] | None = None) -> sync.Lease:
-    return sync.Lease(
+def lease(remote: Storage, lost: list[str] | None = None, said: list[str] | None = None) -> Lease:
+    return Lease(
         remote,
         (lost if lost is not None else []).append,
         (said if said is not None else []).append,
@@ -86,7 +88,7 @@ def test_one_process_at_a_time(remote: Storage) -> None:
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(sync.LeaseError, match="process 1 on elsewhere runs this sweep now"):
+        with pytest.raises(LeaseError, match="process 1 on elsewhere runs this sweep now"):
             lease(remote)
     finally:
         stop.set()

@@ -2,7 +2,7 @@ import shlex
 
 import pytest
 
-from orpo_ray.config import experiment as configuration
+from orpo_ray.config import parse
 from orpo_ray.tracking.notes import sweep_answer, sweep_note, trial_command, trial_note
 
 METRIC = "eval/preference_accuracy"
@@ -10,7 +10,7 @@ METRIC = "eval/preference_accuracy"
 
 @pytest.fixture
 def config(tmp_path):
-    return configuration.parse(
+    return parse(
         {
             "name": "toy",
             "output_dir": str(tmp_path),
@@ -151,6 +151,6 @@ def test_the_command_of_a_trial_keeps_what_the_sweep_was_started_with(config, st
 def test_the_command_gives_the_trial_s_config(config):
     params = {"optim.lr": 1.0e-6, "size": "8m"}
     words = shlex.split(trial_command(config, "00002", params, "orpo-ray sweep x.yaml"))
-    again = configuration.parse(config.model_dump(mode="json"), [*words[3:], "sweep=null"])
+    again = parse(config.model_dump(mode="json"), [*words[3:], "sweep=null"])
     wanted = config.trial(params).model_copy(update={"name": "toy-00002"})
     assert again.model_dump() == wanted.model_dump()

@@ -19,10 +19,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, ENDPOINT_NOT_FOUND, PERMISSION_DENIED
 
-from orpo_ray.config import experiment as configuration
+from orpo_ray.config import load, parse
 from orpo_ray.orchestration import broker
 from orpo_ray.storage.results import summarize
-from orpo_ray.tracking import delivery, sweep_tracker
+from orpo_ray.tracking import delivery, run_values, sweep_tracker
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from orpo_ray.tracking.uri import TrackingError, probe, resolve_uri, ui_command
 
@@ -54,7 +54,7 @@ def output_dir(tmp_path, empty_database, monkeypatch):
 
 
 def sweep_config(output_dir, uri=None):
-    return configuration.parse(
+    return parse(
         {
             "name": "toy",
             "output_dir": str(output_dir),
@@ -155,7 +155,7 @@ def test_a_sweep_becomes_a_parent_run_with_a_child_per_trial(output_dir):
     assert artifacts == {"config.yaml", "provenance.json", "git.diff", "results.json", "plots", "plots/a.png"}
     assert parent.info.artifact_uri.startswith(f"file://{output_dir}/mlartifacts/")
     written = client.download_artifacts(parent_id, "config.yaml", str(output_dir))
-    assert configuration.load(written) == config
+    assert load(written) == config
 
     run = client.get_run(tracker.run_ids["t0"])
     assert run.info.run_name == "8m λ=0.1 lr=8.0e-04"
@@ -417,7 +417,7 @@ def test_sources_of_data_are_of_the_kinds_that_mlflow_reads(output_dir):
         ("trl-lib/ultrafeedback", "hugging_face"),
     ):
         data = sweep_config(output_dir).data.model_copy(update={"path": path})
-        training, evaluation = (i.dataset for i in sweep_tracker._datasets(data, facts))
+        training, evaluation = (i.dataset for i in run_values.dataset_inputs(data, facts))
         assert mlflow.data.get_source(training)._get_source_type() == kind
         assert training.name == ("pairs.jsonl.gz" if kind == "local" else path)
         assert (training.digest, evaluation.digest) == ("a" * 32, "b" * 32)

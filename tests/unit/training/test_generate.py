@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from orpo_ray.data.dataset import load_pairs
 from orpo_ray.models.loading import build_model, load_tokenizer
-from orpo_ray.training.generate import keep, read
+from orpo_ray.storage.generations import keep, read
 from tests.support.ranks import Job, experiment, train, train_all
 
 SETTINGS = {

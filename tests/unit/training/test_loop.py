@@ -2,8 +2,9 @@ import math
 
 import pytest
 
-from orpo_ray.config.experiment import ExperimentConfig, OptimConfig
-from orpo_ray.training.loop import Diverged, learning_rate, num_steps
+from orpo_ray.config import ExperimentConfig, OptimConfig
+from orpo_ray.training.schedule import learning_rate, num_steps
+from orpo_ray.training.trial import Diverged
 
 
 def schedule(**settings: object) -> list[float]:

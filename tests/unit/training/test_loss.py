@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_ray.config.experiment import LossConfig
+from orpo_ray.config import LossConfig
+from orpo_ray.models.logps import PairLogps, ReferenceLogps
 from orpo_ray.training.loss import (
     LOGP_CEILING,
     BatchCounts,
     LossFn,
     LossTerms,
-    PairLogps,
-    ReferenceLogps,
     cpo,
     dpo,
     from_config,

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from orpo_ray.config.experiment import LossConfig
+from orpo_ray.config import LossConfig
 from orpo_ray.data.dataset import Pair
-from orpo_ray.training.loss import BatchCounts, LossTerms, PairLogps, ReferenceLogps, from_config
+from orpo_ray.models.logps import PairLogps, ReferenceLogps
+from orpo_ray.training.loss import BatchCounts, LossTerms, from_config
 
 LAMBDAS = [0.1, 1.0]
 IGNORED = -100

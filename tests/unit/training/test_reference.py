@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from orpo_ray.config.experiment import ExperimentConfig, parse
+from orpo_ray.config import ExperimentConfig, parse
 from orpo_ray.data.dataset import Pair, PairDataset, load_pairs
-from orpo_ray.training.loss import PairLogps
+from orpo_ray.models.logps import PairLogps
 from orpo_ray.training.reference import ReferenceLogpsError, identity_of, load_or_compute
 
 MODEL = {"model": "a"}
@@ -268,7 +268,7 @@ def test_identity_of_a_hub_model_is_its_commit(tmp_path: Path) -> None:
     (repo / "refs").mkdir()
     script = """\
     import json, pathlib, sys
-    from orpo_ray.config.experiment import parse
+    from orpo_ray.config import parse
     from orpo_ray.training.reference import identity_of
     tree = {"name": "x", "model": {"path": "some/model"}, "data": {"path": "builtin://style-pairs"}}
     for seed, commit in enumerate(sys.argv[2:]):

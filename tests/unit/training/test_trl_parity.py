@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from orpo_ray.data.dataset import Pair
-from orpo_ray.training.loss import BatchCounts, LossTerms, PairLogps, orpo
+from orpo_ray.models.logps import PairLogps
+from orpo_ray.training.loss import BatchCounts, LossTerms, orpo
 
 pytest.importorskip("trl", reason="needs TRL to compare with: pip install -e '.[oracle]'")
 pytest.importorskip("trl.experimental.orpo", reason="this TRL has no trl.experimental.orpo: pip install -e '.[oracle]'")

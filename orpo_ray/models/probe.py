@@ -1,0 +1,121 @@
+"""Which fast paths a model supports, determined by a numerical probe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from orpo_ray.data.dataset import Pair
+from orpo_ray.models import attention
+from orpo_ray.models.packing import Counting, collate
+from orpo_ray.models.pair_model import Form, PairModel, causal_lm
+
+_LAYERS_UNDERSTOOD = {"full_attention", "sliding_attention"}
+_PROBE_TOLERANCE = 1e-3
+"""Nats. Both forms of the probe differ by rounding only; a wrong mask or position differs by far more."""
+
+
+@torch.no_grad()
+def form_of(lm: torch.nn.Module, wanted_attention: str) -> Form:
+    """The fastest form in which this model gives the log-probabilities, or rewards, of its plain, padded form.
+
+    Two short pairs are run through the padded form with full logits and through the candidates; so an architecture
+    whose code does something unheard of falls back rather than being trained wrongly.
+
+    Args:
+        lm: a transformers causal language model or reward model with or without adapters, weights in place (not yet
+            partitioned).
+        wanted_attention: `model.attention`; other than `shared_prompt` asks for padded rows.
+    """
+    rng = np.random.default_rng(0)
+    highest = min(causal_lm(lm).get_input_embeddings().num_embeddings, 256)
+    pairs = [
+        Pair("probe", ids[:prompt], ids[prompt:-rejected], ids[-rejected:], chosen_bytes=1)
+        for prompt, rejected, ids in (
+            (5, 4, rng.integers(0, highest, 12, dtype=np.int32)),
+            (2, 2, rng.integers(0, highest, 8, dtype=np.int32)),
+        )
+    ]
+    device, was_training, kernel = next(lm.parameters()).device, lm.training, causal_lm(lm).config._attn_implementation
+    lm.eval()
+    try:
+
+        def sums(form: Form) -> torch.Tensor:
+            model = PairModel(lm, form)
+            counting = Counting("prompt_and_response", rewards=model.is_reward)
+            return model(collate(pairs, counting, share_prompt=form.shares_prompt).to(device))
+
+        if causal_lm(lm)._supports_attention_backend:  # other kernels may want a GPU, where the model is not yet
+            causal_lm(lm).set_attn_implementation("eager")
+        expected = sums(Form(shares_prompt=False, chunks_head=False))
+        chunked = _try(sums, Form(shares_prompt=False, chunks_head=True), expected)
+        head = not chunked
+        if wanted_attention != "shared_prompt":
+            return Form(False, head, "; ".join(filter(None, (f"model.attention is {wanted_attention}", chunked))))
+        attention.windows_seen.clear()
+        shared = _layers_not_understood(causal_lm(lm)) or _try(sums, Form(True, head), expected)
+        shared = shared or _window_not_passed(causal_lm(lm)) or _flex_does_not_run(causal_lm(lm), pairs)
+        return Form(not shared, head, "; ".join(filter(None, (shared, chunked))))
+    finally:
+        lm.train(was_training)
+        if causal_lm(lm).config._attn_implementation != kernel:
+            causal_lm(lm).set_attn_implementation(kernel)
+
+
+def _try(sums: Any, form: Form, expected: torch.Tensor) -> str:
+    """Empty if the form gives what is expected, else what went wrong."""
+    what = "rows with a shared prompt" if form.shares_prompt else "logits in chunks"
+    try:
+        found = sums(form)
+    except Exception as error:  # whatever foreign code raises: the plain form works, and the reason is shown
+        return f"{what}: {type(error).__name__}: {error}"
+    off = float((found - expected).abs().max())
+    return "" if off <= _PROBE_TOLERANCE else f"{what}: log-probabilities are off by {off:.2g}"
+
+
+def _layers_not_understood(causal: Any) -> str:
+    config = causal.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYERS_UNDERSTOOD
+    if kinds:
+        return f"rows with a shared prompt: layers of kind {', '.join(sorted(kinds))}"
+    if not causal._supports_attention_backend:
+        return f"rows with a shared prompt: {type(causal).__name__} does its attention itself"
+    return ""
+
+
+def _window_not_passed(causal: Any) -> str:
+    """The probe's pairs are shorter than any window, so that a window they do not reach has to be looked for."""
+    config = causal.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    declared = (
+        getattr(config, "sliding_window", None) is not None
+        and getattr(config, "use_sliding_window", True)
+        and (kinds is None or "sliding_attention" in kinds)
+    )
+    if declared and attention.windows_seen <= {None}:
+        return f"rows with a shared prompt: {type(causal).__name__} has its sliding window in masks only"
+    return ""
+
+
+def _flex_does_not_run(causal: Any, pairs: list[Pair]) -> str:
+    """What a GPU runs is not what the probe ran on the CPU."""
+    if not torch.cuda.is_available():
+        return ""
+    config = causal.config.get_text_config()
+    dropout = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+    if dropout:
+        return f"rows with a shared prompt: FlexAttention has no dropout, the model's attention {dropout}"
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    batch = collate(pairs, Counting("response"), share_prompt=True, multiple_of=attention.FLEX_BLOCK)
+    layout = batch.to(torch.device("cuda")).layout
+    assert layout is not None
+    try:
+        with torch.enable_grad():
+            attention.try_flex(heads, key_heads, width, getattr(config, "attn_logit_softcapping", None), layout)
+    except Exception as error:  # the compiler's, of many kinds
+        return f"rows with a shared prompt: FlexAttention: {type(error).__name__}: {error}"
+    return ""

@@ -1,0 +1,97 @@
+"""The Ray Tune search algorithm that proposes trials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
+from ray.tune.search import SearchAlgorithm
+
+from orpo_ray.search.scheduler import Conductor
+
+
+class Proposer(SearchAlgorithm):
+    """Tune's search algorithm: proposals as Tune's trials, paused until the conductor gives them a turn."""
+
+    def __init__(self, conductor: Conductor, num_trials: int) -> None:
+        """Proposals for that conductor."""
+        self._conductor, self._num_trials = conductor, num_trials
+        self._spec: dict[str, Any] = {}
+        self._parser: Any = None
+        self.searcher = _NoSearcher()
+
+    def __reduce__(self) -> Any:
+        return (SearchAlgorithm, ())
+
+    @property
+    def total_samples(self) -> int:
+        """Trials at most."""
+        return self._num_trials
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Metric and mode are the sweep's."""
+        return True
+
+    def add_configurations(self, experiments: Any) -> None:
+        """Called once by Tune with the experiment that trials belong to."""
+        (experiment,) = experiments
+        self._spec, self._parser = experiment.spec, _make_parser()
+
+    def next_trial(self) -> Trial | None:
+        """A trial, if one is wanted now."""
+        proposals = self._conductor.proposals
+        while not proposals.is_exhausted and self._conductor.wants_trial():
+            proposal = proposals.next()
+            if proposal is None:
+                return None
+            if proposal.known is not None:
+                self._conductor.add_known(proposal.trial_id, proposal.params, proposal.known)
+                continue
+            if proposal.trial_id not in proposals.history.trials:
+                bundle = proposals.sweep.bundle_of(proposal.params)
+                event = {"event": "submitted", "trial_id": proposal.trial_id, "params": proposal.params}
+                proposals.history.apply(event | {"bundle": bundle, "purpose": proposal.purpose})
+                # Known before it has reported, so that its cost counts from the start.
+                proposals.history.trials[proposal.trial_id].max_steps = proposals.max_steps
+            trial = _create_trial_from_spec(
+                {**self._spec, "config": dict(proposal.params)},
+                self._parser,
+                evaluated_params=proposal.params,
+                experiment_tag=proposal.trial_id,
+                trial_id=proposal.trial_id,
+            )
+            trial.init_local_path()  # which Tune asks for at the end, of a trial that had no turn too
+            trial.status = Trial.PAUSED  # a pending one Tune would start by itself
+            return trial
+        return None
+
+    def is_finished(self) -> bool:
+        """Whether no more trials will come."""
+        return self._conductor.proposals.is_exhausted
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """The conductor has heard it."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The conductor has heard it."""
+
+    def has_checkpoint(self, dirpath: str) -> bool:
+        """The journal has it all."""
+        return False
+
+    def save_to_dir(self, dirpath: str, session_str: str) -> None:
+        """The journal has it all."""
+
+    def restore_from_dir(self, dirpath: str) -> None:
+        """The journal has it all."""
+
+
+class _NoSearcher:
+    """HyperBandForBOHB tells a searcher of pauses, to free its places; proposals here do not count places."""
+
+    def on_pause(self, trial_id: str) -> None:
+        """Nothing to do."""
+
+    def on_unpause(self, trial_id: str) -> None:
+        """Nothing to do."""

@@ -1,0 +1,107 @@
+"""Pruning rules of one bundle: fifo, median, HyperBand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import HyperBandForBOHB, MedianStoppingRule
+from ray.tune.schedulers import TrialScheduler as Decision
+
+
+class Rule(Protocol):
+    """How trials of one bundle are compared. Confirmation trials are not shown to it."""
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        """It has been proposed, or taken up again after a restart."""
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """An evaluation before the last: continue, pause or stop."""
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """It has ended by itself, or by a stop that the rule decided."""
+
+    def on_trial_remove(self, controller: Any, trial: Trial) -> None:
+        """It was ended while it waited."""
+
+    def choose_trial_to_run(self, controller: Any) -> Trial | None:
+        """A paused trial that should go on."""
+
+
+class BundleView:
+    """Tune's controller as one bundle's rule sees it: only its trials."""
+
+    def __init__(self, controller: Any, trials: Callable[[], list[Trial]]) -> None:
+        self._controller, self._mine = controller, trials
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._controller, name)
+
+    def get_trials(self) -> list[Trial]:
+        return self._mine()
+
+    def get_live_trials(self) -> set[Trial]:
+        return {trial for trial in self._mine() if not trial.is_finished()}
+
+
+class Fifo:
+    """Every trial runs to its end."""
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        pass
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        return str(Decision.CONTINUE)
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        pass
+
+    def on_trial_remove(self, controller: Any, trial: Trial) -> None:
+        pass
+
+    def choose_trial_to_run(self, controller: Any) -> Trial | None:
+        return None
+
+
+class Median(Fifo):
+    """Tune's median rule, which learns again what trials before a restart had reported."""
+
+    def __init__(self, rule: MedianStoppingRule, metric: str, events: list[dict[str, Any]]) -> None:
+        self._rule = rule
+        self._earlier: dict[str, list[dict[str, Any]]] = {}
+        for event in events:
+            if event["event"] == "eval" and metric in event["metrics"]:
+                result = {"step": event["step"], metric: event["metrics"][metric]}
+                self._earlier.setdefault(event["trial_id"], []).append(result)
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        # Asked about a result, the rule may want to stop; told of an end, it only takes note.
+        for result in self._earlier.pop(trial.trial_id, []):
+            self._rule.on_trial_complete(controller, trial, result)
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        return str(self._rule.on_trial_result(controller, trial, result))
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        self._rule.on_trial_complete(controller, trial, result)
+
+
+class HyperBand(HyperBandForBOHB):
+    """Tune's HyperBand. Brackets that the search left half filled are halved only when nothing else can be done."""
+
+    def choose_trial_to_run(self, tune_controller: Any, allow_recurse: bool = True) -> Trial | None:
+        """A trial of a bracket that has been halved."""
+        for band in self._hyperbands:
+            for bracket in band:
+                for trial in bracket.current_trials() if bracket is not None else ():
+                    if trial.status == Trial.PAUSED and trial in bracket.trials_to_unpause:
+                        return trial
+        return None
+
+    def halve_unfilled(self, controller: Any) -> None:
+        """No more trials will fill the brackets."""
+        for band in self._hyperbands:
+            for bracket in band:
+                if bracket is not None and bracket.current_trials():
+                    self._process_bracket(controller, bracket)

@@ -1,0 +1,179 @@
+"""Checkpoint folders as files: manifests, checksums, and the copy in an object store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from orpo_ray.config import METRIC_MODES
+from orpo_ray.storage.object_store import Storage
+
+MANIFEST = "manifest.json"
+"""Makes a folder a checkpoint (`checkpoint`, which imports too much for an actor that only passes things on)."""
+MANIFEST = "manifest.json"
+STEP_NAME = re.compile(r"step-\d{8}")
+_OF_A_RANK = re.compile(r"(?:zero_pp_rank_|random-rank-|/rank)0*(\d+)")
+
+
+def below(remote: Storage, uri: str) -> str:
+    return uri.removeprefix(f"{remote}/")
+
+
+def link_checkpoint(source: Path, folder: Path) -> Path:
+    """Make a copy of `source` the only checkpoint in a trial's folder; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    incoming, target = folder / f".fork-{source.name}", folder / source.name
+    shutil.rmtree(incoming, ignore_errors=True)
+    shutil.copytree(source, incoming, copy_function=os.link)
+    for old in folder.glob("step-*"):
+        shutil.rmtree(old)
+    return incoming.rename(target)
+
+
+def chosen(folder: Path, metric: str | None = None, remote: Storage | None = None) -> Path | None:
+    """The whole checkpoint of a trial that stands for it: where a held-out metric was best; without one, the newest.
+
+    No process group is needed. Where that one is damaged, the newest whole one is taken.
+
+    Args:
+        folder: the trial's.
+        metric: `checkpoint.keep_best`.
+        remote: the trial's folder in an object store; the checkpoint is brought from there into `folder`.
+
+    Returns:
+        The checkpoint's folder; None if there is none.
+
+    Raises:
+        StorageError: the store cannot be read.
+    """
+    if remote is None:
+        here = {p.name: p / MANIFEST for p in folder.glob("step-*") if STEP_NAME.fullmatch(p.name)}
+        manifests = {name: file.read_bytes() for name, file in here.items() if file.is_file()}
+    else:
+        there = {name.partition("/")[0] for name in remote.list() if name.endswith(f"/{MANIFEST}")}
+        manifests = {name: remote.read(f"{name}/{MANIFEST}") or b"" for name in there if STEP_NAME.fullmatch(name)}
+    names = sorted(manifests, reverse=True)
+    best = best_step({int(name[5:]): manifest_metrics(content) for name, content in manifests.items()}, metric)
+    if best is not None:
+        names.insert(0, step_name(best))
+    for name in names:
+        if (damage_of(folder / name) if remote is None else pull_checkpoint(remote, folder / name)) is None:
+            return folder / name
+    return None
+
+
+def best_step(metrics: dict[int, dict[str, float]], metric: str | None) -> int | None:
+    """The step at which a held-out metric was best; of equals the newest. None without a metric or a value."""
+    if metric is None:
+        return None
+    sign = 1 if METRIC_MODES[metric] == "max" else -1
+    values = [(sign * found[metric], step) for step, found in metrics.items() if metric in found]
+    return max(values)[1] if values else None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What was recorded: step, num_workers, zero_stage, progress, files with their sizes in bytes and SHA-256."""
+    return dict(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def owner_rank(name: str) -> int:
+    """The rank that writes a file; what no other rank claims is rank 0's."""
+    found = _OF_A_RANK.search(name)
+    return int(found[1]) if found else 0
+
+
+def file_facts(path: Path, flush: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _difference(path: Path, facts: dict[str, Any]) -> str | None:
+    """How a file differs from what its manifest says of it."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if (size := path.stat().st_size) != facts["size"]:
+        return f"{path.name} has {size} bytes, not the {facts['size']} it was written with"
+    if file_facts(path) != facts:
+        return f"{path.name} has other content than was written (SHA-256 differs)"
+    return None
+
+
+class _Outside(ValueError):
+    """A manifest names a file that would not lie in its checkpoint."""
+
+
+def _files_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    files = dict(manifest["files"])
+    for name in files:
+        if Path(name).is_absolute() or any(part in ("", ".", "..") for part in name.split("/")):
+            raise _Outside(f"its manifest names {name!r:.100}, which is not a file inside of it")
+    return files
+
+
+def damage_of(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint; every world-th file is looked at.
+
+    Args:
+        path: its folder.
+        share: (rank, world).
+    """
+    try:
+        mine = sorted(_files_of(read_manifest(path)).items())[share[0] :: share[1]]
+        return next((problem for name, facts in mine if (problem := _difference(path / name, facts))), None)
+    except _Outside as error:
+        return str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "its manifest is missing or unreadable"
+
+
+def pull_checkpoint(remote: Storage, here: Path) -> str | None:
+    """Have a checkpoint of a trial's folder in an object store on this node. Returns what is wrong with it."""
+    name = here.name
+    try:
+        content = remote.read(f"{name}/{MANIFEST}")
+        files = _files_of(json.loads(content or b""))
+        missing = {f: here / f for f, facts in files.items() if _difference(here / f, facts) is not None}
+        remote.download_all({f"{name}/{f}": path for f, path in missing.items()})
+        write_durably(here / MANIFEST, (content or b"").decode())
+    except FileNotFoundError as error:
+        return f"a file is missing ({error})"
+    except _Outside as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError):
+        return "its manifest is unreadable"
+    return damage_of(here)
+
+
+def manifest_metrics(manifest: bytes) -> dict[str, float]:
+    """What was measured at a checkpoint; nothing where the manifest is damaged."""
+    try:
+        return dict(json.loads(manifest)["progress"].get("metrics", {}))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """A rename survives a power cut once its folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

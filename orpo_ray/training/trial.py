@@ -1,0 +1,108 @@
+"""What a trial is given and what it returns: context, progress, decisions and result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from orpo_ray.storage.object_store import Storage
+
+
+class Decision(StrEnum):
+    """What the trial's owner says after an evaluation."""
+
+    CONTINUE = "continue"
+    PAUSE = "pause"
+    """Give the process back and go on later from a checkpoint of this step."""
+    STOP = "stop"
+
+
+class Status(StrEnum):
+    """How an assignment ended, in the words of results.json."""
+
+    FINISHED = "finished"
+    STOPPED_EARLY = "stopped_early"
+    PAUSED = "paused"
+    """Not an end: there is a checkpoint to go on from."""
+    PREEMPTED = "preempted"
+    """Not an end either: the process is about to be taken away."""
+    DIVERGED = "diverged"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class RankContext:
+    """What the loop needs from whoever runs it. The callables are called on rank 0 only."""
+
+    trial_dir: Path
+    """Checkpoints are kept here; if there is one, the trial continues from it."""
+    remote: Storage | None = None
+    """The trial's folder in an object store: `trial_dir` is then on this node's own disk."""
+    on_start: Callable[[int, int, dict[str, Any]], None] = lambda step, max_steps, facts: None
+    """(steps already done, steps in all, facts such as the model's parameters) when training begins."""
+    on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    """(step, training metrics)."""
+    on_eval: Callable[[int, dict[str, float], str | None, float], Decision] = lambda step, metrics, path, seconds: (
+        Decision.CONTINUE
+    )
+    """(step, held-out metrics, last checkpoint, seconds of training so far) -> whether to go on."""
+    on_commit: Callable[[], None] = lambda: None
+    """Returns when all that was told so far is written down; asked before a checkpoint counts, in another thread."""
+    on_problem: Callable[[str], None] = lambda message: None
+    """Something went wrong that does not end the trial. Also called in another thread."""
+    is_preempted: Callable[[], bool] = lambda: False
+    """Whether this rank's process is about to be taken away. Called on every rank after every step."""
+    control: Any = None
+    """Process group for small host-side messages; the default group if None."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """The same on every rank."""
+
+    status: Status
+    steps: int
+    metrics: dict[str, float]
+    """The last evaluation."""
+    checkpoint: str | None
+    train_seconds: float
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint remembers of the loop; the sampler is a function of the step, so nothing of it is kept."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    logged: int = 0
+    """Step of the last report of training metrics."""
+    sums: list[float] = field(default_factory=list)
+    """What has been counted since (`PairSums.totals`), so that the next report is that of an undisturbed run."""
+
+
+class Diverged(ArithmeticError):
+    """The gradient of a step is not finite. Raised on every rank alike.
+
+    Attributes:
+        step: the optimizer step.
+        pair_ids: pairs of the global batch whose log-probabilities this rank found not finite.
+        batch_ids: all pairs of the global batch.
+    """
+
+    def __init__(self, step: int, pair_ids: list[str], batch_ids: list[str]) -> None:
+        super().__init__(step, pair_ids, batch_ids)
+        self.step, self.pair_ids, self.batch_ids = step, pair_ids, batch_ids
+
+    def __str__(self) -> str:
+        if self.pair_ids:
+            return f"log-probabilities not finite at step {self.step} for {_listed(self.pair_ids)}"
+        return f"gradient not finite at step {self.step}, a batch of {_listed(self.batch_ids)}"
+
+
+def _listed(pair_ids: list[str]) -> str:
+    shown = ", ".join(pair_ids[:8]) + (", ..." if len(pair_ids) > 8 else "")
+    return f"{len(pair_ids)} pair(s): {shown}"
