@@ -39,7 +39,7 @@ class Load:
     """What the group manager needs to know."""
 
     queued: dict[str, int]
-    """lane -> trials waiting."""
+    """resource_class -> trials waiting."""
     busy: dict[str, str]
     """group -> trial."""
     assigned: dict[str, int]
@@ -53,7 +53,7 @@ class Load:
 @dataclass(slots=True)
 class _Trial:
     bundle: str
-    lane: str = ""
+    resource_class: str = ""
     config: Any = None
     attempt: int = 0
     failures: int = 0
@@ -76,7 +76,7 @@ class _Trial:
     """Who asked last for its results."""
     results: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
     """Evaluations on their way to the driver."""
-    verdict: asyncio.Future[str] | None = None
+    pending_decision: asyncio.Future[str] | None = None
     """Set while a worker waits to hear whether to go on."""
 
 
@@ -95,8 +95,8 @@ class Broker:
         self._path = Path(run_dir) / EVENTS_FILE
         self._max_failures = max_failures
         self._trials: dict[str, _Trial] = {}
-        self._queues: dict[str, list[str]] = {}  # lane -> trials
-        self._lanes: dict[str, str] = {}  # group -> lane
+        self._queues: dict[str, list[str]] = {}  # resource_class -> trials
+        self._resource_classes: dict[str, str] = {}  # group -> resource_class
         self._processes: dict[str, list[str]] = {}  # group -> host:pid of each rank
         self._nodes: dict[str, list[str]] = {}  # group -> node id of each rank
         self._controllers: dict[str, ray.actor.ActorHandle] = {}  # group -> Ray Train's actor for it
@@ -115,7 +115,7 @@ class Broker:
     # ---- Tune's drivers -------------------------------------------------------------------------------------------
 
     async def submit(
-        self, trial_id: str, params: dict[str, Any], bundle: str, lane: str, config: Any, purpose: str
+        self, trial_id: str, params: dict[str, Any], bundle: str, resource_class: str, config: Any, purpose: str
     ) -> None:
         """Queue a trial, new or paused. One that waits or trains already (its driver was restarted) is left alone.
 
@@ -123,7 +123,7 @@ class Broker:
             trial_id: the proposer's.
             params: axis name -> value.
             bundle: label of its bundle, or "".
-            lane: which groups can run it: those that occupy what it needs.
+            resource_class: which groups can run it: those that occupy what it needs.
             config: its ExperimentConfig, only passed on.
             purpose: `search` or `confirm`.
         """
@@ -133,7 +133,7 @@ class Broker:
             self._record("submitted", trial_id, params=params, bundle=bundle, purpose=purpose)
         if trial.end is not None:
             return
-        known, trial.config, trial.lane = trial.config is not None, config, lane
+        known, trial.config, trial.resource_class = trial.config is not None, config, resource_class
         if not known or trial.is_paused:
             trial.is_paused = False
             self._enqueue(trial_id)
@@ -160,7 +160,7 @@ class Broker:
             return
         trial.pause_requested = True
         self._answer(trial, "pause")
-        if trial_id in (queue := self._queues.get(trial.lane, [])):
+        if trial_id in (queue := self._queues.get(trial.resource_class, [])):
             queue.remove(trial_id)
             trial.is_paused, trial.pause_requested = True, False
 
@@ -213,7 +213,7 @@ class Broker:
         is_new, trial.driver = trial.driver != driver, driver
         if trial.end is not None and trial.results.empty():
             return trial.end
-        if trial.verdict is not None and trial.results.empty():
+        if trial.pending_decision is not None and trial.results.empty():
             if is_new:
                 return self._result(trial)
             self._answer(trial, "continue")
@@ -236,7 +236,7 @@ class Broker:
         trial.stop_requested = True
         trial.stop_reason = trial.stop_reason or reason
         self._answer(trial, "stop")
-        if trial_id in (queue := self._queues.get(trial.lane, [])):
+        if trial_id in (queue := self._queues.get(trial.resource_class, [])):
             queue.remove(trial_id)
             trial.is_paused = True
         if trial.is_paused:
@@ -256,16 +256,16 @@ class Broker:
 
     # ---- worker groups --------------------------------------------------------------------------------------------
 
-    async def join(self, group: str, lane: str, processes: list[str], nodes: list[str]) -> None:
+    async def join(self, group: str, resource_class: str, processes: list[str], nodes: list[str]) -> None:
         """A group's processes are up. If they were up before and had a trial, that one was interrupted.
 
         Args:
             group: its name.
-            lane: which trials it can run.
+            resource_class: which trials it can run.
             processes: `host:pid` of every rank, for the journal: where to look when a trial hangs.
             nodes: id of every rank's node.
         """
-        self._lanes[group] = lane
+        self._resource_classes[group] = resource_class
         self._processes[group] = processes
         self._nodes[group] = nodes
         self._idle_since[group] = time.monotonic()
@@ -285,17 +285,17 @@ class Broker:
         self._complaints.setdefault(group, reason)
 
     async def take(self, group: str, timeout_s: float) -> Assignment | str:
-        """Wait for a trial of the group's lane. Returns `wait` after `timeout_s` without one, `end` to finish."""
-        if group not in self._lanes:
+        """Wait for a trial of the group's resource class. Returns `wait` after `timeout_s` without one, `end` to finish."""
+        if group not in self._resource_classes:
             return "end"  # it was given up, since a node of it died; its trials are with others
-        lane, processes = self._lanes[group], self._processes[group]
+        resource_class, processes = self._resource_classes[group], self._processes[group]
 
         def replaced() -> bool:
             # The process that asked has died and this is its question still waiting; it must not take a trial along.
             return self._processes.get(group) is not processes
 
         def ready() -> bool:
-            return replaced() or group in self._retired or bool(self._queues.get(lane))
+            return replaced() or group in self._retired or bool(self._queues.get(resource_class))
 
         async with self._changed:
             try:
@@ -306,7 +306,7 @@ class Broker:
                 return "wait"
             if group in self._retired:
                 return "end"
-            queue = self._queues.get(lane)
+            queue = self._queues.get(resource_class)
             if not queue:  # emptied between the wait and now
                 return "wait"
             # The oldest trial of the bundle whose weights the group has in memory, else the oldest.
@@ -373,9 +373,9 @@ class Broker:
         self._record("eval", trial_id, step=step, metrics=metrics, checkpoint=checkpoint, seconds=seconds)
         if trial.stop_requested:
             return "stop"
-        trial.verdict = asyncio.get_running_loop().create_future()
+        trial.pending_decision = asyncio.get_running_loop().create_future()
         trial.results.put_nowait(self._result(trial))
-        return await trial.verdict
+        return await trial.pending_decision
 
     async def finished(
         self,
@@ -396,7 +396,7 @@ class Broker:
             self._busy.pop(trial.group, None)
             self._idle_since[trial.group] = time.monotonic()
         if status == "preempted":
-            trial.checkpoint, trial.group, trial.verdict = checkpoint, None, None
+            trial.checkpoint, trial.group, trial.pending_decision = checkpoint, None, None
             trial.attempt += 1  # its reports that are still on the way belong to the past; it is no failure
             self._record("preempted", trial_id, step=steps, checkpoint=checkpoint, attempt=trial.attempt)
             self._enqueue(trial_id)
@@ -425,13 +425,13 @@ class Broker:
         self._interrupted(group, self._complaints.pop(group, reason))
         self._processes.pop(group, None)
         self._nodes.pop(group, None)
-        self._lanes.pop(group, None)
+        self._resource_classes.pop(group, None)
         self._idle_since.pop(group, None)
         await self._notify()
 
-    async def fail_lane(self, lane: str, reason: str) -> None:
-        """No group of this lane can be kept running: its waiting trials fail with the reason."""
-        for trial_id in self._queues.pop(lane, []):
+    async def fail_resource_class(self, resource_class: str, reason: str) -> None:
+        """No group of this resource_class can be kept running: its waiting trials fail with the reason."""
+        for trial_id in self._queues.pop(resource_class, []):
             self._end_unfinished(trial_id, "failed", reason)
         await self._notify()
 
@@ -458,7 +458,7 @@ class Broker:
         """Queues and groups as they are."""
         now = time.monotonic()
         return Load(
-            queued={lane: len(queue) for lane, queue in self._queues.items() if queue},
+            queued={resource_class: len(queue) for resource_class, queue in self._queues.items() if queue},
             busy=dict(self._busy),
             assigned=dict(self._assigned),
             idle_seconds={g: now - since for g, since in self._idle_since.items() if g not in self._busy},
@@ -477,12 +477,12 @@ class Broker:
         if self._is_held:
             trial.is_paused = True
         else:
-            bisect.insort(self._queues.setdefault(trial.lane, []), trial_id)
+            bisect.insort(self._queues.setdefault(trial.resource_class, []), trial_id)
 
     def _answer(self, trial: _Trial, decision: str) -> None:
-        if trial.verdict is not None and not trial.verdict.done():
-            trial.verdict.set_result("pause" if self._is_held and decision == "continue" else decision)
-        trial.verdict = None
+        if trial.pending_decision is not None and not trial.pending_decision.done():
+            trial.pending_decision.set_result("pause" if self._is_held and decision == "continue" else decision)
+        trial.pending_decision = None
 
     def _standing_decision(self, trial: _Trial) -> str:
         """For an evaluation that was reported before a restart, and decided then."""
@@ -505,7 +505,7 @@ class Broker:
         if trial_id is None:
             return
         trial = self._trials[trial_id]
-        trial.verdict = None
+        trial.pending_decision = None
         trial.attempt += 1
         trial.failures += 1
         if trial.failures > self._max_failures:

@@ -32,7 +32,7 @@ _UNBOUNDED = 1000
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one group occupies. Trials that need the same share a lane: any group of it can run them."""
+    """What one group occupies. Trials that need the same share a resource_class: any group of it can run them."""
 
     num_workers: int
     cpus_per_worker: int
@@ -45,8 +45,8 @@ class Resources:
         return cls(scaling.num_workers, scaling.cpus_per_worker, int(use_gpu))
 
     @property
-    def lane(self) -> str:
-        """Name of the lane."""
+    def resource_class(self) -> str:
+        """Name of the resource_class."""
         return f"{self.num_workers}x{self.cpus_per_worker}cpu{self.gpus_per_worker}gpu"
 
     @property
@@ -121,7 +121,7 @@ class Capacity:
         return text
 
 
-def look() -> Capacity:
+def snapshot() -> Capacity:
     """The connected cluster now. Cheap: two questions to the GCS, and a small file."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = {node["NodeID"]: node["Resources"] for node in alive}
@@ -204,7 +204,7 @@ class SharedFolder:
         """Node -> the reference to its answer, until that is there."""
         self._known = {ray.get_runtime_context().get_node_id()}
 
-    def blind(self, capacity: Capacity, timeout_s: float = 0.0) -> list[str]:
+    def nodes_without_access(self, capacity: Capacity, timeout_s: float = 0.0) -> list[str]:
         """Ask nodes that are new, wait for answers at most so long. Returns ids of nodes that do not see the folder."""
         for node in capacity.nodes.keys() - self._known:
             there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)

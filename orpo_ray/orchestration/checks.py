@@ -49,10 +49,10 @@ def require_room(resources: dict[str, Resources], capacity: Capacity) -> None:
             )
 
 
-def require_shared_folders(config: ExperimentConfig, blind: list[str]) -> None:
+def require_shared_folders(config: ExperimentConfig, nodes: list[str]) -> None:
     """On several nodes, all must see what is written here."""
-    if blind:
-        where = ", ".join(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in blind))
+    if nodes:
+        where = ", ".join(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in nodes))
         raise SweepError(
             f"output_dir {config.output_dir}: {config.run_dir} is not seen by {where}; on several nodes it must be on "
             "a file system that all of them mount, or set storage to an object store"

@@ -24,7 +24,7 @@ class TrialDriver(tune.Trainable):
         self,
         config: dict[str, Any],
         experiment: ExperimentConfig,
-        lanes: dict[str, str],
+        resource_classes: dict[str, str],
         confirmations: str,
         broker_name: str,
         namespace: str,
@@ -34,12 +34,12 @@ class TrialDriver(tune.Trainable):
         Args:
             config: the first trial's params: axis name -> value.
             experiment: the sweep.
-            lanes: bundle -> lane.
+            resource_classes: bundle -> resource_class.
             confirmations: how the ids of confirmation trials begin.
             broker_name: the broker's name.
             namespace: and namespace.
         """
-        self._experiment, self._lanes, self._confirmations = experiment, lanes, confirmations
+        self._experiment, self._resource_classes, self._confirmations = experiment, resource_classes, confirmations
         self._broker = ray.get_actor(broker_name, namespace=namespace)
         self.reset_config(config)
 
@@ -80,9 +80,11 @@ class TrialDriver(tune.Trainable):
         }
 
     def _hand_over(self) -> None:
-        lane, config = self._lanes[self._bundle], self._experiment.trial(self._params)
+        resource_class, config = self._resource_classes[self._bundle], self._experiment.trial(self._params)
         purpose = "confirm" if self.trial_id.startswith(self._confirmations) else "search"
-        submission = self._broker.submit.remote(self.trial_id, self._params, self._bundle, lane, config, purpose)
+        submission = self._broker.submit.remote(
+            self.trial_id, self._params, self._bundle, resource_class, config, purpose
+        )
         ray.get(submission)
         self._is_handed_over = True
 

@@ -14,7 +14,7 @@ from orpo_ray.orchestration.capacity import SharedFolder
 from orpo_ray.orchestration.checks import require_shared_folders
 from orpo_ray.orchestration.groups import GroupManager
 from orpo_ray.reports.progress import SweepProgress
-from orpo_ray.search.scheduler import Conductor
+from orpo_ray.search.scheduler import SweepScheduler
 from orpo_ray.storage import requests
 from orpo_ray.tracking.node_metrics import ClusterMonitor
 from orpo_ray.tracking.prometheus import SweepMetrics
@@ -45,12 +45,12 @@ class EventPump(threading.Thread):
         self._stopping = threading.Event()
         self._error: BaseException | None = None
         self._inbox: requests.Inbox | None = None
-        self._conductor: Conductor | None = None
+        self._conductor: SweepScheduler | None = None
         self.asked_to_stop = False
         """The user wants the sweep interrupted."""
         self._is_interrupted = False
 
-    def listen(self, inbox: requests.Inbox, conductor: Conductor) -> None:
+    def listen(self, inbox: requests.Inbox, conductor: SweepScheduler) -> None:
         """From now on, do what the user asks for."""
         self._conductor, self._inbox = conductor, inbox
 
@@ -59,19 +59,19 @@ class EventPump(threading.Thread):
             while not self._stopping.wait(_TICK_S):
                 self._manager.tick()
                 if self._shared is not None:
-                    require_shared_folders(self._config, self._shared.blind(self._manager.capacity))
+                    require_shared_folders(self._config, self._shared.nodes_without_access(self._manager.capacity))
                 if self._conductor is not None:
                     self._conductor.resize(self._manager.slots)
                 self._move_events()
                 if self._monitor is not None and (sample := self._monitor.tick()):
                     self._tracker.handle_system(sample)
                 if self._inbox is not None and self._conductor is not None:
-                    self._obey(self._inbox, self._conductor)
+                    self._handle_requests(self._inbox, self._conductor)
         except BaseException as error:
             self._error = error
             _thread.interrupt_main()  # else Tune would wait for ever for groups that nobody starts; `stop` tells why
 
-    def _obey(self, inbox: requests.Inbox, conductor: Conductor) -> None:
+    def _handle_requests(self, inbox: requests.Inbox, conductor: SweepScheduler) -> None:
         for request in inbox.new():
             if request.trial_id is None:
                 self.asked_to_stop = True

@@ -11,15 +11,15 @@ import ray
 import ray.train
 
 from orpo_ray.orchestration.broker import Load
-from orpo_ray.orchestration.capacity import Capacity, Resources, give_back_abandoned, look, place
+from orpo_ray.orchestration.capacity import Capacity, Resources, give_back_abandoned, place, snapshot
 from orpo_ray.orchestration.worker import GroupSpec
 from orpo_ray.orchestration.worker_group import WorkerGroup
 from orpo_ray.storage.object_store import Storage
 
 _MAX_FAILED_STARTS = 3
-"""Groups of a lane that end without having taken a trial, one after another, before its trials are given up."""
+"""Groups of a resource class that end without having taken a trial, in a row, before its trials are given up."""
 _IDLE_GRACE_S = 3.0
-"""A group without work is kept this long before it makes room for another lane's."""
+"""A group without work is kept this long before it makes room for another resource class's."""
 _LOOK_S = 2.0
 """How often the cluster is looked at: nodes come and go."""
 _AFTERMATH_S = 30.0
@@ -44,7 +44,7 @@ class GroupManager:
         proof: Path | None,
         kinds: set[Resources],
         capacity: Capacity,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         max_groups: int | None,
         max_group_trials: int,
     ) -> None:
@@ -57,13 +57,13 @@ class GroupManager:
             proof: a file that every node must see before it trains; None where nodes need not share files.
             kinds: what groups may occupy.
             capacity: the cluster now.
-            say: tells the user when trials wait for nodes.
+            notify: tells the user when trials wait for nodes.
             max_groups: groups running at once at most, i.e. trials training at once.
             max_group_trials: trials after which a group is replaced by a new one.
         """
         self._broker, self._broker_name, self._namespace = broker, broker_name, namespace
-        self._run_dir, self._remote, self._proof, self._say = run_dir, remote, proof, say
-        self._kinds = {kind.lane: kind for kind in kinds}
+        self._run_dir, self._remote, self._proof, self._notify_user = run_dir, remote, proof, notify
+        self._kinds = {kind.resource_class: kind for kind in kinds}
         self.capacity = capacity
         """As last looked at."""
         self._looked_at = time.monotonic()
@@ -72,7 +72,7 @@ class GroupManager:
         self._retiring: set[str] = set()
         self._waiting: set[str] = set()
         """Groups that need nodes which are not there."""
-        self._told: tuple[str, ...] = ()
+        self._announced: tuple[str, ...] = ()
         self._broken_at = float("-inf")
         """When a group last ended with an error."""
         self._started = 0
@@ -95,7 +95,7 @@ class GroupManager:
         """Look once, act once. Call a few times a second."""
         load: Load = ray.get(self._broker.load.remote())
         if time.monotonic() - self._looked_at > _LOOK_S:
-            self.capacity, self._looked_at = look(), time.monotonic()
+            self.capacity, self._looked_at = snapshot(), time.monotonic()
             if self._looked_at - self._broken_at < _AFTERMATH_S:
                 give_back_abandoned()
             if any(self._left_without(group_id, load.nodes) for group_id in list(self._groups)):
@@ -105,17 +105,21 @@ class GroupManager:
             if group_id not in self._retiring and load.assigned.get(group_id, 0) >= self._max_group_trials:
                 self._retire(group_id)  # it ends after its present trial, and is replaced where trials wait
         free = self._settle(load.nodes)
-        for lane, queued in load.queued.items():
-            up = [g for g, group in self._groups.items() if group.spec.lane == lane and g not in self._retiring]
+        for resource_class, queued in load.queued.items():
+            up = [
+                g
+                for g, group in self._groups.items()
+                if group.spec.resource_class == resource_class and g not in self._retiring
+            ]
             without_work = [g for g in up if g not in load.busy]
             if queued <= sum(g not in self._waiting for g in without_work):
                 continue
-            if queued > len(without_work) and self._may_start(self._kinds[lane], free):
-                self._start(self._kinds[lane])
+            if queued > len(without_work) and self._may_start(self._kinds[resource_class], free):
+                self._start(self._kinds[resource_class])
                 free = self._settle(load.nodes)
             elif (idle := self._idle_group(load)) is not None:
                 self._retire(idle)
-        self._tell(load)
+        self._announce_waiting(load)
 
     def shutdown(self, timeout_s: float) -> None:
         """Let every group end by itself, so that nothing is left for Ray to clean up."""
@@ -143,7 +147,7 @@ class GroupManager:
     def _reap(self, load: Load) -> None:
         for group_id, group in list(self._groups.items()):
             if group_id in load.busy:
-                self._failed_starts[group.spec.lane] = 0
+                self._failed_starts[group.spec.resource_class] = 0
             if group.running:
                 continue
             del self._groups[group_id]
@@ -153,13 +157,17 @@ class GroupManager:
                     continue
             if group.error is not None:
                 self._broken_at = time.monotonic()
-            lane, reason = group.spec.lane, group.error or "the worker group ended by itself"
+            resource_class, reason = group.spec.resource_class, group.error or "the worker group ended by itself"
             ray.get(self._broker.lost.remote(group_id, reason))
             if group_id in self._waiting:
                 continue  # it has waited for nodes as long as Ray Train does; the next one goes on waiting
-            self._failed_starts[lane] = self._failed_starts.get(lane, 0) + 1
-            if self._failed_starts[lane] >= _MAX_FAILED_STARTS:
-                ray.get(self._broker.fail_lane.remote(lane, f"no worker group could be kept running: {reason}"))
+            self._failed_starts[resource_class] = self._failed_starts.get(resource_class, 0) + 1
+            if self._failed_starts[resource_class] >= _MAX_FAILED_STARTS:
+                ray.get(
+                    self._broker.fail_resource_class.remote(
+                        resource_class, f"no worker group could be kept running: {reason}"
+                    )
+                )
 
     def _retire(self, group_id: str) -> None:
         self._retiring.add(group_id)
@@ -178,7 +186,7 @@ class GroupManager:
                 coming.append(group_id)
                 continue
             for node in nodes[group_id]:
-                left = free.get(node, {})  # a node that came since the last look does not count yet
+                left = free.get(node, {})  # a node that came since the last snapshot does not count yet
                 for kind, need in group.resources.per_worker.items():
                     left[kind] = left.get(kind, 0.0) - need
         self._waiting = {g for g in coming if not place(self._groups[g].resources, list(free.values()))}
@@ -199,33 +207,33 @@ class GroupManager:
         )
 
     def _idle_group(self, load: Load) -> str | None:
-        """A group whose lane has nothing waiting and that has had nothing to do for a while."""
+        """A group whose resource class has nothing waiting and that has had nothing to do for a while."""
         if self._retiring:
             return None  # room is being made already
         for group_id, idle_seconds in load.idle_seconds.items():
             group = self._groups.get(group_id)
-            if group is not None and group.spec.lane not in load.queued and idle_seconds > _IDLE_GRACE_S:
+            if group is not None and group.spec.resource_class not in load.queued and idle_seconds > _IDLE_GRACE_S:
                 return group_id
         return None
 
-    def _tell(self, load: Load) -> None:
-        """Say what is waited for, once, where nothing can train before nodes come."""
-        lanes = tuple(sorted(lane for lane in load.queued if not self._holds_one_of(lane)))
-        if lanes != self._told:
-            self._told = lanes
-            if lanes:
-                needs = " and ".join(self._kinds[lane].describe() for lane in lanes)
-                self._say(f"Trials wait for nodes: each needs {needs}, and {self.capacity.describe()}.")
+    def _announce_waiting(self, load: Load) -> None:
+        """Tell the user once which trials wait for nodes."""
+        unmet = tuple(sorted(wanted for wanted in load.queued if not self._holds_one_of(wanted)))
+        if unmet != self._announced:
+            self._announced = unmet
+            if unmet:
+                needs = " and ".join(self._kinds[wanted].describe() for wanted in unmet)
+                self._notify_user(f"Trials wait for nodes: each needs {needs}, and {self.capacity.describe()}.")
 
-    def _holds_one_of(self, lane: str) -> bool:
+    def _holds_one_of(self, resource_class: str) -> bool:
         live = [dict(node) for node in self.capacity.nodes.values()]
-        return place(self._kinds[lane], live)
+        return place(self._kinds[resource_class], live)
 
     def _start(self, resources: Resources) -> None:
         self._started += 1
         spec = GroupSpec(
             group=f"group-{self._stamp}-{self._started:03d}",
-            lane=resources.lane,
+            resource_class=resources.resource_class,
             broker=self._broker_name,
             namespace=self._namespace,
             trials_dir=str(self._run_dir / "trials") if self._remote is None else None,

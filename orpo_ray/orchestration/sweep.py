@@ -18,7 +18,7 @@ from orpo_ray import provenance
 from orpo_ray.config import AshaConfig, ExperimentConfig, SweepConfig
 from orpo_ray.orchestration import broker
 from orpo_ray.orchestration.auto_scaling import fitted
-from orpo_ray.orchestration.capacity import SharedFolder, look
+from orpo_ray.orchestration.capacity import SharedFolder, snapshot
 from orpo_ray.orchestration.checks import (
     SweepError,
     group_resources,
@@ -36,10 +36,10 @@ from orpo_ray.reports import report
 from orpo_ray.reports.progress import SweepProgress
 from orpo_ray.results import winners
 from orpo_ray.search import searchers
-from orpo_ray.search.algorithm import Proposer
+from orpo_ray.search.algorithm import SweepSearch
 from orpo_ray.search.ladder import Ladder
 from orpo_ray.search.proposals import CONFIRMATIONS, Proposals
-from orpo_ray.search.scheduler import Conductor
+from orpo_ray.search.scheduler import SweepScheduler
 from orpo_ray.storage import journal, requests, results, sync
 from orpo_ray.storage.history import History
 from orpo_ray.storage.lease import Lease, LeaseError
@@ -106,11 +106,11 @@ def _run_kept(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgr
         _thread.interrupt_main()
 
     try:
-        lease = Lease(remote, stop, progress.say)
+        lease = Lease(remote, stop, progress.log)
     except LeaseError as error:
         raise SweepError(str(error)) from None
     try:
-        sync.take_up(config.run_dir, remote)
+        sync.restore(config.run_dir, remote)
         return _run(config, sweep, progress, remote)
     except KeyboardInterrupt:
         if lost:
@@ -132,12 +132,12 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
         if remote is not None and (config.run_dir / FITTED_FILE).exists():
             sync.put(config.run_dir, remote, FITTED_FILE)
         config, sweep = config.as_sweep()
-        capacity = look()
+        capacity = snapshot()
         resources = group_resources(config, sweep, resolve_use_gpu(config, sweep, capacity))
         require_room(resources, capacity)
         shared = SharedFolder(proof) if proof else None
         if shared is not None:
-            require_shared_folders(config, shared.blind(capacity, timeout_s=_PROBE_TIMEOUT_S))
+            require_shared_folders(config, shared.nodes_without_access(capacity, timeout_s=_PROBE_TIMEOUT_S))
     except Exception:
         if is_new:
             remove_new_run_dir(config.run_dir)
@@ -169,16 +169,16 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
     follower.start()
     complete = False
     try:
-        lanes = {bundle: request.lane for bundle, request in resources.items()}
-        conductor = _conductor(config, sweep, handle, manager.slots, len(set(lanes.values())), known)
+        resource_classes = {bundle: request.resource_class for bundle, request in resources.items()}
+        conductor = _conductor(config, sweep, handle, manager.slots, len(set(resource_classes.values())), known)
         follower.listen(inbox, conductor)
-        complete = _fit(config, conductor, broker_name, lanes)
+        complete = _fit(config, conductor, broker_name, resource_classes)
     finally:
         # Interrupted trials are left as they are: their checkpoints are what the next run starts from.
         follower.stop(timeout_s=30 if complete or follower.asked_to_stop else 0)
     tracker.flush()  # runs of the last trials get their ids
     if remote is not None:
-        sync.bring(config.run_dir, remote)  # what workers on other nodes left
+        sync.pull(config.run_dir, remote)  # what workers on other nodes left
     events = journal.read_events(config.run_dir / EVENTS_FILE)
     summary = results.summarize(config.name, sweep.metric, sweep.mode, events, tracker.run_ids)
     if isinstance(source := conductor.proposals.source, Ladder):
@@ -200,8 +200,13 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
 
 
 def _conductor(
-    config: ExperimentConfig, sweep: SweepConfig, handle: Any, slots: int, num_lanes: int, known: WarmStart | None
-) -> Conductor:
+    config: ExperimentConfig,
+    sweep: SweepConfig,
+    handle: Any,
+    slots: int,
+    num_resource_classes: int,
+    known: WarmStart | None,
+) -> SweepScheduler:
     """Take up the sweep where its journal ends."""
     events = journal.read_events(config.run_dir / EVENTS_FILE)
     history = History(events)
@@ -214,13 +219,13 @@ def _conductor(
     # A trial that waits for each kind of group, so that none has to wait for its driver, a process of some 100 MB. But
     # whoever decides by results decides better the later it does.
     decides = sweep.is_model_based or isinstance(sweep.scheduler, AshaConfig)
-    lookahead = 0 if decides else num_lanes
+    lookahead = 0 if decides else num_resource_classes
     gives_up = source.gives_up if isinstance(source, Ladder) else None
-    return Conductor(proposals, handle, slots, lookahead, gives_up, events)
+    return SweepScheduler(proposals, handle, slots, lookahead, gives_up, events)
 
 
 def _sizes(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, searchers.Size]:
-    """Bundles by label, where there is a budget, which is the only reason to look into models here."""
+    """Bundles by label, where there is a budget, which is the only reason to snapshot into models here."""
     if sweep.budget is None:
         return {}
     axis = sweep.bundle_axis
@@ -235,7 +240,9 @@ def _sizes(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, searchers.
     }
 
 
-def _fit(config: ExperimentConfig, conductor: Conductor, broker_name: str, lanes: dict[str, str]) -> bool:
+def _fit(
+    config: ExperimentConfig, conductor: SweepScheduler, broker_name: str, resource_classes: dict[str, str]
+) -> bool:
     """Let Tune run the sweep to its end. Returns whether it came there, and was not interrupted."""
     # Tune would warn that it finds no result files of its own, which would only repeat the journal.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
@@ -246,7 +253,7 @@ def _fit(config: ExperimentConfig, conductor: Conductor, broker_name: str, lanes
         tune.with_parameters(
             TrialDriver,
             experiment=config,
-            lanes=lanes,
+            resource_classes=resource_classes,
             confirmations=CONFIRMATIONS,
             broker_name=broker_name,
             namespace=NAMESPACE,
@@ -257,7 +264,7 @@ def _fit(config: ExperimentConfig, conductor: Conductor, broker_name: str, lanes
     grid = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=Proposer(conductor, sweep.num_trials + sweep.num_confirmations),
+            search_alg=SweepSearch(conductor, sweep.num_trials + sweep.num_confirmations),
             scheduler=conductor,
             metric=sweep.metric,
             mode=sweep.mode,

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from orpo_ray.config import ScalingConfig
 from orpo_ray.errors import UserError
-from orpo_ray.orchestration.capacity import Capacity, Resources, look
+from orpo_ray.orchestration.capacity import Capacity, Resources, snapshot
 from orpo_ray.storage.run_dir import write_results
 
 _RETRIES = 2
@@ -65,7 +65,7 @@ def run_all(tasks: Sequence[Task], folder: Path, scaling: ScalingConfig, console
         Exception: whatever a task raises. Either is raised when the others have ended, and what they gave is kept.
     """
     missing = [task for task in tasks if not _is_kept(task, folder)]
-    cluster = look()
+    cluster = snapshot()
     streams = {_started(task, scaling, cluster): task for task in missing}
     done: dict[str, list[Any]] = {task.name: [] for task in missing}
     failures: list[Exception] = []

@@ -41,7 +41,7 @@ class GroupSpec:
     """What a worker group is told at its start."""
 
     group: str
-    lane: str
+    resource_class: str
     broker: str
     namespace: str
     trials_dir: str | None
@@ -86,7 +86,7 @@ def run_group(spec: GroupSpec) -> None:
         dist.all_gather_object(ranks, here, group=control)
         if rank == 0:
             processes, nodes = [process for process, _ in ranks], [node for _, node in ranks]
-            ray.get(broker.join.remote(spec.group, spec.lane, processes, nodes))
+            ray.get(broker.join.remote(spec.group, spec.resource_class, processes, nodes))
         while (assignment := _next_assignment(spec, broker, control, rank)) is not None:
             with preemption.at_work(), worker_logs.trial(assignment.trial_id, assignment.attempt):
                 goes_on = _run_trial(assignment, spec, home, log_file, broker, control, roll_call, rank)

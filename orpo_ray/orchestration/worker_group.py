@@ -20,7 +20,7 @@ _COLLECTIVE_TIMEOUT_S = 1800
 """A rank that never arrives fails the group after this."""
 
 
-class _Introduction(ControllerCallback):
+class ControllerRegistration(ControllerCallback):
     """Makes a group's controller known to the broker: Ray Train shows it to nobody, and it alone can be told to end a
     group that waits for nodes."""
 
@@ -58,7 +58,7 @@ class WorkerGroup:
                 storage_path=str(groups_dir) if spec.remote is None else f"{spec.remote.path}/{groups_dir.name}",
                 storage_filesystem=None if spec.remote is None else spec.remote.filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=_MAX_GROUP_RESTARTS, controller_failure_limit=3),
-                callbacks=[_Introduction(broker, spec.group)],
+                callbacks=[ControllerRegistration(broker, spec.group)],
                 worker_runtime_env={"env_vars": _worker_environment(resources)},
             ),
         )

@@ -61,7 +61,7 @@ class SweepProgress:
                 if trial.status not in _ENDED:
                     trial.status = "waiting"
         if self._live is None and time.monotonic() - self._spoke > _LINE_EVERY_S:
-            self.say(self._summary())
+            self.log(self._summary())
 
     def _take(self, event: dict[str, Any]) -> None:
         if event["event"] == "submitted":
@@ -85,7 +85,7 @@ class SweepProgress:
             case "preempted":
                 trial.status = "waiting"
             case "warning":
-                self.say(f"{describe(trial.params)}: {event['message']}")
+                self.log(f"{describe(trial.params)}: {event['message']}")
             case "retry":
                 trial.status = f"again ({event['attempt']})"
             case "finished":
@@ -97,9 +97,9 @@ class SweepProgress:
                     done = sum(t.status in _ENDED for t in self._trials.values())
                     reason = f"  {trial.error.splitlines()[0]}" if trial.error else ""
                     line = f"[{done}/{self.num_trials}] {describe(trial.params)}: {trial.status} at step {trial.step}"
-                    self.say(line + value + reason)
+                    self.log(line + value + reason)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a line; a live table stays below it."""
         self._spoke = time.monotonic()
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

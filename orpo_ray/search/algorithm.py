@@ -8,13 +8,13 @@ from ray.tune.experiment import Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search import SearchAlgorithm
 
-from orpo_ray.search.scheduler import Conductor
+from orpo_ray.search.scheduler import SweepScheduler
 
 
-class Proposer(SearchAlgorithm):
+class SweepSearch(SearchAlgorithm):
     """Tune's search algorithm: proposals as Tune's trials, paused until the conductor gives them a turn."""
 
-    def __init__(self, conductor: Conductor, num_trials: int) -> None:
+    def __init__(self, conductor: SweepScheduler, num_trials: int) -> None:
         """Proposals for that conductor."""
         self._conductor, self._num_trials = conductor, num_trials
         self._spec: dict[str, Any] = {}

@@ -35,7 +35,7 @@ class Rungs:
         max_steps: int,
         mode: Literal["max", "min"],
         *,
-        patient: bool,
+        depth_last: bool,
     ) -> None:
         """Rungs at grace_steps · reduction_factor^k, below max_steps.
 
@@ -44,11 +44,11 @@ class Rungs:
             reduction_factor: η: about one trial in η leaves a rung.
             max_steps: a trial's whole length.
             mode: whether a higher or a lower metric is better.
-            patient: promote from the lowest rung first, and nobody while fresh trials are to come. Where the number
+            depth_last: promote from the lowest rung first, and nobody while fresh trials are to come. Where the number
                 of trials is fixed this loses no time and promotes fewer that later ones overtake. Otherwise the
                 highest rung comes first, as in the paper, so that whole results are there early.
         """
-        self._patient = patient
+        self._depth_last = depth_last
         self._factor = reduction_factor
         self._sign = 1.0 if mode == "max" else -1.0
         self._rungs: list[_Rung] = []
@@ -96,11 +96,11 @@ class Rungs:
             more_to_come: whether further trials will be proposed. Without them the best of each rung goes on, however
                 few there are.
         """
-        if self._patient and more_to_come:
+        if self._depth_last and more_to_come:
             return None
         complete = 0 if more_to_come else self._num_complete()
         rungs = range(len(self._rungs))
-        for index in rungs if self._patient else reversed(rungs):
+        for index in rungs if self._depth_last else reversed(rungs):
             for trial_id in self._candidates(index, last=index < complete):
                 if self._waiting.get(trial_id) == index:
                     return trial_id
@@ -110,7 +110,7 @@ class Rungs:
         """The trial goes on."""
         self._running[trial_id] = self._waiting.pop(trial_id) + 1
 
-    def hopeless(self, more_to_come: bool) -> list[str]:
+    def eliminated(self, more_to_come: bool) -> list[str]:
         """Waiting trials that can never be promoted: their rung is complete and its places are taken."""
         complete = 0 if more_to_come else self._num_complete()
         return [
@@ -156,7 +156,7 @@ class Asha:
         self._more_to_come = more_to_come
         self._rungs: Rungs | None = None
         self._answers: tuple[bool, str | None, list[str]] | None = None
-        """(more to come, next promotion, hopeless ones), until something changes: Tune asks many times a second."""
+        """(more to come, next promotion, eliminated ones), until something changes: Tune asks many times a second."""
         self._events = events
         if max_steps := next((e["max_steps"] for e in events if e["event"] == "started"), None):
             self._start(max_steps)
@@ -170,7 +170,7 @@ class Asha:
             scheduler.reduction_factor,
             max_steps,
             self._sweep.mode,
-            patient=not self._sweep.is_model_based,
+            depth_last=not self._sweep.is_model_based,
         )
         for event in self._events:
             trial_id = event["trial_id"]
@@ -228,14 +228,16 @@ class Asha:
             self._rungs.promote(trial.trial_id)
             self._answers = None
 
-    def hopeless(self) -> list[str]:
-        """See `Rungs.hopeless`; only trials that Tune has paused already."""
+    def eliminated(self) -> list[str]:
+        """See `Rungs.eliminated`; only trials that Tune has paused already."""
         return [name for name in self._ask()[2] if name in self._trials and self._trials[name].status == Trial.PAUSED]
 
     def _ask(self) -> tuple[bool, str | None, list[str]]:
         more = self._more_to_come()
         if self._answers is None or self._answers[0] != more:
             rungs = self._rungs
-            promotion, hopeless = (None, []) if rungs is None else (rungs.next_promotion(more), rungs.hopeless(more))
-            self._answers = (more, promotion, hopeless)
+            promotion, eliminated = (
+                (None, []) if rungs is None else (rungs.next_promotion(more), rungs.eliminated(more))
+            )
+            self._answers = (more, promotion, eliminated)
         return self._answers

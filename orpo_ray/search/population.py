@@ -14,7 +14,7 @@ from ray.tune.schedulers import PopulationBasedTraining
 
 from orpo_ray.config import Pb2Config, PbtConfig, SweepConfig
 from orpo_ray.config.space import Choice, LogUniform, Uniform
-from orpo_ray.search.rules import Rule
+from orpo_ray.search.rules import PruningRule
 from orpo_ray.storage.history import TrialHistory
 
 
@@ -123,7 +123,7 @@ def pb2(
     sweep: SweepConfig,
     exploited: Callable[[Trial, Trial], None],
     population: dict[str, TrialHistory],
-) -> Rule:
+) -> PruningRule:
     """Tune's PB2, in step. Its libraries are loaded only for it."""
     from ray.tune.schedulers.pb2 import PB2
 

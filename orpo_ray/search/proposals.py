@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orpo_ray.config import ExperimentConfig, SweepConfig
-from orpo_ray.search.searchers import Source, key
+from orpo_ray.search.searchers import Searcher, key
 from orpo_ray.storage.history import Exhausted, History, TrialHistory, trial_id_of
 
 _SEED = "train.seed"
@@ -33,7 +33,7 @@ class Proposals:
     def __init__(
         self,
         config: ExperimentConfig,
-        source: Source,
+        source: Searcher,
         history: History,
         earlier: dict[str, TrialHistory],
         committed_hours: Callable[[History], float],
@@ -65,7 +65,7 @@ class Proposals:
         return self._sweep
 
     @property
-    def source(self) -> Source:
+    def source(self) -> Searcher:
         """Of the search."""
         return self._source
 

@@ -10,7 +10,7 @@ from ray.tune.schedulers import HyperBandForBOHB, MedianStoppingRule
 from ray.tune.schedulers import TrialScheduler as Decision
 
 
-class Rule(Protocol):
+class PruningRule(Protocol):
     """How trials of one bundle are compared. Confirmation trials are not shown to it."""
 
     def on_trial_add(self, controller: Any, trial: Trial) -> None:

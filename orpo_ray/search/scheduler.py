@@ -22,7 +22,7 @@ from orpo_ray.config.space import describe, plain
 from orpo_ray.search.asha import Asha
 from orpo_ray.search.population import Pbt, pb2
 from orpo_ray.search.proposals import Proposals
-from orpo_ray.search.rules import BundleView, Fifo, HyperBand, Median, Rule
+from orpo_ray.search.rules import BundleView, Fifo, HyperBand, Median, PruningRule
 from orpo_ray.storage.history import History, TrialHistory
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _BUDGET_SPENT = "the sweep's budget is spent"
 
 
-class Conductor(FIFOScheduler):
+class SweepScheduler(FIFOScheduler):
     """Tune's scheduler: gives turns, within the slots there are, and asks each bundle's rule."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Conductor(FIFOScheduler):
         self.proposals, self._broker, self._gives_up = proposals, broker, gives_up
         self._sweep = proposals.sweep
         self._slots, self._lookahead = slots, lookahead
-        self._rules: dict[str, Rule] = {}
+        self._rules: dict[str, PruningRule] = {}
         self._trials: dict[str, Trial] = {}
         self._live: dict[str, Trial] = {}
         self._ready: dict[str, Trial] = {}
@@ -169,7 +169,7 @@ class Conductor(FIFOScheduler):
         """The next to take a free slot."""
         self.is_running = True
         self._end_unwanted(tune_controller)
-        self._give_up_hopeless(tune_controller)
+        self._stop_eliminated(tune_controller)
         if self._num_active() >= self._slots + self._lookahead:
             return None
         if self._is_population:
@@ -226,10 +226,10 @@ class Conductor(FIFOScheduler):
             if (trial := self._live.get(trial_id)) is not None and trial.status == Trial.PAUSED:
                 controller.stop_trial(trial)
 
-    def _give_up_hopeless(self, controller: Any) -> None:
+    def _stop_eliminated(self, controller: Any) -> None:
         for rule in self._rules.values():
             if isinstance(rule, Asha):
-                for trial_id in rule.hopeless():
+                for trial_id in rule.eliminated():
                     self._stop(self._trials[trial_id], "not among the best of its rung")
                     controller.stop_trial(self._trials[trial_id])
         if self.proposals.over_budget(planned=False):
@@ -254,7 +254,7 @@ class Conductor(FIFOScheduler):
     def _bundle_of(self, trial: Trial) -> str:
         return self._history.trials[trial.trial_id].bundle
 
-    def _rule_of(self, trial: Trial) -> Rule:
+    def _rule_of(self, trial: Trial) -> PruningRule:
         bundle = self._bundle_of(trial)
         if bundle not in self._rules:
             self._rules[bundle] = self._build(bundle)
@@ -263,14 +263,14 @@ class Conductor(FIFOScheduler):
     def _view(self, controller: Any, trial: Trial) -> Any:
         return self._view_of_rule(controller, self._rule_of(trial))
 
-    def _view_of_rule(self, controller: Any, rule: Rule) -> Any:
+    def _view_of_rule(self, controller: Any, rule: PruningRule) -> Any:
         return BundleView(controller, lambda: [t for t in self._trials.values() if self._is_of(t, rule)])
 
-    def _is_of(self, trial: Trial, rule: Rule) -> bool:
+    def _is_of(self, trial: Trial, rule: PruningRule) -> bool:
         history = self._history.trials[trial.trial_id]
         return history.purpose == "search" and self._rules.get(history.bundle) is rule
 
-    def _build(self, bundle: str) -> Rule:
+    def _build(self, bundle: str) -> PruningRule:
         sweep, scheduler = self._sweep, self._sweep.scheduler
         known = {"metric": sweep.metric, "mode": sweep.mode}
         earlier = [e for e in self._events if self._is_search_of(e["trial_id"], bundle)]

@@ -35,11 +35,11 @@ _MAX_REPEATS = 50
 """Proposals in a row that were tried before, until a space of discrete axes counts as exhausted."""
 
 
-class SourceError(UserError, RuntimeError):
+class SearcherError(UserError, RuntimeError):
     """The library that a searcher stands for is not installed."""
 
 
-class Source(Protocol):
+class Searcher(Protocol):
     """What a searcher is asked."""
 
     def propose(self, index: int, history: History) -> dict[str, Any] | None:
@@ -63,7 +63,7 @@ class Size:
     """Workers of a trial."""
 
 
-def build(sweep: SweepConfig, run_dir: Path, sizes: dict[str, Size], max_steps: int | None) -> Source:
+def build(sweep: SweepConfig, run_dir: Path, sizes: dict[str, Size], max_steps: int | None) -> Searcher:
     """The source that `sweep.searcher` names.
 
     Args:
@@ -73,23 +73,23 @@ def build(sweep: SweepConfig, run_dir: Path, sizes: dict[str, Size], max_steps: 
         max_steps: of a whole trial; searcher ladder needs it.
 
     Raises:
-        SourceError: its library is not installed, or the ladder's trials have no length in steps.
+        SearcherError: its library is not installed, or the ladder's trials have no length in steps.
         ValueError: all of a ladder's bundles are of one size.
     """
     match sweep.searcher:
         case RandomConfig():
-            return RandomSource(sweep)
+            return RandomSearcher(sweep)
         case OptunaConfig():
-            return OptunaSource(sweep, run_dir / OPTUNA_FILE)
+            return OptunaSearcher(sweep, run_dir / OPTUNA_FILE)
         case HyperOptConfig():
-            return HyperOptSource(sweep)
+            return HyperOptSearcher(sweep)
         case BohbConfig():
-            return BohbSource(sweep)
+            return BohbSearcher(sweep)
         case LadderConfig():
             parameters = {label: size.parameters for label, size in sizes.items()}
             devices = {label: size.devices for label, size in sizes.items()}
             if max_steps is None:
-                raise SourceError("searcher ladder plans its budget by the trials' length: give train.max_steps")
+                raise SearcherError("searcher ladder plans its budget by the trials' length: give train.max_steps")
             return Ladder(sweep, parameters, devices, max_steps)
 
 
@@ -110,7 +110,7 @@ def draw(axis: Axis, rng: np.random.Generator) -> Any:
             return candidates[int(rng.integers(len(candidates)))]
 
 
-class RandomSource:
+class RandomSearcher:
     """The grid's cells in turn, everything else drawn at random."""
 
     def __init__(self, sweep: SweepConfig) -> None:
@@ -120,7 +120,7 @@ class RandomSource:
         self._sampled = {n: axis for n, axis in sweep.space.items() if not isinstance(axis, Grid | Bundle)}
 
     def propose(self, index: int, history: History) -> dict[str, Any] | None:
-        """See `Source`."""
+        """See `Searcher`."""
         if index >= self._sweep.num_trials:
             raise Exhausted(f"all {self._sweep.num_trials} trials have been proposed")
         cell = self._cells[index % len(self._cells)]
@@ -129,7 +129,7 @@ class RandomSource:
         return {name: (cell | drawn)[name] for name in self._sweep.space}
 
 
-class OptunaSource:
+class OptunaSearcher:
     """Ask and tell of an Optuna study, kept in Optuna's own journal file."""
 
     def __init__(self, sweep: SweepConfig, path: Path) -> None:
@@ -154,7 +154,7 @@ class OptunaSource:
         self._study.sampler = self._sampler(seed=sweep.seed + len(self._study.get_trials(deepcopy=False)))
 
     def propose(self, index: int, history: History) -> dict[str, Any] | None:
-        """See `Source`."""
+        """See `Searcher`."""
         from optuna.trial import TrialState
 
         if index >= self._sweep.num_samples:
@@ -253,19 +253,19 @@ class OptunaSource:
                     return optuna.samplers.RandomSampler(seed=seed)
 
 
-class HyperOptSource:
+class HyperOptSearcher:
     """HyperOpt's TPE over a table of results that is made anew for each proposal."""
 
     def __init__(self, sweep: SweepConfig) -> None:
         """For `sweep.num_samples` proposals.
 
         Raises:
-            SourceError: hyperopt is not installed.
+            SearcherError: hyperopt is not installed.
         """
         try:
             from hyperopt import Domain, hp
         except ImportError as error:
-            raise SourceError("searcher hyperopt needs its library: pip install 'orpo-ray[hyperopt]'") from error
+            raise SearcherError("searcher hyperopt needs its library: pip install 'orpo-ray[hyperopt]'") from error
 
         def convert(name: str, axis: Axis) -> Any:
             match axis:
@@ -281,7 +281,7 @@ class HyperOptSource:
         self._domain = Domain(lambda _: 0.0, {name: convert(name, axis) for name, axis in sweep.space.items()})
 
     def propose(self, index: int, history: History) -> dict[str, Any] | None:
-        """See `Source`."""
+        """See `Searcher`."""
         import hyperopt
 
         if index >= self._sweep.num_samples:
@@ -323,20 +323,20 @@ class HyperOptSource:
         return float(value) if isinstance(axis, Uniform | LogUniform) else axis.candidates()[int(value)]
 
 
-class BohbSource:
+class BohbSearcher:
     """HpBandSter's own model (Falkner et al. 2018): a density per rung; the highest with enough results decides."""
 
     def __init__(self, sweep: SweepConfig) -> None:
         """For `sweep.num_samples` proposals.
 
         Raises:
-            SourceError: hpbandster is not installed.
+            SearcherError: hpbandster is not installed.
         """
         try:
             import ConfigSpace
             import hpbandster.optimizers.config_generators.bohb  # noqa: F401
         except ImportError as error:
-            raise SourceError("searcher bohb needs its libraries: pip install 'orpo-ray[bohb]'") from error
+            raise SearcherError("searcher bohb needs its libraries: pip install 'orpo-ray[bohb]'") from error
 
         def convert(name: str, axis: Axis) -> Any:
             match axis:
@@ -349,7 +349,7 @@ class BohbSource:
         self._axes = [convert(name, axis) for name, axis in sweep.space.items()]
 
     def propose(self, index: int, history: History) -> dict[str, Any] | None:
-        """See `Source`."""
+        """See `Searcher`."""
         import ConfigSpace
         from hpbandster.core.dispatcher import Job
         from hpbandster.optimizers.config_generators.bohb import BOHB

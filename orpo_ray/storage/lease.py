@@ -29,13 +29,13 @@ class LeaseError(UserError, RuntimeError):
 class Lease:
     """The right to run a sweep: an object that its owner keeps changing. No clocks are compared."""
 
-    def __init__(self, remote: Storage, on_loss: Callable[[str], None], say: Callable[[str], None]) -> None:
+    def __init__(self, remote: Storage, on_loss: Callable[[str], None], notify: Callable[[str], None]) -> None:
         """Take it, waiting for the silence of an owner that seems to have died.
 
         Args:
             remote: the sweep's folder.
             on_loss: called, from a thread, with a sentence when another process has taken it.
-            say: tells the user why it takes a while.
+            notify: tells the user why it takes a while.
 
         Raises:
             LeaseError: its owner is alive.
@@ -45,7 +45,7 @@ class Lease:
         self._over = threading.Event()
         seen = remote.read(OWNER_FILE)
         if seen is not None and not _has_died_here(seen):
-            say(f"{remote}: waiting {_SILENCE_S:.0f} s to see whether {_name(seen)}, which ran this sweep, is alive")
+            notify(f"{remote}: waiting {_SILENCE_S:.0f} s to see whether {_name(seen)}, which ran this sweep, is alive")
             deadline = time.monotonic() + _SILENCE_S
             while time.monotonic() < deadline and (now := remote.read(OWNER_FILE)) is not None:
                 if now != seen:

@@ -17,7 +17,7 @@ from orpo_ray.storage.run_dir import EVENTS_FILE, FITTED_FILE, SWEEP_FILE
 _CHECKPOINT = "step-"
 
 
-def take_up(run_dir: Path, remote: Storage) -> None:
+def restore(run_dir: Path, remote: Storage) -> None:
     """Make a run directory what the store has of the sweep: its config and its journal. Nothing where it has none.
 
     What the journal's file holds beyond the store's is dropped: nobody has acted on it.
@@ -29,7 +29,7 @@ def take_up(run_dir: Path, remote: Storage) -> None:
         journal.fetch(run_dir / EVENTS_FILE, remote)
 
 
-def bring(run_dir: Path, remote: Storage) -> None:
+def pull(run_dir: Path, remote: Storage) -> None:
     """Copy all that is not a checkpoint, the journal or Ray's from the store: what reports are made of."""
     files = {}
     for name, size in remote.list().items():
@@ -60,8 +60,8 @@ def fetched(uri: str, output_dir: Path) -> Path:
         raise NoSuchRunError(f"{uri} holds no sweep: give the storage of its config and its name, storage/NAME")
     run_dir = output_dir.expanduser().absolute() / remote.uri.rpartition("/")[2]
     run_dir.mkdir(parents=True, exist_ok=True)
-    take_up(run_dir, remote)
-    bring(run_dir, remote)
+    restore(run_dir, remote)
+    pull(run_dir, remote)
     return run_dir
 
 

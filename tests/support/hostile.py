@@ -831,7 +831,7 @@ def _brought(store: type[Storage]) -> Make:
         from orpo_ray.storage import sync
 
         (folder / "runs" / "a").mkdir(parents=True)
-        return lambda: sync.bring(folder / "runs" / "a", store(f"file://{folder}/store", patience_s=1.0))
+        return lambda: sync.pull(folder / "runs" / "a", store(f"file://{folder}/store", patience_s=1.0))
 
     return make
 

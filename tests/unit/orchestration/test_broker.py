@@ -21,8 +21,8 @@ async def submit(broker: Broker, *trial_ids: str, bundle: str = "") -> None:
         await broker.submit(trial_id, {"optim.lr": 1e-3}, bundle, LANE, f"config of {trial_id}", "search")
 
 
-async def group(broker: Broker, name: str = "g", lane: str = LANE) -> str:
-    await broker.join(name, lane, ["host:1"], ["node"])
+async def group(broker: Broker, name: str = "g", resource_class: str = LANE) -> str:
+    await broker.join(name, resource_class, ["host:1"], ["node"])
     return name
 
 
@@ -170,13 +170,13 @@ def test_groups_take_from_their_own_lane_and_end_when_told(tmp_path: Path) -> No
     async def scenario() -> None:
         broker = Broker(str(tmp_path), max_failures=2)
         await submit(broker, "a")
-        other = await group(broker, "other", lane="2x1cpu0gpu")
+        other = await group(broker, "other", resource_class="2x1cpu0gpu")
         assert await broker.take(other, 0.01) == "wait"
         waiting = asyncio.create_task(broker.take(other, 5))
         await asyncio.sleep(0)
         await broker.retire(other)
         assert await waiting == "end"
-        await broker.fail_lane(LANE, "no GPU driver")
+        await broker.fail_resource_class(LANE, "no GPU driver")
         assert (await broker.next_result("a", "driver"))["error"] == "no GPU driver"
 
     asyncio.run(scenario())

@@ -50,5 +50,5 @@ def test_use_gpu_auto_follows_the_cluster() -> None:
 
 
 def test_a_lane_is_what_is_occupied() -> None:
-    assert cpu(2).lane != cpu(1).lane != gpu(1).lane
-    assert cpu(2, cpus=3).lane == "2x3cpu0gpu"
+    assert cpu(2).resource_class != cpu(1).resource_class != gpu(1).resource_class
+    assert cpu(2, cpus=3).resource_class == "2x3cpu0gpu"

@@ -16,10 +16,10 @@ def play(
     factor: float = 3.0,
     mode: Literal["max", "min"] = "max",
     seed: int = 0,
-    patient: bool = True,
+    depth_last: bool = True,
 ) -> tuple[dict[str, int], list[str]]:
     """Run trials, whose metric never changes, on so many slots. Returns steps trained per trial, and the order."""
-    rungs = Rungs(grace_steps=10, reduction_factor=factor, max_steps=90, mode=mode, patient=patient)
+    rungs = Rungs(grace_steps=10, reduction_factor=factor, max_steps=90, mode=mode, depth_last=depth_last)
     rng, fresh, steps = random.Random(seed), list(values), dict.fromkeys(values, 0)
     running: list[str] = []
     order: list[str] = []
@@ -35,8 +35,8 @@ def play(
             else:
                 break
             order.append(running[-1])
-        for hopeless in rungs.hopeless(more_to_come=bool(fresh)):
-            rungs.remove(hopeless)
+        for eliminated in rungs.eliminated(more_to_come=bool(fresh)):
+            rungs.remove(eliminated)
         if not running:
             assert rungs.waiting == []
             return steps, order
@@ -57,23 +57,23 @@ def test_every_trial_has_its_turn_and_the_best_third_of_each_rung_goes_on() -> N
 
 
 def test_without_patience_whole_results_come_early() -> None:
-    rungs = Rungs(10, 3, 90, "max", patient=False)
+    rungs = Rungs(10, 3, 90, "max", depth_last=False)
     for trial in "abc":
         rungs.add(trial)
     assert [rungs.report(t, 10, v, True) for t, v in (("a", 1.0), ("b", 3.0), ("c", 2.0))] == ["pause"] * 3
     assert rungs.next_promotion(more_to_come=True) == "b"
     values = {f"{i}": float(i) for i in range(27)}
-    eager, patient = (sum(play(values, slots=1, patient=p)[0].values()) for p in (False, True))
-    assert patient < eager, "where each trial is better than those before, haste promotes too many"
+    eager, depth_last = (sum(play(values, slots=1, depth_last=p)[0].values()) for p in (False, True))
+    assert depth_last < eager, "where each trial is better than those before, haste promotes too many"
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4, 16])
-@pytest.mark.parametrize("patient", [True, False])
+@pytest.mark.parametrize("depth_last", [True, False])
 @pytest.mark.parametrize("mode", ["max", "min"])
-def test_the_best_trial_is_always_trained_to_its_end(slots: int, patient: bool, mode: Literal["max", "min"]) -> None:
+def test_the_best_trial_is_always_trained_to_its_end(slots: int, depth_last: bool, mode: Literal["max", "min"]) -> None:
     for seed in range(20):
         values = {f"{i}": random.Random(seed * 100 + i).random() for i in range(17)}
-        steps, _ = play(values, slots, mode=mode, seed=seed, patient=patient)
+        steps, _ = play(values, slots, mode=mode, seed=seed, depth_last=depth_last)
         best = (max if mode == "max" else min)(values, key=lambda t: values[t])
         assert steps[best] == 90
         assert min(steps.values()) == 10
@@ -85,7 +85,7 @@ def test_fewer_trials_than_the_reduction_factor_still_have_a_winner() -> None:
 
 
 def test_a_trial_that_ends_early_holds_up_nobody() -> None:
-    rungs = Rungs(10, 3, 90, "max", patient=False)
+    rungs = Rungs(10, 3, 90, "max", depth_last=False)
     for trial in "abc":
         rungs.add(trial)
     assert rungs.report("a", 10, 1.0, False) == "pause"
@@ -95,12 +95,12 @@ def test_a_trial_that_ends_early_holds_up_nobody() -> None:
     assert rungs.next_promotion(more_to_come=True) is None
     assert rungs.next_promotion(more_to_come=False) == "b"
     rungs.promote("b")
-    assert rungs.hopeless(more_to_come=False) == ["a"]
-    assert rungs.hopeless(more_to_come=True) == []
+    assert rungs.eliminated(more_to_come=False) == ["a"]
+    assert rungs.eliminated(more_to_come=True) == []
 
 
 def test_rungs_between_evaluations_count_at_the_next_one() -> None:
-    rungs = Rungs(10, 2, 80, "max", patient=False)
+    rungs = Rungs(10, 2, 80, "max", depth_last=False)
     assert rungs.steps == [10, 20, 40]
     for trial in "ab":
         rungs.add(trial)

@@ -11,7 +11,7 @@ import pytest
 
 from orpo_ray.config import SweepConfig
 from orpo_ray.search import searchers
-from orpo_ray.search.searchers import OPTUNA_FILE, Source
+from orpo_ray.search.searchers import OPTUNA_FILE, Searcher
 from orpo_ray.storage.history import Exhausted, History
 
 LR = {"type": "loguniform", "low": 1e-5, "high": 1e-1}
@@ -30,7 +30,7 @@ def sweep(searcher: dict[str, Any], space: dict[str, Any] | None = None, **setti
     return SweepConfig.model_validate(tree | {"space": space or {"optim.lr": LR, "loss.orpo_lambda": LAMBDA}})
 
 
-def build(settings: SweepConfig, folder: Path) -> Source:
+def build(settings: SweepConfig, folder: Path) -> Searcher:
     return searchers.build(settings, folder, sizes={}, max_steps=40)
 
 
@@ -55,7 +55,7 @@ def submit(history: History, trial_id: str, params: dict[str, Any]) -> None:
     history.apply({"event": "submitted", "trial_id": trial_id, "params": params, "bundle": ""})
 
 
-def run(source: Source, history: History, trials: range) -> list[dict[str, Any]]:
+def run(source: Searcher, history: History, trials: range) -> list[dict[str, Any]]:
     """Propose and finish so many trials, one after another."""
     made = []
     for index in trials:
@@ -68,7 +68,7 @@ def run(source: Source, history: History, trials: range) -> list[dict[str, Any]]
     return made
 
 
-def exhaust(source: Source, history: History, made: list[dict[str, Any]]) -> None:
+def exhaust(source: Searcher, history: History, made: list[dict[str, Any]]) -> None:
     for index in range(10):
         made += run(source, history, range(index, index + 1))
 

@@ -44,7 +44,7 @@ def test_taking_up_drops_what_nobody_acted_on(tmp_path: Path, remote: Storage) -
     (run_dir / "events.jsonl").write_text('{"n": 1}\n{"n": 2}\n')
     remote.write("sweep.json", b'{"sweep_id": "x"}')
     remote.write("journal/0000000000-0000000000.jsonl", b'{"n": 1}\n')
-    sync.take_up(run_dir, remote)
+    sync.restore(run_dir, remote)
     assert (run_dir / "events.jsonl").read_text() == '{"n": 1}\n'
     assert json.loads((run_dir / "sweep.json").read_text()) == {"sweep_id": "x"}
 
@@ -70,7 +70,7 @@ def test_a_name_that_leaves_the_run_directory_is_refused(
 ) -> None:
     monkeypatch.setattr(Storage, "list", lambda self, folder="": {"trials/../../../x": 1})
     with pytest.raises(StorageError, match="outside"):
-        sync.bring(tmp_path, remote)
+        sync.pull(tmp_path, remote)
 
 
 def test_one_process_at_a_time(remote: Storage) -> None:
