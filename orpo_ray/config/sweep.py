@@ -134,12 +134,6 @@ class HyperOptConfig(Section):
     """Random trials before TPE begins to model."""
 
 
-class BohbConfig(Section):
-    """BOHB (Falkner et al. 2018): its density estimator proposes, scheduler hyperband halves; extra `bohb`."""
-
-    type: Literal["bohb"]
-
-
 class LadderConfig(Section):
     """Small models propose for large ones, within `sweep.budget`; needs a bundle axis whose labels are model sizes.
 
@@ -174,7 +168,7 @@ class ConfirmConfig(Section):
 Scheduler = FifoConfig | AshaConfig | HyperBandConfig | MedianConfig | PbtConfig | Pb2Config
 
 
-Searcher = RandomConfig | OptunaConfig | HyperOptConfig | BohbConfig | LadderConfig
+Searcher = RandomConfig | OptunaConfig | HyperOptConfig | LadderConfig
 
 
 class SweepConfig(Section):
@@ -183,7 +177,7 @@ class SweepConfig(Section):
     metric: str = "eval/preference_accuracy"
     """Held-out metric that ranks trials and drives early stopping."""
     num_samples: int = Field(1, ge=1)
-    """random: repeats of the whole grid, with fresh draws; optuna, hyperopt, bohb: trials in all; ladder: at most."""
+    """random: repeats of the whole grid, with fresh draws; optuna, hyperopt: trials in all; ladder: at most."""
     seed: int = Field(0, ge=0)
     """Seed of the searcher's draws."""
     max_concurrent: int | None = Field(None, ge=1)
@@ -311,10 +305,6 @@ class SweepConfig(Section):
             other = [name for name, axis in plain.items() if not isinstance(axis, Uniform | LogUniform)]
             if other:
                 raise ValueError(f"scheduler pb2 models continuous axes only, but {other[0]} is {plain[other[0]].type}")
-        if isinstance(searcher, BohbConfig) != isinstance(scheduler, HyperBandConfig) and isinstance(
-            searcher, BohbConfig
-        ):
-            raise ValueError(f"searcher bohb models by rung: it needs scheduler hyperband, not {scheduler.type}")
         if isinstance(searcher, OptunaConfig) and searcher.objectives:
             unknown = [metric for metric in searcher.objectives if metric not in METRIC_MODES]
             if unknown or self.metric not in searcher.objectives or len(set(searcher.objectives)) < 2:
