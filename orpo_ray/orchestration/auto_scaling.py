@@ -10,6 +10,7 @@ import ray
 
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import Bundle
+from orpo_ray.files import write_atomically
 from orpo_ray.hardware import NodeMemory, this_machine
 from orpo_ray.planning.fit import fitted_settings
 from orpo_ray.storage.run_dir import FITTED_FILE
@@ -33,9 +34,7 @@ def fitted(config: ExperimentConfig) -> ExperimentConfig:
     else:
         nodes = cluster_nodes()
         chosen = {label: fitted_settings(t, nodes) if t.scaling.auto else {} for label, t in trials.items()}
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(chosen, indent=1), encoding="utf-8")
-        temporary.replace(file)
+        write_atomically(file, json.dumps(chosen, indent=1))
     if axis is None:
         return config.trial(chosen[""]).model_copy(update={"sweep": config.sweep})
     bundle = sweep.space[axis]

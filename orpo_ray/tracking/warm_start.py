@@ -14,6 +14,7 @@ from mlflow.entities import Run
 from orpo_ray.config import ExperimentConfig, SweepConfig
 from orpo_ray.config.flatten import SPEED_ONLY, as_text, settings_of
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
+from orpo_ray.files import write_atomically
 from orpo_ray.storage.history import TrialHistory
 from orpo_ray.tracking.uri import TrackingError
 
@@ -70,7 +71,7 @@ def load(config: ExperimentConfig, uri: str, parent_id: str) -> WarmStart:
     if seen and not trials:
         message += "; most differ in " + ", ".join(name for name, _ in differences.most_common(3))
     found = WarmStart(trials, message)
-    _write(file, found)
+    write_atomically(file, json.dumps(asdict(found), indent=1))
     return found
 
 
@@ -143,12 +144,6 @@ def _trial(run: Run, params: dict[str, Any], sweep: SweepConfig) -> TrialHistory
         status="finished",
         reused_from=run.info.run_id,
     )
-
-
-def _write(file: Path, found: WarmStart) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
-    temporary.replace(file)
 
 
 def _read(file: Path) -> WarmStart:
