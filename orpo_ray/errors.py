@@ -15,5 +15,9 @@ class MissingExtraError(UserError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
 
+class DamagedFileError(UserError, ValueError):
+    """A file that orpo_ray wrote cannot be read; the message names it."""
+
+
 class NoSuchRunError(UserError, FileNotFoundError):
     """No sweep, trial or run has the name that was given; the message lists similar names."""

@@ -1,13 +1,16 @@
-"""Write files whole or not at all."""
+"""Write files whole or not at all, and read the JSON files of a run directory."""
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from orpo_ray.errors import DamagedFileError
 
 
 def write_atomically(path: Path, data: str | bytes, *, durable: bool = False) -> None:
@@ -42,3 +45,16 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that orpo_ray wrote.
+
+    Raises:
+        DamagedFileError: it is not JSON.
+        OSError: it cannot be opened.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(f"{path}: damaged ({error}); restore it from a copy, or remove it") from None

@@ -10,7 +10,7 @@ import ray
 
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import Bundle
-from orpo_ray.files import write_atomically
+from orpo_ray.files import read_json, write_atomically
 from orpo_ray.hardware import NodeMemory, this_machine
 from orpo_ray.planning.fit import fitted_settings
 from orpo_ray.storage.run_dir import FITTED_FILE
@@ -30,7 +30,7 @@ def fitted(config: ExperimentConfig) -> ExperimentConfig:
         return config
     file = config.run_dir / FITTED_FILE
     if file.exists():
-        chosen: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        chosen: dict[str, dict[str, Any]] = read_json(file)
     else:
         nodes = cluster_nodes()
         chosen = {label: fitted_settings(t, nodes) if t.scaling.auto else {} for label, t in trials.items()}

@@ -26,7 +26,8 @@ from rich.text import Text
 
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import describe
-from orpo_ray.errors import NoSuchRunError, UserError
+from orpo_ray.errors import DamagedFileError, NoSuchRunError, UserError
+from orpo_ray.files import read_json
 from orpo_ray.provenance import without_password
 from orpo_ray.reports.live_state import About, Board, Reading
 from orpo_ray.reports.live_view import frame
@@ -89,11 +90,11 @@ class RunDir:
         """See `Source`.
 
         Raises:
-            ValueError: a line of the journal is damaged.
+            DamagedFileError: sweep.json or a line of the journal is damaged.
         """
         # In this order: when the process that ran the sweep is gone, nothing is written any more.
         is_running = _is_locked(self._path / LOCK_FILE)
-        kept = json.loads((self._path / SWEEP_FILE).read_text(encoding="utf-8"))
+        kept = read_json(self._path / SWEEP_FILE)
         if self._about is None or kept["sweep_id"] != self._about.sweep_id:
             self._about = _about(kept, self._path)
         if sweep_id != self._about.sweep_id:
@@ -226,7 +227,9 @@ def _follow(path: Path, offset: int) -> tuple[list[dict[str, Any]], int, int]:
         try:
             event = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}: damaged between bytes {offset} and {offset + len(whole)}: {error}") from None
+            raise DamagedFileError(
+                f"{path}: damaged between bytes {offset} and {offset + len(whole)}: {error}"
+            ) from None
         if event["event"] == "log":
             speed = event["metrics"].get("perf/pairs_per_second")
             event["metrics"] = {} if speed is None else {"perf/pairs_per_second": speed}

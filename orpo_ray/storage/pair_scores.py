@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from orpo_ray.errors import DamagedFileError
 from orpo_ray.files import replacing
 
 PAIRS_FILE = "pairs.npz"
@@ -65,13 +66,13 @@ class PairScores:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not one of these files, or damaged.
+            DamagedFileError: it is not one of these files, or damaged.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = {field.name: file[field.name] for field in fields(cls)}
         except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not a whole file of per-pair scores ({error}); remove it") from None
+            raise DamagedFileError(f"{path}: not a whole file of per-pair scores ({error}); remove it") from None
         nll_weight, preference_weight = found["loss_weights"].tolist()
         return cls(
             **found

@@ -14,7 +14,7 @@ from mlflow.entities import Run
 from orpo_ray.config import ExperimentConfig, SweepConfig
 from orpo_ray.config.flatten import SPEED_ONLY, as_text, settings_of
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
-from orpo_ray.files import write_atomically
+from orpo_ray.files import read_json, write_atomically
 from orpo_ray.storage.history import TrialHistory
 from orpo_ray.tracking.uri import TrackingError
 
@@ -147,7 +147,7 @@ def _trial(run: Run, params: dict[str, Any], sweep: SweepConfig) -> TrialHistory
 
 
 def _read(file: Path) -> WarmStart:
-    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree = read_json(file)
     trials = {}
     for trial_id, fields in tree["trials"].items():
         fields["metrics"] = {int(step): metrics for step, metrics in fields["metrics"].items()}
