@@ -60,6 +60,7 @@ model: {{path: tiny-llama-2m}}
 data: {{path: builtin://style-pairs}}
 train: {{max_steps: 4, eval_every: 2}}
 sweep:
+  num_samples: 4
   budget: {{device_hours: 1.0}}
   space: {{optim.lr: {{type: loguniform, low: 1.0e-4, high: 1.0e-2}}, {SIZES}}}
 """
@@ -101,7 +102,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("command", "words"),
     [
         ("plan nowhere.yaml", ["nowhere.yaml: no such file"]),
-        ("plan file.yaml model.path=nowhere", ["nowhere"]),
         ("train file.yaml data.path=nowhere.jsonl optim.lr", ["'optim.lr'", "write key.path=value"]),
         ("sweep file.yaml sweep=null", ["file.yaml has no sweep section"]),
         ("sweep file.yaml sweep.searcher.type=bohb", ["sweep.searcher", "'bohb'", "'optuna', 'hyperopt'"]),
