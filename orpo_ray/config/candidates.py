@@ -7,16 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from orpo_ray.config.experiment import (
-    MAX_SHOWN_PROBLEMS,
-    ConfigError,
-    ExperimentConfig,
-    describe_error,
-    models_in,
-    problem_list,
-)
+from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config.problems import MAX_SHOWN_PROBLEMS, ConfigError, describe_error, models_in, problem_list
+from orpo_ray.config.rules import require_stoppable
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
-from orpo_ray.config.sweep import SweepConfig, require_stoppable
+from orpo_ray.config.sweep import SweepConfig
 
 _NO_AXES = frozenset({"checkpoint", "sweep", "tracking"})
 """Sections that no trial's result depends on."""
@@ -69,7 +64,9 @@ def with_coerced_space(config: ExperimentConfig, source: str) -> ExperimentConfi
                 try:
                     coerced[name] = _rebuilt(axis, values)
                 except ValidationError as error:
-                    problems += [f"sweep.space.{name}: {describe_error(item)}" for item in error.errors()]
+                    problems += [
+                        f"sweep.space.{name}: {describe_error(item, ExperimentConfig)}" for item in error.errors()
+                    ]
     if not problems:
         problems += _problems_in_combinations(
             config.model_copy(update={"sweep": sweep.model_copy(update={"space": coerced})})

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from orpo_ray.config.loss import LossConfig
+from orpo_ray.config.metrics import METRIC_MODES
+from orpo_ray.config.problems import MAX_SHOWN_PROBLEMS, ConfigError, describe_error, problem_list
+from orpo_ray.config.rules import require_measured, require_pair_per_worker, require_stoppable
+from orpo_ray.config.section import Section
 from orpo_ray.config.sections import (
     CheckpointConfig,
     DataConfig,
     DeepSpeedConfig,
     GenerationConfig,
-    LossConfig,
     ModelConfig,
     OptimConfig,
     ScalingConfig,
-    Section,
     TrackingConfig,
     TrainConfig,
 )
-from orpo_ray.config.space import Bundle, Choice, Grid, LogUniform, Uniform
-from orpo_ray.config.sweep import (
-    METRIC_MODES,
-    Scheduler,
-    Searcher,
-    SweepConfig,
-    require_measured,
-    require_stoppable,
-)
-from orpo_ray.errors import UserError
+from orpo_ray.config.space import Bundle
+from orpo_ray.config.sweep import SweepConfig
 from orpo_ray.provenance import without_password
-
-MAX_SHOWN_PROBLEMS = 50
-
-
-class ConfigError(UserError, ValueError):
-    """The experiment file, an override or a sweep axis breaks a rule; the message lists every one found."""
 
 
 class ExperimentConfig(Section):
@@ -95,7 +82,7 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _cross_section_rules(self) -> ExperimentConfig:
-        _require_pair_per_worker(self.train, self.scaling)
+        require_pair_per_worker(self.train, self.scaling)
         if (best := self.checkpoint.keep_best) is not None and best not in METRIC_MODES:
             raise ValueError(
                 f"checkpoint.keep_best ({best}) is not a held-out metric; use one of {', '.join(METRIC_MODES)}"
@@ -164,55 +151,8 @@ def validated(tree: dict[str, Any], source: str) -> ExperimentConfig:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
         items = error.errors()
-        shown = [describe_error(item) for item in items[:MAX_SHOWN_PROBLEMS]]
+        shown = [describe_error(item, ExperimentConfig) for item in items[:MAX_SHOWN_PROBLEMS]]
         raise ConfigError(problem_list(source, len(items), shown)) from None
-
-
-def problem_list(source: str, count: int, shown: list[str]) -> str:
-    more = [f"  and {count - len(shown)} more"] if count > len(shown) else []
-    return "\n".join([f"{source}: {count} problem(s)", *(f"  {line}" for line in shown), *more])
-
-
-def describe_error(item: Any) -> str:
-    # Union tags ("asha", "loguniform") appear in pydantic's location but not in the file.
-    location = [str(part) for part in item["loc"]]
-    where = ".".join(f"{part:.100}" for part in location)
-    if item["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}" if known else ""
-        return f"{where}: unknown key; {hint}".rstrip("; ")
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] in ("missing", "value_error"):
-        return f"{where}: {message}" if where else message
-    given = without_password(repr(item["input"]))
-    return f"{where}: {message} (got {given:.200})"
-
-
-def _fields_at(location: list[str]) -> list[str]:
-    section: type[BaseModel] = ExperimentConfig
-    variants = {
-        cls.model_fields["type"].annotation.__args__[0]: cls
-        for cls in (
-            *(Grid, Choice, Uniform, LogUniform, Bundle),
-            *get_args(Scheduler),
-            *get_args(Searcher),
-        )
-    }
-    for part in location:
-        if part in variants:
-            section = variants[part]
-        elif part in section.model_fields:
-            nested = next((m for m in models_in(section.model_fields[part].annotation)), None)
-            section = nested or section
-    return list(section.model_fields)
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from models_in(argument)
 
 
 def set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -225,11 +165,3 @@ def set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
         # A copy: an alias elsewhere in the file may be the same mapping.
         node[parent] = node = dict(child or {})
     node[leaf] = value
-
-
-def _require_pair_per_worker(train: TrainConfig, scaling: ScalingConfig) -> None:
-    if train.global_batch_size < scaling.num_workers:
-        raise ValueError(
-            f"global_batch_size ({train.global_batch_size}) must be at least num_workers ({scaling.num_workers}): "
-            "every worker needs a pair in each step; use a larger batch or fewer workers"
-        )

@@ -7,7 +7,8 @@ from typing import Any
 
 from orpo_ray.config import strict_yaml
 from orpo_ray.config.candidates import with_coerced_space
-from orpo_ray.config.experiment import ConfigError, ExperimentConfig, set_dotted, validated
+from orpo_ray.config.experiment import ExperimentConfig, set_dotted, validated
+from orpo_ray.config.problems import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
 """Longest experiment file."""

@@ -6,146 +6,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from orpo_ray.config.sections import LossConfig, Section, TrainConfig
+from orpo_ray.config.methods import (
+    AshaConfig,
+    FifoConfig,
+    LadderConfig,
+    OptunaConfig,
+    Pb2Config,
+    PbtConfig,
+    RandomConfig,
+    Scheduler,
+    Searcher,
+)
+from orpo_ray.config.metrics import MEANING_MOVED_BY, METRIC_MODES
+from orpo_ray.config.section import Section
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform, grid_size
 
-METRIC_MODES: dict[str, Literal["max", "min"]] = {
-    "eval/preference_accuracy": "max",
-    "eval/log_odds": "max",
-    "eval/nll": "min",
-    "eval/nll_per_byte": "min",
-    "eval/odds_ratio_loss": "min",
-    "eval/loss": "min",
-}
-"""Held-out metrics a sweep may rank trials by, and which direction is better."""
-_NOT_MEASURED: dict[str, frozenset[str]] = {
-    "reward": frozenset(METRIC_MODES) - {"eval/preference_accuracy", "eval/loss"},
-    "rloo": frozenset({"eval/loss"}),
-}
-"""Loss -> held-out metrics that its trials do not have: a reward model predicts nothing, and rloo's loss is of sampled
-answers."""
-_WHAT_AN_ANSWER_IS = frozenset({"loss.answer_padding", "loss.preset"})
-MEANING_MOVED_BY: dict[str, frozenset[str]] = {
-    "eval/loss": frozenset(f"loss.{setting}" for setting in LossConfig.model_fields),
-    "eval/nll": frozenset({"loss.nll_scope", "loss.nll_reduction", "loss.nll_eos", "loss.preset"}),
-    "eval/preference_accuracy": _WHAT_AN_ANSWER_IS,
-    "eval/log_odds": _WHAT_AN_ANSWER_IS,
-    "eval/odds_ratio_loss": _WHAT_AN_ANSWER_IS,
-    "eval/nll_per_byte": _WHAT_AN_ANSWER_IS,
-}
-"""Metric -> settings that change what the metric measures; sweeping one of them by that metric ranks the
-setting, not the model (law 4)."""
 MAX_TRIALS = 100_000
 """Of one sweep: all cells of a grid are held in memory."""
-
-
-class FifoConfig(Section):
-    """Every trial runs to its end."""
-
-    type: Literal["fifo"]
-
-
-class AshaConfig(Section):
-    """Asynchronous successive halving (Li et al. 2018), separately within each bundle.
-
-    A trial that is not among the best of its rung is paused, not stopped: it frees its workers and goes on from its
-    checkpoint if it turns out to be among the best after all.
-    """
-
-    type: Literal["asha"]
-    grace_steps: int = Field(ge=1)
-    """No trial is paused before this step; the first rung."""
-    reduction_factor: float = Field(3.0, gt=1)
-    """At each rung about one trial in this many goes on; rungs are grace_steps × reduction_factor^k."""
-
-
-class HyperBandConfig(Section):
-    """HyperBand (Li et al. 2017), separately within each bundle: halving in brackets of unlike first rungs."""
-
-    type: Literal["hyperband"]
-    reduction_factor: float = Field(3.0, gt=1)
-    """At each halving about one trial in this many goes on."""
-
-
-class PbtConfig(Section):
-    """Population-based training (Jaderberg et al. 2017), separately within each bundle.
-
-    Every `interval_steps` the worst of the population take over weights and optimizer state of the best, and go on
-    with settings moved a little. The population waits for its slowest at each interval, so that nobody goes back.
-    """
-
-    type: Literal["pbt"]
-    interval_steps: int = Field(ge=1)
-    """Steps between exploits; a multiple of train.eval_every."""
-    quantile: float = Field(0.25, gt=0, le=0.5)
-    """Share of the population that is replaced, and that is copied from."""
-    resample_probability: float = Field(0.25, ge=0, le=1)
-    """Chance of drawing a setting anew instead of moving it by the factors 0.8 or 1.2."""
-
-
-class Pb2Config(Section):
-    """Population-based bandits (Parker-Holder et al. 2020): PBT whose new settings a Gaussian process proposes.
-
-    Axes must be uniform or loguniform; a loguniform one is modelled on its plain scale.
-    """
-
-    type: Literal["pb2"]
-    interval_steps: int = Field(ge=1)
-    """Steps between exploits; a multiple of train.eval_every."""
-    quantile: float = Field(0.25, gt=0, le=0.5)
-    """Share of the population that is replaced, and that is copied from."""
-
-
-class MedianConfig(Section):
-    """Stop a trial whose running mean is worse than the median of the others in its bundle (Golovin et al. 2017)."""
-
-    type: Literal["median"]
-    grace_steps: int = Field(ge=1)
-    """No trial is stopped before this step."""
-    min_trials: int = Field(3, ge=1)
-    """Trials that must have reported before any is stopped."""
-
-
-class RandomConfig(Section):
-    """Grid and bundle axes are spanned, the others sampled at random."""
-
-    type: Literal["random"]
-
-
-class OptunaConfig(Section):
-    """Optuna proposes; grid and bundle axes become categories."""
-
-    type: Literal["optuna"]
-    sampler: Literal["tpe", "gp", "cmaes", "nsga2", "random"] = "tpe"
-    """Tree-structured Parzen estimator, Gaussian process, CMA-ES (continuous axes only; others are drawn at random),
-    the genetic NSGA-II, or independent random draws."""
-    startup_trials: int = Field(10, ge=1)
-    """Random trials before the model begins; the population's size for nsga2."""
-    objectives: tuple[str, ...] = ()
-    """Held-out metrics to optimise together, `sweep.metric` among them; empty: that one alone. tpe, nsga2 and random
-    take several."""
-
-
-class HyperOptConfig(Section):
-    """HyperOpt's tree-structured Parzen estimator proposes; needs the extra `hyperopt`."""
-
-    type: Literal["hyperopt"]
-    startup_trials: int = Field(10, ge=1)
-    """Random trials before TPE begins to model."""
-
-
-class LadderConfig(Section):
-    """Small models propose for large ones, within `sweep.budget`; needs a bundle axis whose labels are model sizes.
-
-    A Gaussian process over the axes, the logarithm of the model's parameters and the share of the steps done says what
-    to expect of each setting at each size, and how surely; the next trial is the one that tells most about the best
-    setting of the largest size per device-hour. Scheduler fifo suits it: the ladder gives up
-    trials by itself, each by its own curve against others of its size.
-    """
-
-    type: Literal["ladder"]
-    startup_trials: int = Field(6, ge=2)
-    """Spread-out trials of the smallest size before the model begins."""
 
 
 class BudgetConfig(Section):
@@ -163,12 +40,6 @@ class ConfirmConfig(Section):
     """How many of the best finished settings are confirmed."""
     seeds: int = Field(5, ge=2)
     """Seeds each is trained with in all; the search's own run is the first of them."""
-
-
-Scheduler = FifoConfig | AshaConfig | HyperBandConfig | MedianConfig | PbtConfig | Pb2Config
-
-
-Searcher = RandomConfig | OptunaConfig | HyperOptConfig | LadderConfig
 
 
 class SweepConfig(Section):
@@ -340,45 +211,3 @@ class SweepConfig(Section):
 
 def _needs_bundle(path: str) -> bool:
     return path in {"model.path", "model.gguf_file", "model.revision"} or path.startswith("scaling.")
-
-
-def require_stoppable(sweep: SweepConfig, train: TrainConfig) -> None:
-    scheduler = sweep.scheduler
-    if isinstance(scheduler, FifoConfig):
-        return
-    if train.eval_every is None:
-        raise ValueError(f"scheduler {scheduler.type} decides at evaluations: set train.eval_every")
-    if isinstance(scheduler, PbtConfig | Pb2Config):
-        if scheduler.interval_steps % train.eval_every:
-            raise ValueError(
-                f"scheduler.interval_steps ({scheduler.interval_steps}) must be a multiple of train.eval_every "
-                f"({train.eval_every}): the population is compared at evaluations"
-            )
-        return
-    if isinstance(scheduler, HyperBandConfig):
-        if train.max_steps is None:
-            raise ValueError("scheduler hyperband plans its brackets by the trials' length: give train.max_steps")
-        return
-    if train.max_steps is not None and scheduler.grace_steps >= train.max_steps:
-        raise ValueError(
-            f"scheduler.grace_steps ({scheduler.grace_steps}) must be below train.max_steps ({train.max_steps}), "
-            "or nothing is ever stopped early"
-        )
-
-
-def require_measured(loss: LossConfig, sweep: SweepConfig | None, keep_best: str | None) -> None:
-    axis = None if sweep is None else sweep.space.get("loss.name")
-    names = {loss.name} if axis is None else {str(name) for name in axis.candidates()}
-    if "reward" in names and len(names) > 1:
-        raise ValueError(
-            f"loss.name varies over {', '.join(sorted(names))}, but a reward model and a language model are judged by "
-            "different things: give reward an experiment of its own"
-        )
-    for name in sorted(names & _NOT_MEASURED.keys()):
-        asked = {"sweep.metric": sweep.metric if sweep else None, "checkpoint.keep_best": keep_best}
-        for setting, metric in asked.items():
-            if metric in _NOT_MEASURED[name]:
-                measured = [known for known in METRIC_MODES if known not in _NOT_MEASURED[name]]
-                raise ValueError(
-                    f"{setting} is {metric}, which loss.name {name} does not measure; use one of {', '.join(measured)}"
-                )
