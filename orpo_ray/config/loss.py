@@ -28,7 +28,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "answer_padding": True,
     },
 }
-"""What TRL 1.16's ORPOTrainer, LLaMA-Factory's `pref_loss: orpo` and the authors' xfactlab/orpo count."""
+"""The tokens that TRL 1.16's ORPOTrainer, LLaMA-Factory's `pref_loss: orpo` and the authors' xfactlab/orpo count."""
 
 _OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "orpo": {"orpo_lambda": 0.1, "ratio": "odds", "temperature": 1.0},
@@ -40,52 +40,56 @@ _OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "reward": {},
     "rloo": {"beta": 0.05, "reward_model": None, "max_new_tokens": 128},
 }
-"""Loss -> the settings that it reads and not all losses do, with their defaults: TRL 1.16's, for simpo its authors'."""
+"""Loss -> the settings that it reads but not every loss does, with their defaults: those of TRL 1.16, or for simpo
+those of its authors."""
 
 
 class LossConfig(Section):
-    """The objective, with everything that gives its numbers a meaning said out loud.
+    """The objective, and every choice that changes what its numbers mean.
 
-    orpo is L = NLL + orpo_lambda * L_OR (paper eq. 6). A setting that the chosen loss does not read is null, and
-    refused if given.
+    orpo is L = NLL + orpo_lambda * L_OR (paper eq. 6). A setting that the chosen loss does not read is null; giving
+    it a value is an error.
     """
 
     name: Literal["orpo", "sft", "dpo", "cpo", "simpo", "ipo", "reward", "rloo"] = "orpo"
-    """`sft` is the NLL alone: λ = 0 exactly. dpo and ipo compare with a reference model, the one training starts from;
-    dpo, ipo and simpo have no NLL in their objective, and report it. `reward` trains a reward model instead of a
-    language model (Bradley-Terry, paper eq. 11). `rloo` is RLHF: it samples two answers to each prompt, has
-    `reward_model` judge them, and raises the better one (Ahmadian et al. 2024, with a KL penalty)."""
+    """The objective. `sft` is the NLL alone: exactly λ = 0. dpo and ipo compare with a reference model, the model that
+    training starts from; dpo, ipo and simpo have no NLL in their objective but report it. `reward` trains a reward
+    model instead of a language model (Bradley-Terry, paper eq. 11). `rloo` is RLHF: it samples two answers to each
+    prompt, scores them with `reward_model`, and raises the probability of the better one (Ahmadian et al. 2024, with a
+    KL penalty)."""
     preset: Literal["trl", "llamafactory", "authors"] | None = None
-    """Count as another ORPO code base does: sets `nll_scope`, `nll_reduction`, `nll_eos` and `answer_padding`. TRL and
-    the authors average the token means of micro-batches, here it is the mean over the global batch: their numbers are
-    reproduced where the batch is one micro-batch on one worker, and λ keeps its meaning where it is not."""
+    """Count tokens as another ORPO code base does: sets `nll_scope`, `nll_reduction`, `nll_eos` and `answer_padding`.
+    TRL and the authors average the token means of micro-batches; orpo_ray takes the mean over the global batch. Their
+    numbers are therefore reproduced if the batch is one micro-batch on one worker; otherwise λ keeps its meaning."""
     orpo_lambda: float | None = Field(None, ge=0)
-    """orpo, sft: the paper's λ (TRL: `beta`; the authors' code: `alpha`); 0.1 by default, 0 for sft."""
+    """orpo, sft: the paper's λ (`beta` in TRL, `alpha` in the authors' code); 0.1 by default, 0 for sft."""
     ratio: Literal["odds", "probability"] | None = None
-    """orpo: what is compared, odds P / (1 - P) (the default) or, as the paper's ablation does, P itself."""
+    """orpo: compare the odds P / (1 - P) of the answers (default) or, as in the paper's ablation, P itself."""
     temperature: float | None = Field(None, gt=0)
-    """orpo: multiplies the log ratio inside the sigmoid (`b` of arXiv 2502.01237); 1 by default, the paper's."""
+    """orpo: factor of the log ratio inside the sigmoid (`b` of arXiv 2502.01237); 1 by default, as in the paper."""
     beta: float | None = Field(None, gt=0)
-    """dpo, cpo, simpo: multiplies the log ratio of the answers; ipo: τ, which asks for a log ratio of 1 / (2τ); rloo:
-    what a nat of KL divergence from the model that training starts from costs. 0.1 by default, 2 for simpo, 0.05 for
-    rloo."""
+    """dpo, cpo, simpo: factor of the log ratio of the answers; ipo: τ, whose target for the log ratio is 1 / (2τ);
+    rloo: penalty per nat of KL divergence from the model that training starts from. 0.1 by default, 2 for simpo, 0.05
+    for rloo."""
     simpo_gamma: float | None = Field(None, ge=0)
-    """simpo: margin that the rewards should keep, TRL's `simpo_gamma`; 0.5 by default."""
+    """simpo: target margin between the rewards, TRL's `simpo_gamma`; 0.5 by default."""
     nll_weight: float | None = Field(None, ge=0)
     """cpo: weight of the NLL, TRL's `cpo_alpha`; 1 by default. TRL's NLL counts the response only."""
     reward_model: str | None = Field(None, min_length=1)
-    """rloo: folder or hub name of the reward model, e.g. what `orpo-ray export` writes of a run with `name: reward`."""
+    """rloo: folder or hub name of the reward model, e.g. one that `orpo-ray export` wrote from a run with
+    `name: reward`."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """rloo: longest answer drawn, in tokens; 128 by default."""
+    """rloo: maximum length of a sampled answer, in tokens; 128 by default."""
     nll_scope: Literal["prompt_and_response", "response"] = "prompt_and_response"
     """Tokens of [prompt | chosen] that the NLL counts."""
     nll_reduction: Literal["token", "pair"] = "token"
-    """Mean over all counted tokens of the global batch, or over pairs of each pair's token mean."""
+    """`token`: mean over all counted tokens of the global batch; `pair`: mean over pairs of each pair's token mean."""
     nll_eos: bool = True
-    """Whether EOS tokens count in the NLL, those within the prompt too. They count in the answers' means either way."""
+    """Whether EOS tokens count in the NLL, including those inside the prompt. They always count in the answers' mean
+    log-probabilities."""
     answer_padding: bool = False
-    """Whether the first padding token (an EOS) behind an answer counts as one more token of it in the answers' means,
-    as in the authors' code, whose mask is off by one."""
+    """Whether the first padding token (an EOS) after an answer counts as one more token in its mean log-probability, as
+    in the authors' code, whose mask is off by one."""
 
     @property
     def needs_reference(self) -> bool:
@@ -94,7 +98,7 @@ class LossConfig(Section):
 
     @property
     def is_reward(self) -> bool:
-        """Whether a reward model is trained: what the model gives an answer is a reward, not a log-probability."""
+        """Whether a reward model is trained, whose outputs are rewards instead of log-probabilities."""
         return self.name == "reward"
 
     @field_validator("reward_model")
@@ -104,23 +108,23 @@ class LossConfig(Section):
 
     @property
     def own_settings(self) -> dict[str, Any]:
-        """The settings that this loss reads and not all losses do."""
+        """The settings that this loss reads but not every loss does, with their values."""
         return {setting: getattr(self, setting) for setting in _OWN_SETTINGS[self.name]}
 
     @model_validator(mode="before")
     @classmethod
-    def _of_earlier_run_directories(cls, given: Any) -> Any:
-        """Until November 2026 every run directory named the temperature that rloo samples at; it is 1."""
+    def _without_sampling_temperature(cls, given: Any) -> Any:
+        """Read run directories from before November 2026, which all name rloo's sampling temperature; it is 1."""
         if isinstance(given, dict) and given.get("sampling_temperature", 0) in (None, 1.0):
             return {key: value for key, value in given.items() if key != "sampling_temperature"}
         return given
 
     @model_validator(mode="after")
     def _fill_in(self) -> LossConfig:
-        """Refuse what contradicts the loss or the preset, and fill in what they imply.
+        """Refuse settings that contradict the loss or the preset, and fill in those that they imply.
 
-        What is filled in does not count as given (`model_fields_set`): a sweep over `loss.name` starts from what
-        stands in the file.
+        Settings filled in do not count as given (`model_fields_set`): a sweep over `loss.name` starts from the settings
+        in the file.
         """
         given = {name for name in self.model_fields_set if getattr(self, name) is not None}
         if self.name == "sft" and self.orpo_lambda:
@@ -142,7 +146,7 @@ class LossConfig(Section):
             )
         if self.preset is not None and self.name not in ("orpo", "sft"):
             raise ValueError(
-                f"preset {self.preset} says what an ORPO code base counts, but loss.name is {self.name}: "
+                f"preset {self.preset} sets what an ORPO code base counts, but loss.name is {self.name}: "
                 f"drop it and set {', '.join(_PRESETS[self.preset])}"
             )
         implied = _PRESETS[self.preset] if self.preset is not None else {}

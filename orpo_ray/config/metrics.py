@@ -14,13 +14,13 @@ METRIC_MODES: dict[str, Literal["max", "min"]] = {
     "eval/odds_ratio_loss": "min",
     "eval/loss": "min",
 }
-"""Held-out metrics a sweep may rank trials by, and which direction is better."""
+"""Held-out metrics that a sweep may rank trials by, and which direction is better."""
 NOT_MEASURED: dict[str, frozenset[str]] = {
     "reward": frozenset(METRIC_MODES) - {"eval/preference_accuracy", "eval/loss"},
     "rloo": frozenset({"eval/loss"}),
 }
-"""Loss -> held-out metrics that its trials do not have: a reward model predicts nothing, and rloo's loss is of sampled
-answers."""
+"""Loss -> held-out metrics that its trials do not report: a reward model predicts no tokens, and rloo's loss is
+computed on sampled answers."""
 _WHAT_AN_ANSWER_IS = frozenset({"loss.answer_padding", "loss.preset"})
 MEANING_MOVED_BY: dict[str, frozenset[str]] = {
     "eval/loss": frozenset(f"loss.{setting}" for setting in LossConfig.model_fields),
@@ -30,5 +30,5 @@ MEANING_MOVED_BY: dict[str, frozenset[str]] = {
     "eval/odds_ratio_loss": _WHAT_AN_ANSWER_IS,
     "eval/nll_per_byte": _WHAT_AN_ANSWER_IS,
 }
-"""Metric -> settings that change what the metric measures; sweeping one of them by that metric ranks the
+"""Metric -> settings that change what the metric measures; sweeping such a setting by that metric would rank the
 setting, not the model (law 4)."""

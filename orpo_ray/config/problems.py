@@ -1,4 +1,4 @@
-"""What is wrong with an experiment file, in words: pydantic's errors with their paths and the nearest known keys."""
+"""Error messages for experiment files: the path of each broken rule, the rule, and the nearest known key."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from orpo_ray.errors import UserError
 from orpo_ray.provenance import without_password
 
 MAX_SHOWN_PROBLEMS = 50
+"""Problems listed in one message."""
 
 
 class ConfigError(UserError, ValueError):
-    """The experiment file, an override or a sweep axis breaks a rule; the message lists every one found."""
+    """The experiment file, an override or a sweep axis breaks rules; the message lists all that were found."""
 
 
 def problem_list(source: str, count: int, shown: list[str]) -> str:
+    """The message about `count` problems of a file, of which `shown` are listed."""
     more = [f"  and {count - len(shown)} more"] if count > len(shown) else []
     return "\n".join([f"{source}: {count} problem(s)", *(f"  {line}" for line in shown), *more])
 
 
 def describe_error(item: Any, root: type[BaseModel]) -> str:
+    """One of pydantic's errors as a line of text; `root` is the model that was validated."""
     # Union tags ("asha", "loguniform") appear in pydantic's location but not in the file.
     location = [str(part) for part in item["loc"]]
     where = ".".join(f"{part:.100}" for part in location)
@@ -58,6 +61,7 @@ def _tags(section: type[BaseModel]) -> tuple[str, ...]:
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic models that occur in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in getattr(annotation, "__args__", ()):

@@ -10,6 +10,7 @@ from orpo_ray.config.sweep import SweepConfig
 
 
 def require_pair_per_worker(train: TrainConfig, scaling: ScalingConfig) -> None:
+    """Raise ValueError if a worker would have no pair in a step."""
     if train.global_batch_size < scaling.num_workers:
         raise ValueError(
             f"global_batch_size ({train.global_batch_size}) must be at least num_workers ({scaling.num_workers}): "
@@ -18,6 +19,7 @@ def require_pair_per_worker(train: TrainConfig, scaling: ScalingConfig) -> None:
 
 
 def require_stoppable(sweep: SweepConfig, train: TrainConfig) -> None:
+    """Raise ValueError if the scheduler could never act on trials of this length and evaluation interval."""
     scheduler = sweep.scheduler
     if isinstance(scheduler, FifoConfig):
         return
@@ -32,22 +34,23 @@ def require_stoppable(sweep: SweepConfig, train: TrainConfig) -> None:
         return
     if isinstance(scheduler, HyperBandConfig):
         if train.max_steps is None:
-            raise ValueError("scheduler hyperband plans its brackets by the trials' length: give train.max_steps")
+            raise ValueError("scheduler hyperband plans its brackets by the length of trials: give train.max_steps")
         return
     if train.max_steps is not None and scheduler.grace_steps >= train.max_steps:
         raise ValueError(
             f"scheduler.grace_steps ({scheduler.grace_steps}) must be below train.max_steps ({train.max_steps}), "
-            "or nothing is ever stopped early"
+            "or no trial is ever stopped early"
         )
 
 
 def require_measured(loss: LossConfig, sweep: SweepConfig | None, keep_best: str | None) -> None:
+    """Raise ValueError if trials are ranked, or checkpoints kept, by a metric that their loss does not report."""
     axis = None if sweep is None else sweep.space.get("loss.name")
     names = {loss.name} if axis is None else {str(name) for name in axis.candidates()}
     if "reward" in names and len(names) > 1:
         raise ValueError(
-            f"loss.name varies over {', '.join(sorted(names))}, but a reward model and a language model are judged by "
-            "different things: give reward an experiment of its own"
+            f"loss.name varies over {', '.join(sorted(names))}, but reward models and language models are judged by "
+            "different metrics: give reward an experiment of its own"
         )
     for name in sorted(names & NOT_MEASURED.keys()):
         asked = {"sweep.metric": sweep.metric if sweep else None, "checkpoint.keep_best": keep_best}

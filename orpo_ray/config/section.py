@@ -1,4 +1,4 @@
-"""The base class of an experiment file's sections, and the form in which they keep local paths."""
+"""The base class of an experiment file's sections, and how sections store local paths."""
 
 from __future__ import annotations
 

@@ -22,55 +22,56 @@ from orpo_ray.config.section import Section
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform, grid_size
 
 MAX_TRIALS = 100_000
-"""Of one sweep: all cells of a grid are held in memory."""
+"""Maximum trials of one sweep: all cells of a grid are held in memory."""
 
 
 class BudgetConfig(Section):
-    """What a sweep may cost."""
+    """Limit on the cost of a sweep."""
 
     device_hours: float = Field(gt=0)
-    """Hours of training × workers, over all trials. No trial is begun that is expected to exceed it; trials still in
-    training when it is spent end at their next evaluation."""
+    """Maximum hours of training × workers, summed over all trials. Trials expected to exceed it are not started; trials
+    still training when it is spent end at their next evaluation."""
 
 
 class ConfirmConfig(Section):
-    """Further seeds for the finalists, after the search."""
+    """Training of the finalists with further seeds, after the search."""
 
     top: int = Field(3, ge=1)
-    """How many of the best finished settings are confirmed."""
+    """Number of best finished settings to confirm."""
     seeds: int = Field(5, ge=2)
-    """Seeds each is trained with in all; the search's own run is the first of them."""
+    """Total number of seeds per setting; the search's own run counts as the first."""
 
 
 class SweepConfig(Section):
-    """Which settings are explored, how, and how trials are judged."""
+    """Which settings are explored, how, and how trials are ranked."""
 
     metric: str = "eval/preference_accuracy"
     """Held-out metric that ranks trials and drives early stopping."""
     num_samples: int = Field(1, ge=1)
-    """random: repeats of the whole grid, with fresh draws; optuna, hyperopt: trials in all; ladder: at most."""
+    """random: repeats of the whole grid, each with fresh draws; optuna, hyperopt: total number of trials; ladder:
+    maximum number of trials."""
     seed: int = Field(0, ge=0)
-    """Seed of the searcher's draws."""
+    """Seed of the searcher's random draws."""
     max_concurrent: int | None = Field(None, ge=1)
-    """Trials running at once; by default as many as the cluster holds. Where a sweep is continued on a larger cluster,
-    Tune still proposes no more trials ahead than its first run did."""
+    """Maximum trials running at once; by default as many as fit the cluster. If a sweep is continued on a larger
+    cluster, Tune still proposes no more trials ahead than in its first run."""
     max_failures: int = Field(2, ge=0)
-    """How often a trial whose worker process died is started again from its last checkpoint."""
+    """How often a trial may be restarted from its last checkpoint after one of its worker processes died."""
     max_group_trials: int = Field(200, ge=1)
-    """Trials that one worker group runs before its processes are replaced, against slow leaks in what it runs."""
+    """Number of trials that a worker group runs before its processes are replaced, which bounds slow memory leaks."""
     scheduler: Annotated[Scheduler, Field(discriminator="type")] = FifoConfig(type="fifo")
-    """Early stopping, or populations."""
+    """Method that stops, pauses or changes trials while they train; by default every trial runs to its end."""
     searcher: Annotated[Searcher, Field(discriminator="type")] = RandomConfig(type="random")
-    """Where proposals come from."""
+    """Method that proposes settings."""
     budget: BudgetConfig | None = None
-    """What the sweep may cost; confirmation is part of it."""
+    """Limit on the cost of the sweep, including confirmation; null for none."""
     warm_start: str | None = None
-    """An MLflow experiment whose finished trials are taken into account: one that differs in nothing but the axes
-    informs the searcher, and the same setting is not trained again."""
+    """MLflow experiment whose finished trials are reused: those that differ only in the axes inform the searcher, and
+    their settings are not trained again."""
     confirm: ConfirmConfig | None = None
-    """Train the best settings with further seeds before a winner is named."""
+    """Train the best settings with further seeds before a winner is named; null for no confirmation."""
     space: dict[str, Axis] = Field(default_factory=dict)
-    """config path -> axis; a bundle's key is a name of your choice. Empty: one trial."""
+    """Axes: config path -> axis; the key of a bundle is a name of your choice. An empty space is one trial."""
 
     @property
     def mode(self) -> Literal["max", "min"]:
@@ -84,7 +85,7 @@ class SweepConfig(Section):
 
     @property
     def num_trials(self) -> int:
-        """How many trials the search proposes, at most where there is a budget; confirmation not counted."""
+        """How many trials the search proposes, or at most if there is a budget; confirmation is not counted."""
         return self.num_samples * (1 if self.is_model_based else grid_size(self.space))
 
     @property
@@ -109,7 +110,7 @@ class SweepConfig(Section):
         return metric
 
     @model_validator(mode="after")
-    def _judged_by_what_the_axes_cannot_move(self) -> SweepConfig:
+    def _metric_keeps_its_meaning(self) -> SweepConfig:
         swept = set(self.space)
         for axis in self.space.values():
             if isinstance(axis, Bundle):
@@ -128,15 +129,15 @@ class SweepConfig(Section):
         lone = [path for path, axis in self.space.items() if not isinstance(axis, Bundle) and _needs_bundle(path)]
         if lone:
             raise ValueError(
-                f"axis {lone[0]} changes the model or what a trial occupies, so it belongs in a bundle: early stopping "
-                "compares trials of one bundle only, and each bundle has worker groups of its own"
+                f"axis {lone[0]} changes the model or the resources of a trial, so it belongs in a bundle: early "
+                "stopping compares trials of one bundle only, and each bundle has worker groups of its own"
             )
         if sum(isinstance(axis, Bundle) for axis in self.space.values()) > 1:
             raise ValueError("a sweep has at most one bundle axis; merge them into one, with a label per combination")
         return self
 
     @model_validator(mode="after")
-    def _can_be_listed(self) -> SweepConfig:
+    def _has_few_enough_trials(self) -> SweepConfig:
         if self.num_trials > MAX_TRIALS:
             cells = "" if self.is_model_based else f" (num_samples {self.num_samples} × {grid_size(self.space)} cells)"
             raise ValueError(
@@ -146,17 +147,17 @@ class SweepConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _no_trial_twice(self) -> SweepConfig:
+    def _no_repeated_trials(self) -> SweepConfig:
         grids = all(isinstance(axis, Grid | Bundle) for axis in self.space.values())
         if self.space and grids and not self.is_model_based and self.num_samples > 1:
             raise ValueError(
                 f"num_samples ({self.num_samples}) would run each of the grid's {grid_size(self.space)} cells that "
-                "often with the same seed; drop it, or add an axis train.seed: {type: grid, values: [1, 2, 3]}"
+                "many times with the same seed; drop it, or add an axis train.seed: {type: grid, values: [1, 2, 3]}"
             )
         return self
 
     @model_validator(mode="after")
-    def _scheduler_and_searcher_go_together(self) -> SweepConfig:
+    def _methods_fit_each_other(self) -> SweepConfig:
         scheduler, searcher = self.scheduler, self.searcher
         plain = {name: axis for name, axis in self.space.items() if not isinstance(axis, Bundle)}
         if isinstance(scheduler, PbtConfig | Pb2Config):
@@ -170,7 +171,7 @@ class SweepConfig(Section):
             if self.confirm is not None:
                 raise ValueError(
                     f"confirm trains a setting anew with other seeds, but under scheduler {scheduler.type} a trial's "
-                    "settings changed on its way; confirm the best in a sweep of its own"
+                    "settings changed while it trained; confirm the best settings in a separate sweep"
                 )
         if isinstance(scheduler, Pb2Config):
             other = [name for name, axis in plain.items() if not isinstance(axis, Uniform | LogUniform)]
@@ -184,13 +185,13 @@ class SweepConfig(Section):
                     f"{', '.join(METRIC_MODES)}, with sweep.metric ({self.metric}) among them"
                 )
             if searcher.sampler in ("gp", "cmaes"):
-                raise ValueError(f"sampler {searcher.sampler} takes one objective; use tpe, nsga2 or random")
+                raise ValueError(f"sampler {searcher.sampler} supports one objective; use tpe, nsga2 or random")
             if not isinstance(scheduler, FifoConfig):
-                raise ValueError(f"scheduler {scheduler.type} ends trials by one metric; several objectives need fifo")
+                raise ValueError(f"scheduler {scheduler.type} stops trials by one metric; several objectives need fifo")
         if isinstance(searcher, LadderConfig):
             if self.budget is None or self.bundle_axis is None:
                 raise ValueError(
-                    "searcher ladder climbs model sizes within a budget: give sweep.budget: {device_hours: ...} and a "
+                    "searcher ladder tries model sizes within a budget: give sweep.budget: {device_hours: ...} and a "
                     "bundle axis whose labels are the sizes"
                 )
             if not isinstance(scheduler, FifoConfig | AshaConfig):

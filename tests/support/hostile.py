@@ -122,12 +122,12 @@ _EXPERIMENTS = [
     (
         "billion laughs: ten levels of nine aliases each",
         _experiment(_laughs()),
-        "more than 50000 values, aliases written out",
+        "more than 50000 values, with aliases expanded",
     ),
     (
         "a long text used 300 times by alias",
         _experiment(f"x: &a {'x' * 200_000}\ny: [{', '.join(['*a'] * 300)}]\n"),
-        "more than 2097152 characters, aliases written out",
+        "more than 2097152 characters, with aliases expanded",
     ),
     ("10,000 brackets within each other", _experiment("x: " + "[" * 10_000), "brackets within brackets, more than 32"),
     (
@@ -144,25 +144,25 @@ _EXPERIMENTS = [
     (
         "`!!python/object/apply:os.system`",
         _experiment("x: !!python/object/apply:os.system ['touch FOLDER/ran']\n"),
-        "tags make objects, take it out",
+        "tags create objects; remove it",
     ),
-    ("the same key twice", _experiment("name: b\n"), "key 'name' stands twice in one mapping, on line 5"),
+    ("the same key twice", _experiment("name: b\n"), "key 'name' occurs twice in one mapping, on line 5"),
     ("a NUL byte", _experiment(b"x: a\0b\n"), "not valid YAML: … special characters are not allowed"),
     (
         "a terminal's control sequence, escaped",
         _experiment('x: "\\e]0;gone\\a"\n'),
-        "U+001B, which is not to be printed",
+        "unprintable character U+001B",
     ),
-    ("half of a surrogate pair, escaped", _experiment('x: "\\ud800"\n'), "U+D800, which is not to be printed"),
-    ("bytes that are not UTF-8", _experiment(b"x: \xff\xfe\n"), "not text in UTF-8"),
-    ("2 MiB of it", _experiment("#" * (2 << 20)), "longer than 1 MiB, which no experiment file is"),
+    ("half of a surrogate pair, escaped", _experiment('x: "\\ud800"\n'), "unprintable character U+D800"),
+    ("bytes that are not UTF-8", _experiment(b"x: \xff\xfe\n"), "not UTF-8 text"),
+    ("2 MiB of it", _experiment("#" * (2 << 20)), "larger than 1 MiB, too large for an experiment file"),
     ("a number of 5,000 digits", _experiment("x: " + "9" * 5000 + "\n"), "a number of 5000 characters, on line 5"),
     (
         "a number of base 60 with 200,000 places",
         _experiment("x: 1" + ":1" * 200_000 + "\n"),
         "a number of 400001 characters, on line 5",
     ),
-    ("an integer of 70 bits", _experiment(f"x: {2**70}\n"), "a whole number needs more than 64 bits"),
+    ("an integer of 70 bits", _experiment(f"x: {2**70}\n"), "an integer needs more than 64 bits"),
     (
         "a learning rate that is not a number",
         _experiment("optim: {lr: .nan}\n"),
@@ -174,8 +174,8 @@ _EXPERIMENTS = [
         _experiment(_GOOD.replace("name: a", "name: ../../etc"), instead=True),
         "name: String should match pattern",
     ),
-    ("`output_dir` that is a file", _experiment("output_dir: FOLDER/x.yaml\n"), "is there and is no folder"),
-    ("a path of 100,000 characters", _experiment("", "data.path=" + "a" * 100_000), "no path and no hub name"),
+    ("`output_dir` that is a file", _experiment("output_dir: FOLDER/x.yaml\n"), "exists but is not a directory"),
+    ("a path of 100,000 characters", _experiment("", "data.path=" + "a" * 100_000), "neither a path nor a hub name"),
     (
         "20,000 unknown keys",
         _experiment("".join(f"k{n}x: 1\n" for n in range(20_000))),
@@ -192,7 +192,7 @@ _EXPERIMENTS = [
     (
         "an override with a tag",
         _experiment("", "optim.lr=!!python/object/apply:os.system ['touch FOLDER/ran']"),
-        "override … is not valid YAML: tag … tags make objects",
+        "override … is not valid YAML: tag … tags create objects",
     ),
     ("an override of what is no setting", _experiment("", "model.__class__=x"), "model.__class__: unknown key"),
     (
@@ -204,7 +204,7 @@ _EXPERIMENTS = [
     (
         "`storage` with credentials in its address",
         _experiment("storage: 's3://key:secret@bucket/orpo'\n"),
-        "storage must not hold credentials",
+        "storage must not contain credentials",
     ),
 ]
 _EXPERIMENTS_ACCEPTED = [
