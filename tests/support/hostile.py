@@ -452,7 +452,7 @@ _DATA = [
     (
         "a line of 1 GiB",
         _within_memory("pairs.jsonl", _sparse(b'{"prompt": "')),
-        "line 1: longer than 4 MiB, which no row is",
+        "line 1: longer than 4 MiB, too long for a row",
     ),
     ("a JSON array of 1 GiB", _within_memory("pairs.json", _sparse(b"[1,")), "a JSON array of more than 512 MiB"),
     (
@@ -465,7 +465,11 @@ _DATA = [
         _data("pairs.csv", lambda: b'prompt,chosen,rejected\n"' + b"x,\n" * 2_000_000),
         "field larger than field limit",
     ),
-    ("a gzip bomb, 1 GiB in 1 MB", _within_memory("pairs.jsonl.gz", _gzip_bomb), "more than 200 times as large inside"),
+    (
+        "a gzip bomb, 1 GiB in 1 MB",
+        _within_memory("pairs.jsonl.gz", _gzip_bomb),
+        "decompresses to more than 200 times its size",
+    ),
     (
         "gzip cut short",
         _data("pairs.jsonl.gz", lambda: gzip.compress("\n".join(map(json.dumps, _rows(99))).encode())[:-20]),
@@ -475,12 +479,12 @@ _DATA = [
     (
         "parquet that says 1 kB and is 200 MiB inside",
         _within_memory("pairs.parquet", _lying_parquet),
-        "bytes, more than 200 times its size on disk",
+        "bytes, more than 200 times its size",
     ),
     (
         "parquet in which 64 messages are one text of 40 MiB",
         _within_memory("pairs.parquet", _one_value_for_all),
-        "pairs.parquet:1: longer than 4 MiB, which no row is",
+        "pairs.parquet:1: longer than 4 MiB, too long for a row",
     ),
     (
         "parquet cut short",
@@ -527,7 +531,7 @@ _DATA = [
     (
         "CSV with the column `rejected` twice",
         _data("pairs.csv", b"prompt,chosen,rejected,rejected\nQ,a,b,c\n"),
-        "rejected is among them twice",
+        "rejected occurs twice among its",
     ),
     (
         "a row of 50,000 columns that are control sequences",
@@ -537,19 +541,19 @@ _DATA = [
     (
         "JSON 1,000,000 levels deep, as an array",
         _data("pairs.json", b"[" * 1_000_000),
-        "begins as a JSON array and is none",
+        "starts like a JSON array but is not valid",
     ),
     (
         "a malformed row under `on_bad_rows: error`",
         _among_good('{"chosen": 1}', on_bad_rows="error"),
-        "pairs.jsonl:6: chosen is neither text nor a list of messages: 1; mend the row",
+        "pairs.jsonl:6: chosen is neither text nor a list of messages: 1; fix the row",
     ),
-    ("`data.path` that leads to another kind of file", _traversal, "not a format that can be read"),
-    ("`data.path: ../../no/such`", _path("../../no/such"), "not a name that a hub dataset can have"),
+    ("`data.path` that leads to another kind of file", _traversal, "unknown format"),
+    ("`data.path: ../../no/such`", _path("../../no/such"), "not a valid name of a hub dataset"),
     (
         "`data.path: https://...`, `s3://...`",
         _path("https://example.org/x.jsonl"),
-        "not a name that a hub dataset can have",
+        "not a valid name of a hub dataset",
     ),
     (
         "`data.path: json`, which `datasets` takes for the current folder",
@@ -714,7 +718,7 @@ _TEMPLATES = [
     (
         "a chat template that goes for `__subclasses__`",
         _template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
-        "reaches for what no template may have … unsafe",
+        "uses what the sandbox forbids … unsafe",
     ),
     (
         "a chat template that loops for ever, within a tag of transformers' own",
