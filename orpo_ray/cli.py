@@ -193,12 +193,11 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
     with console.status("starting Ray"):
         from orpo_ray.orchestration import ray_session, sweep
         from orpo_ray.provenance import without_password
-        from orpo_ray.reports import progress, report
+        from orpo_ray.reports import live_state, progress, report
         from orpo_ray.tracking import uri as mlflow_uri
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
-    _, settings = config.as_sweep()
-    num_trials = settings.num_trials + settings.num_confirmations
-    display = progress.SweepProgress(console, settings.metric, num_trials)
+    about = live_state.about_sweep(config, "", config.run_dir)
+    display = progress.SweepProgress(console, about)
     with ray_session.connected(num_cpus), display:
         outcome = sweep.run(config, display)
     console.print(report.results_table(outcome.results))
@@ -206,8 +205,8 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
     if best is not None:
         from orpo_ray.config.space import describe
 
-        value = best["metrics"][settings.metric]
-        console.print(f"\nbest       [bold green]{describe(best['params'])}[/]   {settings.metric} {value:.4f}")
+        value = best["metrics"][about.metric]
+        console.print(f"\nbest       [bold green]{describe(best['params'])}[/]   {about.metric} {value:.4f}")
         if best["checkpoint"]:
             console.print(f"checkpoint {best['checkpoint']}", soft_wrap=True)
     console.print(f"results    {outcome.run_dir / 'results.json'}", soft_wrap=True)
@@ -402,15 +401,15 @@ def _compare(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _watch(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray.reports import watch
+    from orpo_ray.reports import watch, watch_view
 
     with watch.opened(arguments.name, arguments.output_dir, arguments.address) as source:
         if arguments.json:
-            print(watch.current(source).to_json())
+            print(watch_view.current(source).to_json())
         elif arguments.once:
-            watch.once(source, console)
+            watch_view.once(source, console)
         else:
-            watch.live(source, console)
+            watch_view.live(source, console)
     return 0
 
 

@@ -28,10 +28,10 @@ from orpo_ray.results import verify
 from orpo_ray.results.model_card import CardFacts, model_card
 from orpo_ray.storage import checkpoint_files
 from orpo_ray.storage.find import find_run_dir
-from orpo_ray.storage.journal import read_events
 from orpo_ray.storage.object_store import Storage
 from orpo_ray.storage.results import current
-from orpo_ray.storage.run_dir import EVENTS_FILE, SWEEP_FILE
+from orpo_ray.storage.run_dir import SWEEP_FILE
+from orpo_ray.storage.sweep_state import read_state
 from orpo_ray.tracking import registry
 from orpo_ray.tracking.read_runs import sweep_of_run
 from orpo_ray.tracking.uri import TrackingError, resolve_uri
@@ -167,19 +167,12 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
             "set train.checkpoint_every to fewer steps and train it again, or export another trial"
         )
     manifest = checkpoint_files.read_manifest(taken)
-    logged: dict[str, float | None] = {}
     products = name_of(product_type(config.train.precision))
-    of_others: dict[str, dict[str, float | None]] = {}
-    """At this checkpoint's step."""
-    for event in read_events(run_dir / EVENTS_FILE):
-        is_own, is_at = event["trial_id"] == trial["trial_id"], event.get("step") == manifest["step"]
-        if event["event"] == "eval" and is_at:
-            of_others[event["trial_id"]] = event["metrics"]
-            logged = event["metrics"] if is_own else logged
-        elif event["event"] == "forked" and is_own and is_at:
-            logged = of_others.get(event["donor"], {})  # the checkpoint is the donor's
-        elif event["event"] == "started" and is_own:
-            products = event.get("facts", {}).get("forward/products", products)
+    state = read_state(run_dir).trials.get(trial["trial_id"])
+    logged: dict[str, float | None] = {}
+    if state is not None:
+        logged |= state.metrics.get(manifest["step"], {})
+        products = state.starts[-1].facts.get("forward/products", products) if state.starts else products
     return Candidate(run_dir, known["sweep_id"], results, trial, config, taken, manifest, logged, products)
 
 

@@ -14,18 +14,47 @@ from orpo_ray.config import METRIC_MODES
 from orpo_ray.storage.object_store import Storage
 
 MANIFEST = "manifest.json"
-"""Makes a folder a checkpoint (`checkpoint`, which imports too much for an actor that only passes things on)."""
-MANIFEST = "manifest.json"
+"""Makes a folder a checkpoint: it is written last."""
 STEP_NAME = re.compile(r"step-\d{8}")
 _OF_A_RANK = re.compile(r"(?:zero_pp_rank_|random-rank-|/rank)0*(\d+)")
 
 
-def below(remote: Storage, uri: str) -> str:
+def exists(checkpoint: str, remote: Storage | None) -> bool:
+    """Whether a checkpoint is where its address says, on this machine or in the sweep's folder of an object store."""
+    if remote is None:
+        return Path(checkpoint).is_dir()
+    return remote.read(f"{_below(remote, checkpoint)}/{MANIFEST}") is not None
+
+
+def copy_to_trial(checkpoint: str, trial_id: str, run_dir: Path, remote: Storage | None) -> str:
+    """Make a copy of another trial's checkpoint the only one that a trial has. Returns its address.
+
+    Files are linked, not copied: checkpoints are never changed, only replaced.
+
+    Args:
+        checkpoint: address of the other trial's.
+        trial_id: of the trial that gets it.
+        run_dir: of the sweep.
+        remote: the sweep's folder in an object store, if checkpoints are there.
+    """
+    if remote is None:
+        return str(_link_checkpoint(Path(checkpoint), run_dir / "trials" / trial_id))
+    source, folder = _below(remote, checkpoint), f"trials/{trial_id}"
+    target = f"{folder}/{checkpoint.rpartition('/')[2]}"
+    # The files first and the manifest last; then the older checkpoints can go.
+    remote.delete(f"{target}/{MANIFEST}")
+    remote.copy(source, target, last=MANIFEST)
+    names = {name.split("/")[2] for name in remote.list(folder) if name.split("/")[2].startswith("step-")}
+    for name in names - {target.rpartition("/")[2]}:
+        remote.delete(f"{folder}/{name}")
+    return f"{remote}/{target}"
+
+
+def _below(remote: Storage, uri: str) -> str:
     return uri.removeprefix(f"{remote}/")
 
 
-def link_checkpoint(source: Path, folder: Path) -> Path:
-    """Make a copy of `source` the only checkpoint in a trial's folder; returns it."""
+def _link_checkpoint(source: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     incoming, target = folder / f".fork-{source.name}", folder / source.name
     shutil.rmtree(incoming, ignore_errors=True)

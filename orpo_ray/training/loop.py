@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.config import ExperimentConfig
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.generations import GENERATIONS_FILE
 from orpo_ray.storage.pair_scores import PAIRS_FILE
 from orpo_ray.training.checkpoint import Checkpoints
@@ -17,7 +18,7 @@ from orpo_ray.training.engine import destroy
 from orpo_ray.training.metrics import PairSums, Throughput, kind_of
 from orpo_ray.training.schedule import learning_rate, num_steps
 from orpo_ray.training.steps import TrialRun
-from orpo_ray.training.trial import Decision, Diverged, Progress, RankContext, Status, TrialResult
+from orpo_ray.training.trial import Decision, Diverged, Progress, RankContext, TrialResult
 
 _log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.object_store import Storage
 
 
@@ -18,19 +19,6 @@ class Decision(StrEnum):
     PAUSE = "pause"
     """Give the process back and go on later from a checkpoint of this step."""
     STOP = "stop"
-
-
-class Status(StrEnum):
-    """How an assignment ended, in the words of results.json."""
-
-    FINISHED = "finished"
-    STOPPED_EARLY = "stopped_early"
-    PAUSED = "paused"
-    """Not an end: there is a checkpoint to go on from."""
-    PREEMPTED = "preempted"
-    """Not an end either: the process is about to be taken away."""
-    DIVERGED = "diverged"
-    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)

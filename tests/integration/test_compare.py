@@ -28,6 +28,7 @@ from orpo_ray.results.runs import read_sweep
 from orpo_ray.storage.results import summarize
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from orpo_ray.tracking.uri import TrackingError
+from tests.support.events import as_event, as_state
 from tests.support.run_dirs import BEGAN_MS, experiment, life, write_run
 from tests.support.sweeps import pair_scores
 
@@ -69,10 +70,10 @@ def delivered(output_dir: Path, name: str, gain: float, sweep_id: str, **setting
     write_run(config, events, scores, sweep_id=sweep_id, ended=False)
     tracker = SweepTracker(config, sweep_id, PROVENANCE)
     tracker.start()
-    tracker.handle(events)
+    tracker.handle(map(as_event, events))
     assert tracker.flush() == 0
     write_run(config, events, scores, tracker.run_ids, sweep_id=sweep_id)
-    assert tracker.close(summarize(name, config.sweep.metric, "max", events, tracker.run_ids)) == 0
+    assert tracker.close(summarize(name, config.sweep.metric, "max", as_state(events), tracker.run_ids)) == 0
 
 
 @pytest.fixture(scope="module")
