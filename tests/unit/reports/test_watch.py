@@ -102,7 +102,7 @@ def test_the_journal_is_followed_line_by_line(run_dir: Path) -> None:
     assert (torn.events, torn.offset, torn.is_whole) == ([], first.offset, True)
     with (run_dir / EVENTS_FILE).open("a", encoding="utf-8") as journal:
         journal.write(json.dumps(evaluated("00001", 12, 8, 2.0, 8.0))[30:] + "\n")
-    assert [e["step"] for e in following.read("abc", first.offset).events] == [8]
+    assert [e.step for e in following.read("abc", first.offset).events] == [8]
     assert len(following.read("of another sweep", first.offset).events) == len(UNDER_WAY) + 1
 
 
@@ -125,7 +125,7 @@ def test_without_its_process_a_sweep_is_interrupted_until_it_has_ended(tmp_path:
     written = write_journal(tmp_path / "runs" / "gone")
     (written / "sweep.lock").touch()
     gone = board(written)
-    assert (gone.state, gone.status("00000"), gone.groups()) == ("interrupted", "interrupted", [])
+    assert (gone.state, status(written, "00000"), gone.groups()) == ("interrupted", "interrupted", [])
     assert gone.seconds == 11
     for interrupted, state in ((True, "interrupted"), (False, "ended")):
         write_results(written / RESULTS_FILE, {"interrupted": interrupted})
@@ -283,5 +283,5 @@ def test_a_sparkline_spans_the_values_it_shows() -> None:
 def test_time_is_counted_where_the_sweep_runs(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orpo_ray.reports.watch.time.time", lambda: BEGAN / 1000 + 90)
     assert board(run_dir).seconds == 90
-    append(run_dir, [event("retry", "00000", 95, attempt=1, error="a worker process died")])
+    append(run_dir, [event("retry", "00000", 95, attempt=1, failures=1, error="a worker process died")])
     assert status(run_dir, "00000") == "waiting"
