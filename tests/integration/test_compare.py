@@ -62,7 +62,14 @@ def delivered(output_dir: Path, name: str, gain: float, sweep_id: str, **setting
         scores |= {} if one is None else {trial_id: one}
     forked = {"size": "2m", "optim.lr": 0.005, "loss.orpo_lambda": 0.1}
     fork = {"event": "forked", "trial_id": "00001", "step": 10, "donor": "00000", "params": forked}
-    retry = {"event": "retry", "trial_id": "00000", "attempt": 1, "error": "worker died", "time": BEGAN_MS + 50}
+    retry = {
+        "event": "retry",
+        "trial_id": "00000",
+        "attempt": 1,
+        "failures": 1,
+        "error": "worker died",
+        "time": BEGAN_MS + 50,
+    }
     again = events[1] | {"attempt": 1, "time": BEGAN_MS + 60}
     end = next(i for i, e in enumerate(events) if e["trial_id"] == "00001" and e["event"] == "eval")
     events[end + 1 : end + 1] = [fork | {"time": BEGAN_MS + 102}]

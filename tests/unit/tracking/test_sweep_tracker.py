@@ -241,7 +241,7 @@ def test_feeding_the_journal_again_after_a_restart_writes_nothing_twice(output_d
 
     second = SweepTracker(config, "sweep-1", PROVENANCE)
     assert second.start() == parent_id
-    retry = event("retry", "t1", 500, attempt=1, error="worker died")
+    retry = event("retry", "t1", 500, attempt=1, failures=1, error="worker died")
     checkpoint = {"step": 15, "checkpoint": "c"}
     again = [
         *events[:cut],
