@@ -62,7 +62,8 @@ def delivered(output_dir: Path, name: str, gain: float, sweep_id: str, **setting
         scores |= {} if one is None else {trial_id: one}
     forked = {"size": "2m", "optim.lr": 0.005, "loss.orpo_lambda": 0.1}
     fork = {"event": "forked", "trial_id": "00001", "step": 10, "donor": "00000", "params": forked}
-    retry = {
+    retry = {"event": "retry", "trial_id": "00000", "attempt": 1, "failures": 1, "error": "worker died"}
+    retry["time"] = BEGAN_MS + 50
         "event": "retry",
         "trial_id": "00000",
         "attempt": 1,
