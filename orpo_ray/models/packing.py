@@ -22,7 +22,7 @@ _OUTSIDE = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Counting:
+class LossMask:
     """Which tokens the loss counts (law 1); see `LossConfig` for what each setting means."""
 
     nll_scope: NllScope
@@ -34,7 +34,7 @@ class Counting:
     """Nothing is predicted: a reward model is read at each answer's last token, and there is no NLL."""
 
     @classmethod
-    def of(cls, loss: LossConfig, eos_token_id: int) -> Counting:
+    def of(cls, loss: LossConfig, eos_token_id: int) -> LossMask:
         """What an experiment's loss counts."""
         return cls(loss.nll_scope, loss.nll_eos, loss.answer_padding, eos_token_id, loss.is_reward)
 
@@ -133,13 +133,13 @@ def _tensors_on(holder: Batch | SharedPrompt, device: torch.device) -> dict[str,
 
 
 def collate(
-    pairs: Sequence[Pair], counting: Counting, *, share_prompt: bool, pad_token_id: int = 0, multiple_of: int = 1
+    pairs: Sequence[Pair], loss_mask: LossMask, *, share_prompt: bool, pad_token_id: int = 0, multiple_of: int = 1
 ) -> Batch:
     """Lay P pairs out for one forward pass.
 
     Args:
         pairs: at least one; prompts and answers have at least one token each.
-        counting: which tokens count.
+        loss_mask: which tokens count.
         share_prompt: one row [prompt | chosen | rejected | prompt | ...]; otherwise 2P padded rows.
         pad_token_id: fills rows up; any id, it is never looked at.
         multiple_of: a shared row is filled up to a multiple of this many tokens, and N with targets that no sum counts.
@@ -162,7 +162,7 @@ def collate(
         if nll_row is not None:
             kept = np.arange(at, at + len(target))
             nll_targets.append(
-                np.stack([np.full(len(kept), nll_row), kept])[:, counting.nll_eos | (target != counting.eos_token_id)]
+                np.stack([np.full(len(kept), nll_row), kept])[:, loss_mask.nll_eos | (target != loss_mask.eos_token_id)]
             )
         at += len(target)
 
@@ -173,18 +173,18 @@ def collate(
         rejected_prompt_end = chosen_from - 1 if share_prompt else (num + index) * width + prompt - 1
         rejected_from = chosen_from + chosen if share_prompt else rejected_prompt_end + 1
         tokens += prompt + chosen + rejected
-        if counting.rewards:
+        if loss_mask.rewards:
             for end, row in ((chosen_from + chosen, index), (rejected_from + rejected, num + index)):
                 count(np.array([end - 1]), np.zeros(1, dtype=np.int64), row, None)
             continue
-        if counting.nll_scope == "prompt_and_response":
+        if loss_mask.nll_scope == "prompt_and_response":
             count(np.arange(first, first + prompt - 1), pair.prompt_ids[1:], None, 2 * num + index)
         count(np.arange(chosen_from - 1, chosen_from + chosen - 1), pair.chosen_ids, index, 2 * num + index)
         rejected_sources = np.arange(rejected_from - 1, rejected_from + rejected - 1)
         rejected_sources[0] = rejected_prompt_end
         count(rejected_sources, pair.rejected_ids, num + index, None)
-        if counting.answer_padding:
-            eos = np.array([counting.eos_token_id])
+        if loss_mask.answer_padding:
+            eos = np.array([loss_mask.eos_token_id])
             count(np.array([chosen_from + chosen - 1]), eos, index, None)
             count(np.array([rejected_from + rejected - 1]), eos, num + index, None)
 

@@ -21,11 +21,11 @@ from orpo_ray.models import attention
 from orpo_ray.models import precision as precisions
 from orpo_ray.models.lm_head import Head
 from orpo_ray.models.logps import PairLogps, ReferenceLogps
-from orpo_ray.models.packing import Batch, Counting, collate
+from orpo_ray.models.packing import Batch, LossMask, collate
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ForwardMode:
     """How a model is fed and read; what it cannot do is found by trying (see `form_of`)."""
 
     shares_prompt: bool
@@ -86,10 +86,10 @@ class PairModel(torch.nn.Module):
         autocast: bf16 for matrix products in it (see `product_type`), or None for the weights' own type.
     """
 
-    def __init__(self, lm: torch.nn.Module, form: Form, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, lm: torch.nn.Module, form: ForwardMode, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.lm = lm
-        self.form = form
+        self.forward_mode = form
         self.autocast = autocast
         if self._has_bf16_products:
             precisions.bound_kernel_caches()
@@ -121,7 +121,7 @@ class PairModel(torch.nn.Module):
     @property
     def outside_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of inner modules that `forward` reads itself; ZeRO-3 must be told to gather them for it."""
-        if not self.form.chunks_head or self.is_reward:
+        if not self.forward_mode.chunks_head or self.is_reward:
             return []
         linear = _head(causal_lm(self.lm)).linear
         return list(linear.parameters(recurse=False)) if type(linear) is torch.nn.Linear else []
@@ -142,7 +142,7 @@ class PairModel(torch.nn.Module):
         """Tokens that a row may have."""
         return int(getattr(causal_lm(self.lm).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
-    def collate(self, pairs: Sequence[Pair], counting: Counting, pad_token_id: int) -> Batch:
+    def collate(self, pairs: Sequence[Pair], loss_mask: LossMask, pad_token_id: int) -> Batch:
         """A micro-batch in this model's form, on the host."""
         multiple = 1
         if next(self.parameters()).is_cuda:
@@ -151,8 +151,8 @@ class PairModel(torch.nn.Module):
             multiple = precisions.BLOCK
         return collate(
             pairs,
-            counting,
-            share_prompt=self.form.shares_prompt,
+            loss_mask,
+            share_prompt=self.forward_mode.shares_prompt,
             pad_token_id=pad_token_id,
             multiple_of=multiple,
         )
@@ -169,7 +169,7 @@ class PairModel(torch.nn.Module):
 
     def _logps(self, batch: Batch) -> torch.Tensor:
         causal = causal_lm(self.lm)
-        if not self.form.chunks_head:
+        if not self.forward_mode.chunks_head:
             logits_RTV = self.lm(input_ids=batch.input_ids_RT, use_cache=False, **_sight(batch)).logits
             logits_NV = logits_RTV.flatten(0, 1)[batch.source_N].float()
             return -cross_entropy(logits_NV, batch.target_N, reduction="none")
@@ -194,14 +194,14 @@ class PairModel(torch.nn.Module):
             pad_token_id=prompts.pad_token_id,
         )
         kernel, own = causal.config._attn_implementation, causal.generation_config
-        if self.form.shares_prompt:  # it knows nothing of a cache
+        if self.forward_mode.shares_prompt:  # it knows nothing of a cache
             causal.set_attn_implementation("sdpa" if causal._supports_sdpa else "eager")
         try:
             rows = self._read(prompts)
             tokens_RT: torch.Tensor = self._generate(settings, prompts.in_step, **rows)
         finally:
             causal.generation_config = own
-            if self.form.shares_prompt:
+            if self.forward_mode.shares_prompt:
                 causal.set_attn_implementation(kernel)
         return tokens_RT[:, prompts.input_ids_RT.shape[1] :]
 
@@ -210,7 +210,7 @@ class PairModel(torch.nn.Module):
         prompt is read here, once, except for its last token, and what is known of it is copied."""
         ids_RT, mask_RT, each = prompts.input_ids_RT, prompts.attention_mask_RT, prompts.answers_each
         rows = {"input_ids": ids_RT.repeat_interleave(each, 0), "attention_mask": mask_RT.repeat_interleave(each, 0)}
-        if each == 1 or not self.form.shares_prompt:
+        if each == 1 or not self.forward_mode.shares_prompt:
             return rows
         first = GenerationConfig(
             do_sample=False, max_new_tokens=1, pad_token_id=prompts.pad_token_id, return_dict_in_generate=True

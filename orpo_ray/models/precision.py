@@ -72,7 +72,7 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
-def product_type(precision: str) -> torch.dtype | None:
+def matmul_dtype(precision: str) -> torch.dtype | None:
     """What matrix products run in under `train.precision` on this process's device; None for the weights' own fp32."""
     if precision == "auto":
         wants_bf16 = (
@@ -84,6 +84,6 @@ def product_type(precision: str) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" else None
 
 
-def name_of(products: torch.dtype | None) -> str:
-    """`product_type`'s answer in the config's words."""
+def precision_name(products: torch.dtype | None) -> str:
+    """`matmul_dtype`'s answer in the config's words."""
     return "fp32" if products is None else "bf16"

@@ -9,8 +9,8 @@ import torch
 
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import attention
-from orpo_ray.models.packing import Counting, collate
-from orpo_ray.models.pair_model import Form, PairModel, causal_lm
+from orpo_ray.models.packing import LossMask, collate
+from orpo_ray.models.pair_model import ForwardMode, PairModel, causal_lm
 
 _LAYERS_UNDERSTOOD = {"full_attention", "sliding_attention"}
 _PROBE_TOLERANCE = 1e-3
@@ -18,7 +18,7 @@ _PROBE_TOLERANCE = 1e-3
 
 
 @torch.no_grad()
-def form_of(lm: torch.nn.Module, wanted_attention: str) -> Form:
+def probe_forward_mode(lm: torch.nn.Module, wanted_attention: str) -> ForwardMode:
     """The fastest form in which this model gives the log-probabilities, or rewards, of its plain, padded form.
 
     Two short pairs are run through the padded form with full logits and through the candidates; so an architecture
@@ -42,29 +42,31 @@ def form_of(lm: torch.nn.Module, wanted_attention: str) -> Form:
     lm.eval()
     try:
 
-        def sums(form: Form) -> torch.Tensor:
+        def sums(form: ForwardMode) -> torch.Tensor:
             model = PairModel(lm, form)
-            counting = Counting("prompt_and_response", rewards=model.is_reward)
-            return model(collate(pairs, counting, share_prompt=form.shares_prompt).to(device))
+            loss_mask = LossMask("prompt_and_response", rewards=model.is_reward)
+            return model(collate(pairs, loss_mask, share_prompt=form.shares_prompt).to(device))
 
         if causal_lm(lm)._supports_attention_backend:  # other kernels may want a GPU, where the model is not yet
             causal_lm(lm).set_attn_implementation("eager")
-        expected = sums(Form(shares_prompt=False, chunks_head=False))
-        chunked = _try(sums, Form(shares_prompt=False, chunks_head=True), expected)
+        expected = sums(ForwardMode(shares_prompt=False, chunks_head=False))
+        chunked = _try(sums, ForwardMode(shares_prompt=False, chunks_head=True), expected)
         head = not chunked
         if wanted_attention != "shared_prompt":
-            return Form(False, head, "; ".join(filter(None, (f"model.attention is {wanted_attention}", chunked))))
+            return ForwardMode(
+                False, head, "; ".join(filter(None, (f"model.attention is {wanted_attention}", chunked)))
+            )
         attention.windows_seen.clear()
-        shared = _layers_not_understood(causal_lm(lm)) or _try(sums, Form(True, head), expected)
+        shared = _layers_not_understood(causal_lm(lm)) or _try(sums, ForwardMode(True, head), expected)
         shared = shared or _window_not_passed(causal_lm(lm)) or _flex_does_not_run(causal_lm(lm), pairs)
-        return Form(not shared, head, "; ".join(filter(None, (shared, chunked))))
+        return ForwardMode(not shared, head, "; ".join(filter(None, (shared, chunked))))
     finally:
         lm.train(was_training)
         if causal_lm(lm).config._attn_implementation != kernel:
             causal_lm(lm).set_attn_implementation(kernel)
 
 
-def _try(sums: Any, form: Form, expected: torch.Tensor) -> str:
+def _try(sums: Any, form: ForwardMode, expected: torch.Tensor) -> str:
     """Empty if the form gives what is expected, else what went wrong."""
     what = "rows with a shared prompt" if form.shares_prompt else "logits in chunks"
     try:
@@ -110,7 +112,7 @@ def _flex_does_not_run(causal: Any, pairs: list[Pair]) -> str:
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    batch = collate(pairs, Counting("response"), share_prompt=True, multiple_of=attention.FLEX_BLOCK)
+    batch = collate(pairs, LossMask("response"), share_prompt=True, multiple_of=attention.FLEX_BLOCK)
     layout = batch.to(torch.device("cuda")).layout
     assert layout is not None
     try:

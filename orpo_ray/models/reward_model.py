@@ -20,12 +20,12 @@ from orpo_ray.data.dataset import Pair
 from orpo_ray.data.rows import Message
 from orpo_ray.data.tokenizer import PairTokenizer
 from orpo_ray.models.loading import ModelError, build_reward_model, load_tokenizer
-from orpo_ray.models.packing import Counting, micro_batches
+from orpo_ray.models.packing import LossMask, micro_batches
 from orpo_ray.models.pair_model import PairModel, pair_logps
-from orpo_ray.models.precision import product_type
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.precision import matmul_dtype
+from orpo_ray.models.probe import probe_forward_mode
 
-COUNTING = Counting("response", rewards=True)
+REWARD_MASK = LossMask("response", rewards=True)
 """A reward is read at each answer's last token."""
 
 
@@ -56,14 +56,14 @@ class RewardModel:
         tokenizer = load_tokenizer(settings)
         lm = build_reward_model(settings, seed=0)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = PairModel(lm, form_of(lm, settings.attention), product_type(precision)).to(device).frozen()
+        model = PairModel(lm, probe_forward_mode(lm, settings.attention), matmul_dtype(precision)).to(device).frozen()
         data = DataConfig(path="unused", max_tokens=max_tokens, max_prompt_tokens=max_tokens - 1)
         return cls(path, model, PairTokenizer(data, tokenizer), max_tokens)
 
     @torch.no_grad()
     def of_pairs(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """Rewards of one micro-batch, fp32 [P, 2], on the model's device; the ids must be its own tokenizer's."""
-        batch = self.model.collate(pairs, COUNTING, int(self.tokens.tokenizer.pad_token_id))
+        batch = self.model.collate(pairs, REWARD_MASK, int(self.tokens.tokenizer.pad_token_id))
         rewards = pair_logps(self.model, batch.to(next(self.model.parameters()).device))
         return torch.stack([rewards.chosen_logps_P, rewards.rejected_logps_P], dim=1)
 
@@ -102,7 +102,11 @@ class RewardModel:
                 places.append((row, first))
         lengths_N3 = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
         cut = micro_batches(
-            lengths_N3, 1, max_pairs=None, max_tokens=max_tokens_at_once, share_prompt=self.model.form.shares_prompt
+            lengths_N3,
+            1,
+            max_pairs=None,
+            max_tokens=max_tokens_at_once,
+            share_prompt=self.model.forward_mode.shares_prompt,
         )
         rewards_NK = np.full((len(prompts), num), np.nan)
         for (mine,) in track(cut, description="scoring", transient=True, disable=len(cut) < 8):

@@ -23,7 +23,7 @@ from orpo_ray.config.space import describe
 from orpo_ray.data.tokenizer import PairTokenizer
 from orpo_ray.errors import UserError
 from orpo_ray.models.loading import build_model, build_reward_model, count_parameters, load_tokenizer
-from orpo_ray.models.precision import name_of, product_type
+from orpo_ray.models.precision import matmul_dtype, precision_name
 from orpo_ray.results import verify
 from orpo_ray.results.model_card import CardFacts, model_card
 from orpo_ray.storage import checkpoint_files
@@ -168,7 +168,7 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
         )
     manifest = checkpoint_files.read_manifest(taken)
     logged: dict[str, float | None] = {}
-    products = name_of(product_type(config.train.precision))
+    products = precision_name(matmul_dtype(config.train.precision))
     of_others: dict[str, dict[str, float | None]] = {}
     """At this checkpoint's step."""
     for event in read_events(run_dir / EVENTS_FILE):

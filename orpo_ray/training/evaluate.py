@@ -13,7 +13,7 @@ import torch.distributed as dist
 from orpo_ray.config import ExperimentConfig, LossConfig
 from orpo_ray.data.dataset import Pair, PairDataset
 from orpo_ray.models.logps import PairLogps
-from orpo_ray.models.packing import Counting, micro_batches
+from orpo_ray.models.packing import LossMask, micro_batches
 from orpo_ray.models.pair_model import pair_logps
 from orpo_ray.storage.pair_scores import PairScores
 from orpo_ray.training.loss import BatchCounts, LossFn, LossTerms
@@ -93,7 +93,7 @@ def evaluate(
     pairs: PairDataset,
     config: ExperimentConfig,
     loss_fn: LossFn,
-    counting: Counting,
+    loss_mask: LossMask,
     pad_token_id: int,
     reference_N2: np.ndarray | None = None,
 ) -> Evaluation:
@@ -104,7 +104,7 @@ def evaluate(
         pairs: the held-out pairs.
         config: the trial's.
         loss_fn: its objective.
-        counting: which tokens that counts.
+        loss_mask: which tokens that counts.
         pad_token_id: fills rows up.
         reference_N2: the reference model's means of chosen and rejected, where the loss compares with them.
 
@@ -117,7 +117,7 @@ def evaluate(
         chosen answer has the higher reward. Of rloo no `eval/loss`: its loss is of sampled answers.
     """
     everyone = np.arange(len(pairs))
-    counts = BatchCounts(pairs=len(pairs), nll_tokens=counting.nll_tokens(pairs, everyone))
+    counts = BatchCounts(pairs=len(pairs), nll_tokens=loss_mask.nll_tokens(pairs, everyone))
     sums = PairSums.zeros(engine.device, held_out_kind_of(config.loss))
     answer_sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats, bytes
     columns = _Columns()
@@ -127,13 +127,13 @@ def evaluate(
         dist.get_world_size(),
         max_pairs=config.train.micro_batch_size,
         max_tokens=config.train.max_tokens_per_micro_batch,
-        share_prompt=engine.module.form.shares_prompt,
+        share_prompt=engine.module.forward_mode.shares_prompt,
     ):
         mine = ranks[dist.get_rank()]
         # A rank without pairs in this round runs one anyway, uncounted: ZeRO-3 gathers parameters in every pass.
         chosen = mine if len(mine) else everyone[:1]
         members = [pairs[int(i)] for i in chosen]
-        batch = engine.module.collate(members, counting, pad_token_id)
+        batch = engine.module.collate(members, loss_mask, pad_token_id)
         if reference_N2 is not None:
             batch = replace(batch, reference_P2=torch.from_numpy(reference_N2[chosen]))
         logps = pair_logps(engine, batch.to(engine.device))

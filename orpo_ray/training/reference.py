@@ -25,11 +25,11 @@ from orpo_ray.config import ExperimentConfig, ModelConfig
 from orpo_ray.data.dataset import Pair, PairDataset
 from orpo_ray.models.loading import build_model
 from orpo_ray.models.logps import PairLogps
-from orpo_ray.models.packing import Counting, micro_batches
+from orpo_ray.models.packing import LossMask, micro_batches
 from orpo_ray.models.pair_model import PairModel, pair_logps
-from orpo_ray.models.precision import name_of, product_type
+from orpo_ray.models.precision import matmul_dtype, precision_name
 from orpo_ray.models.presets import PRESETS
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.probe import probe_forward_mode
 
 _FORMAT_VERSION = 2  # raise it whenever the same model and pairs would get other numbers
 
@@ -59,28 +59,28 @@ def identity_of(config: ExperimentConfig, products: str) -> dict[str, Any]:
     }
 
 
-def logps_of(config: ExperimentConfig, pairs: PairDataset, counting: Counting, pad_token_id: int) -> np.ndarray:
+def logps_of(config: ExperimentConfig, pairs: PairDataset, loss_mask: LossMask, pad_token_id: int) -> np.ndarray:
     """The reference's mean log-probabilities of an experiment's pairs, from the cache or by the model itself.
 
     Returns:
         float32 [N, 2]; see `load_or_compute`, which says what is raised too.
     """
-    products = product_type(config.train.precision)
+    products = matmul_dtype(config.train.precision)
 
     @lru_cache(maxsize=1)
     def model() -> PairModel:
         lm = build_model(config.model.model_copy(update={"lora": None}), config.train.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return PairModel(lm, form_of(lm, config.model.attention), products).to(device).frozen()
+        return PairModel(lm, probe_forward_mode(lm, config.model.attention), products).to(device).frozen()
 
     def compute(members: Sequence[Pair]) -> PairLogps:
-        batch = model().collate(members, counting, pad_token_id)
+        batch = model().collate(members, loss_mask, pad_token_id)
         return pair_logps(model(), batch.to(next(model().parameters()).device))
 
     return load_or_compute(
         pairs,
         compute,
-        identity_of(config, name_of(products)),
+        identity_of(config, precision_name(products)),
         cache_dir=config.data.cache_dir,
         max_tokens=config.train.max_tokens_per_micro_batch,
         max_pairs=config.train.micro_batch_size,

@@ -17,7 +17,7 @@ from orpo_ray.config import ExperimentConfig
 from orpo_ray.data.dataset import Pair
 from orpo_ray.data.tokenizer import PairTokenizer
 from orpo_ray.models.loading import ModelError, build_model, load_tokenizer
-from orpo_ray.models.packing import Batch, Counting
+from orpo_ray.models.packing import Batch, LossMask
 from orpo_ray.models.pair_model import PairModel, Prompts, pair_logps
 from orpo_ray.models.reward_model import RewardModel
 
@@ -35,7 +35,7 @@ class OnlineAnswers:
     reference: PairModel
     """What training started from, without adapters."""
     reward: RewardModel
-    counting: Counting
+    loss_mask: LossMask
     pad_token_id: int
     end_of_turn: int
 
@@ -62,13 +62,13 @@ class OnlineAnswers:
             )
         lm = build_model(config.model.model_copy(update={"lora": None}), config.train.seed)
         # The form is the policy's, so that both read the same rows.
-        reference = PairModel(lm, engine.module.form, products).to(engine.device).frozen()
+        reference = PairModel(lm, engine.module.forward_mode, products).to(engine.device).frozen()
         return cls(
             engine=engine,
             config=config,
             reference=reference,
             reward=reward,
-            counting=Counting("response"),
+            loss_mask=LossMask("response"),
             pad_token_id=int(tokenizer.pad_token_id),
             end_of_turn=tokens.end_of_turn(),
         )
@@ -90,7 +90,7 @@ class OnlineAnswers:
             replace(pair, chosen_ids=first, rejected_ids=second)
             for pair, first, second in zip(members, answers[::2], answers[1::2], strict=True)
         ]
-        laid_out = self.engine.module.collate(sampled, self.counting, self.pad_token_id).to(self.engine.device)
+        laid_out = self.engine.module.collate(sampled, self.loss_mask, self.pad_token_id).to(self.engine.device)
         known = pair_logps(self.reference, laid_out)
         return replace(
             laid_out,

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from orpo_ray.config import DataConfig, ExperimentConfig, ModelConfig
 from orpo_ray.data.dataset import Pair, PairDataset, batch_indices, load_pairs
 from orpo_ray.models.loading import build_model, build_reward_model, count_parameters, load_tokenizer
-from orpo_ray.models.packing import Batch, Counting, micro_batches
-from orpo_ray.models.pair_model import Form, PairModel, pair_logps
-from orpo_ray.models.precision import name_of, product_type
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.packing import Batch, LossMask, micro_batches
+from orpo_ray.models.pair_model import ForwardMode, PairModel, pair_logps
+from orpo_ray.models.precision import matmul_dtype, precision_name
+from orpo_ray.models.probe import probe_forward_mode
 from orpo_ray.storage.generations import keep
 from orpo_ray.storage.pair_scores import PAIRS_FILE
 from orpo_ray.training import loss, reference
@@ -66,7 +66,7 @@ class TrialRun:
     eval_pairs: PairDataset
     reference_logps: tuple[np.ndarray, np.ndarray] | None
     """Of the training and of the held-out pairs, fp32 [N, 2], where the loss compares with a reference model."""
-    counting: Counting
+    loss_mask: LossMask
     pad_token_id: int
     online: OnlineAnswers | None
     """Where the loss is of answers that the model samples itself."""
@@ -80,19 +80,19 @@ class TrialRun:
                 f"scaling.num_workers ({config.scaling.num_workers}) must equal the size of the process group ({world})"
             )
         tokenizer = load_tokenizer(config.model)
-        counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
+        loss_mask = LossMask.of(config.loss, int(tokenizer.eos_token_id))
         train_pairs, eval_pairs = _pairs(config.data, config.model)
         reference_logps = None
         if config.loss.needs_reference:
             train_reference, eval_reference = (
-                reference.logps_of(config, pairs, counting, int(tokenizer.pad_token_id))
+                reference.logps_of(config, pairs, loss_mask, int(tokenizer.pad_token_id))
                 for pairs in (train_pairs, eval_pairs)
             )
             reference_logps = train_reference, eval_reference
         build = build_reward_model if config.loss.is_reward else build_model
         lm = build(config.model, config.train.seed)
         parameters, trainable = count_parameters(lm)
-        form, products = _agreed(form_of(lm, config.model.attention), product_type(config.train.precision))
+        form, products = _agreed(probe_forward_mode(lm, config.model.attention), matmul_dtype(config.train.precision))
         fallback = form.reason if config.model.attention == "shared_prompt" else ""
         if fallback and dist.get_rank() == 0:
             _log.warning("%s runs in a slower form: %s", config.model.path, fallback)
@@ -107,7 +107,7 @@ class TrialRun:
             train_pairs=train_pairs,
             eval_pairs=eval_pairs,
             reference_logps=reference_logps,
-            counting=counting,
+            loss_mask=loss_mask,
             pad_token_id=int(tokenizer.pad_token_id),
             online=OnlineAnswers.of(engine, config, products) if config.loss.name == "rloo" else None,
             facts={
@@ -119,7 +119,7 @@ class TrialRun:
                 "data/eval_digest": eval_pairs.digest,
                 "forward/rows": "shared prompt" if form.shares_prompt else "padded",
                 "forward/logits": "in chunks" if form.chunks_head else "all at once",
-                "forward/products": name_of(products),
+                "forward/products": precision_name(products),
                 "worker/threads": torch.get_num_threads(),
             }
             | ({"forward/fallback": fallback} if fallback else {}),
@@ -145,21 +145,21 @@ class TrialRun:
         """Cut a global batch into micro-batches, and lay this rank's ones out."""
         pairs, model = self.train_pairs, self.engine.module
         # Every rank knows the lengths of the whole global batch, so neither its counts nor its cut need communication.
-        counts = loss.BatchCounts(pairs=len(indices), nll_tokens=self.counting.nll_tokens(pairs, indices))
+        counts = loss.BatchCounts(pairs=len(indices), nll_tokens=self.loss_mask.nll_tokens(pairs, indices))
         passes = []
         for ranks in micro_batches(
             pairs.lengths_N3[indices],
             dist.get_world_size(),
             max_pairs=self.config.train.micro_batch_size,
             max_tokens=self.config.train.max_tokens_per_micro_batch,
-            share_prompt=model.form.shares_prompt,
+            share_prompt=model.forward_mode.shares_prompt,
         ):
             mine = indices[ranks[dist.get_rank()]]
             chosen = mine if len(mine) else indices[:1]
             members = [pairs[int(i)] for i in chosen]
             batch = None
             if self.online is None:
-                batch = model.collate(members, self.counting, self.pad_token_id)
+                batch = model.collate(members, self.loss_mask, self.pad_token_id)
                 if self.reference_logps is not None:
                     batch = replace(batch, reference_P2=torch.from_numpy(self.reference_logps[0][chosen]))
                 if self.engine.device.type == "cuda":
@@ -208,7 +208,7 @@ class TrialRun:
             self.eval_pairs,
             self.config,
             loss.held_out_from_config(self.config.loss),
-            self.counting,
+            self.loss_mask,
             self.pad_token_id,
             None if self.reference_logps is None else self.reference_logps[1],
         )
@@ -232,11 +232,11 @@ def _pairs(data: DataConfig, model: ModelConfig) -> tuple[PairDataset, PairDatas
     return load_pairs(data, load_tokenizer(model))
 
 
-def _agreed(form: Form, products: torch.dtype | None) -> tuple[Form, torch.dtype | None]:
+def _agreed(form: ForwardMode, products: torch.dtype | None) -> tuple[ForwardMode, torch.dtype | None]:
     """What all ranks can do: were one alone to pad, it would cut the batch differently from the others."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (form, products))
     forms, types = zip(*everyone, strict=True)
     reason = "; ".join(dict.fromkeys(f.reason for f in forms if f.reason))
-    agreed = Form(all(f.shares_prompt for f in forms), all(f.chunks_head for f in forms), reason)
+    agreed = ForwardMode(all(f.shares_prompt for f in forms), all(f.chunks_head for f in forms), reason)
     return agreed, None if None in types else products

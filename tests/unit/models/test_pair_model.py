@@ -33,9 +33,9 @@ from transformers import (
 
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import precision
-from orpo_ray.models.packing import Counting, NllScope, collate
-from orpo_ray.models.pair_model import Form, PairModel, Prompts, pair_logps
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.packing import LossMask, NllScope, collate
+from orpo_ray.models.pair_model import ForwardMode, PairModel, Prompts, pair_logps
+from orpo_ray.models.probe import probe_forward_mode
 from orpo_ray.training.loss import BatchCounts, orpo
 from orpo_ray.training.metrics import PairSums
 from tests.support.forwards import ALL, CHUNKED, FAST, FORMS, PLAIN, gradient, logps
@@ -98,7 +98,7 @@ def llama() -> LlamaForCausalLM:
     return build(SHARING["llama"])
 
 
-def objective(model: torch.nn.Module, pairs: list[Pair], form: Form, **options: object) -> torch.Tensor:
+def objective(model: torch.nn.Module, pairs: list[Pair], form: ForwardMode, **options: object) -> torch.Tensor:
     """ORPO's loss of all pairs as one batch; its gradient is left in the model."""
     found = logps(model, pairs, form=form, **options)
     counts = BatchCounts(len(pairs), int(found.nll_tokens_P.sum()))
@@ -111,7 +111,7 @@ def objective(model: torch.nn.Module, pairs: list[Pair], form: Form, **options: 
 def test_shared_prompt_equals_two_forwards(architecture: str, pairs: list[Pair]) -> None:
     """Loss and gradients of the fast form against the padded form with full logits and transformers' own masks."""
     model = build(SHARING[architecture])
-    assert form_of(model, "shared_prompt") == FAST
+    assert probe_forward_mode(model, "shared_prompt") == FAST
     loss = objective(model, pairs, FAST)
     found = gradient(model)
     model.set_attn_implementation("eager")  # the reference: its masks are spelled out, for windows too
@@ -125,7 +125,7 @@ def test_shared_prompt_equals_two_forwards(architecture: str, pairs: list[Pair])
 def test_what_cannot_share_falls_back_and_says_why(architecture: str, pairs: list[Pair]) -> None:
     config, reason = PADDING[architecture]
     model = build(config)
-    form = form_of(model, "shared_prompt")
+    form = probe_forward_mode(model, "shared_prompt")
     assert (form.shares_prompt, form.chunks_head) == (False, True)
     assert reason in form.reason
     loss = objective(model, pairs, form)
@@ -142,7 +142,7 @@ def test_several_answers_are_those_of_rows_on_their_own(
 ) -> None:
     """The same tokens, likeliest or drawn, as when each prompt is read once for each of its answers."""
     model = build(SHARING[architecture] if architecture in SHARING else PADDING[architecture][0])
-    pair_model = PairModel(model, form_of(model, "shared_prompt"))
+    pair_model = PairModel(model, probe_forward_mode(model, "shared_prompt"))
     ids = [pair.prompt_ids for pair in pairs]
     ask = {"pad_token_id": 0, "eos_token_id": 2, "max_new_tokens": 8, "in_step": False, "temperature": temperature}
 
@@ -171,7 +171,7 @@ def test_foreign_code_that_ignores_positions_is_found_out(llama: LlamaForCausalL
     model = copy.deepcopy(llama)
     rotate = model.model.rotary_emb.forward
     model.model.rotary_emb.forward = lambda x, position_ids: rotate(x, torch.arange(x.shape[1])[None])
-    form = form_of(model, "shared_prompt")
+    form = probe_forward_mode(model, "shared_prompt")
     assert (form.shares_prompt, form.chunks_head) == (False, True)
     assert "log-probabilities are off by" in form.reason
     assert model.config._attn_implementation == llama.config._attn_implementation
@@ -187,7 +187,7 @@ def test_foreign_head_is_read_through_the_model_itself(llama: LlamaForCausalLM, 
         return output
 
     model.forward = doubled
-    form = form_of(model, "shared_prompt")
+    form = probe_forward_mode(model, "shared_prompt")
     assert (form.shares_prompt, form.chunks_head) == (True, False)
     torch.testing.assert_close(objective(model, pairs, form), objective(model, pairs, PLAIN), rtol=1e-5, atol=0)
 
@@ -205,7 +205,7 @@ def test_a_window_that_is_only_in_masks_is_found_out(pairs: list[Pair]) -> None:
         layer_types=["sliding_attention"] * 2,
     )
     model = build(config)
-    form = form_of(model, "shared_prompt")
+    form = probe_forward_mode(model, "shared_prompt")
     assert (form.shares_prompt, form.chunks_head) == (False, True)
     assert "has its sliding window in masks only" in form.reason
 
@@ -217,7 +217,9 @@ def test_kernels_of_a_gpu_are_not_run_where_the_model_is_read(llama: LlamaForCau
     AttentionInterface.register("needs_a_gpu", needs_a_gpu)
     model = copy.deepcopy(llama)
     model.set_attn_implementation("needs_a_gpu")
-    assert form_of(model, "flash_attention_2") == Form(False, True, "model.attention is flash_attention_2")
+    assert probe_forward_mode(model, "flash_attention_2") == ForwardMode(
+        False, True, "model.attention is flash_attention_2"
+    )
     assert model.config._attn_implementation == "needs_a_gpu"
     model.set_attn_implementation("sdpa")
 
@@ -236,12 +238,12 @@ def test_one_diverged_pair_does_not_blame_the_others(llama: LlamaForCausalLM, pa
 
 
 def test_other_kernels_pad_on_request(llama: LlamaForCausalLM) -> None:
-    assert form_of(copy.deepcopy(llama), "sdpa") == Form(False, True, "model.attention is sdpa")
+    assert probe_forward_mode(copy.deepcopy(llama), "sdpa") == ForwardMode(False, True, "model.attention is sdpa")
 
 
 def test_probe_leaves_the_mode_and_the_gradients_alone(llama: LlamaForCausalLM) -> None:
     model = copy.deepcopy(llama).train()
-    form_of(model, "shared_prompt")
+    probe_forward_mode(model, "shared_prompt")
     assert model.training
     assert all(p.grad is None for p in model.parameters())
 
@@ -275,7 +277,7 @@ def test_a_frozen_model_gives_the_same_bits(
 ) -> None:
     pretend(monkeypatch, has_units)
     model = build((SHARING | {name: config for name, (config, _) in PADDING.items()})[architecture])
-    form = form_of(model, "shared_prompt")
+    form = probe_forward_mode(model, "shared_prompt")
     frozen = PairModel(copy.deepcopy(model), form, torch.bfloat16).frozen()
     model = PairModel(model, form, torch.bfloat16).eval()
     prompts = Prompts.padded(
@@ -371,7 +373,7 @@ def test_equals_the_definition_sequence_by_sequence(
     scope: NllScope,
     form: str,
 ) -> None:
-    found = logps(llama, pairs, Counting(scope), FORMS[form])
+    found = logps(llama, pairs, LossMask(scope), FORMS[form])
     expected = naive_logps(llama, pairs, scope)
     for name, result in (
         ("chosen", found.chosen_logps_P),
@@ -430,7 +432,7 @@ def test_log_probabilities_are_fp32_whatever_the_model(llama: LlamaForCausalLM, 
 
 
 @pytest.mark.parametrize("form", [FAST, CHUNKED, PLAIN])
-def test_gradient_checkpointing_runs_the_same_attention_again(pairs: list[Pair], form: Form) -> None:
+def test_gradient_checkpointing_runs_the_same_attention_again(pairs: list[Pair], form: ForwardMode) -> None:
     model = build(SHARING["llama"]).train()
     objective(model, pairs, form)
     expected = gradient(model)
@@ -449,7 +451,7 @@ def test_a_model_that_drops_the_layout_is_refused(llama: LlamaForCausalLM, pairs
 def test_answer_padding_and_eos(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
     """The authors' counting, from token log-probabilities written out."""
     eos = int(pairs[4].chosen_ids[3])
-    counting = Counting("prompt_and_response", nll_eos=False, answer_padding=True, eos_token_id=eos)
+    counting = LossMask("prompt_and_response", nll_eos=False, answer_padding=True, eos_token_id=eos)
     for form in FORMS.values():
         found = logps(llama, pairs, counting, form)
         for index, pair in enumerate(pairs):
