@@ -119,6 +119,11 @@ def build_reward_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     return model if config.lora is None else _with_lora(model, config.lora, "SEQ_CLS")
 
 
+def causal_lm(lm: Any) -> Any:
+    """The transformers model inside peft's wrapper, or the model itself if it has none."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters, tied weights counted once."""
     parameters = list(model.parameters())

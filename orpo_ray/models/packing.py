@@ -112,6 +112,12 @@ class Batch:
     rewards_P2: torch.Tensor | None = None
     """fp32: the reward model's rewards of both answers, for rloo."""
 
+    def mask_arguments(self) -> dict[str, Any]:
+        """Attention-mask arguments for the model."""
+        if self.layout is not None:
+            return {"position_ids": self.position_ids_RT, "layout": self.layout}
+        return {"attention_mask": self.attention_mask_RT}
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         layout = None if self.layout is None else replace(self.layout, **_tensors_on(self.layout, device))

@@ -9,8 +9,9 @@ import torch
 
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import attention
+from orpo_ray.models.loading import causal_lm
 from orpo_ray.models.packing import LossMask, collate
-from orpo_ray.models.pair_model import ForwardMode, PairModel, causal_lm
+from orpo_ray.models.pair_model import ForwardMode, PairModel
 
 _LAYERS_UNDERSTOOD = {"full_attention", "sliding_attention"}
 _PROBE_TOLERANCE = 1e-3

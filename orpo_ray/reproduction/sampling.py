@@ -18,8 +18,9 @@ import torch
 from orpo_ray.config import DataConfig, ModelConfig
 from orpo_ray.data.rows import DataError, Message
 from orpo_ray.data.tokenizer import PairTokenizer
+from orpo_ray.models.answers import Prompts
 from orpo_ray.models.loading import build_model, load_tokenizer
-from orpo_ray.models.pair_model import PairModel, Prompts
+from orpo_ray.models.pair_model import PairModel
 from orpo_ray.models.precision import matmul_dtype
 from orpo_ray.models.probe import probe_forward_mode
 

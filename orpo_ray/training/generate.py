@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from orpo_ray.config import GenerationConfig
 from orpo_ray.data.dataset import PairDataset
-from orpo_ray.models.pair_model import Prompts
+from orpo_ray.models.answers import Prompts
 
 
 @torch.no_grad()

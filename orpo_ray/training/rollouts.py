@@ -16,9 +16,10 @@ import torch.distributed as dist
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.data.dataset import Pair
 from orpo_ray.data.tokenizer import PairTokenizer
+from orpo_ray.models.answers import Prompts
 from orpo_ray.models.loading import ModelError, build_model, load_tokenizer
 from orpo_ray.models.packing import Batch, LossMask
-from orpo_ray.models.pair_model import PairModel, Prompts, pair_logps
+from orpo_ray.models.pair_model import PairModel, pair_logps
 from orpo_ray.models.reward_model import RewardModel
 
 

@@ -33,8 +33,9 @@ from transformers import (
 
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import precision
+from orpo_ray.models.answers import Prompts
 from orpo_ray.models.packing import LossMask, NllScope, collate
-from orpo_ray.models.pair_model import ForwardMode, PairModel, Prompts, pair_logps
+from orpo_ray.models.pair_model import ForwardMode, PairModel, pair_logps
 from orpo_ray.models.probe import probe_forward_mode
 from orpo_ray.training.loss import BatchCounts, orpo
 from orpo_ray.training.metrics import PairSums
@@ -251,7 +252,6 @@ def test_probe_leaves_the_mode_and_the_gradients_alone(llama: LlamaForCausalLM) 
 def pretend(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
     """Make this CPU one with bf16 units, or without: either's kernels run on any."""
     monkeypatch.setattr(precision, "has_bf16_units", lambda: has_units)
-    monkeypatch.setattr("orpo_ray.models.lm_head.has_bf16_units", lambda: has_units)
 
 
 @pytest.mark.parametrize("has_units", [False, True])

@@ -140,7 +140,6 @@ def test_activations_are_what_autograd_keeps(
     device: Device, bf16: bool, lora: LoraConfig | None, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(cpu_bf16, "has_bf16_units", lambda: device is Device.CPU_BF16)
-    monkeypatch.setattr("orpo_ray.models.lm_head.has_bf16_units", lambda: device is Device.CPU_BF16)
     shape = Architecture(0, 3, 192, 192, 64, 512, True, 256, False, True)
     precision = torch.bfloat16 if bf16 else None
     layer = saved_bytes_per_token(3, precision, lora) - saved_bytes_per_token(2, precision, lora)

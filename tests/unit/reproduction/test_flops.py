@@ -120,7 +120,6 @@ def test_counts_do_not_depend_on_precision_or_recomputation(
     has_units: bool, found: Accounting, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "has_bf16_units", lambda: has_units)
-    monkeypatch.setattr("orpo_ray.models.lm_head.has_bf16_units", lambda: has_units)
     recomputing = TINY.model_copy(update={"gradient_checkpointing": True})
     assert measure(recomputing, pairs, precision="bf16") == found
 
