@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,23 @@ from orpo_ray.models.pair_model import ForwardMode, PairModel
 
 _LAYERS_UNDERSTOOD = {"full_attention", "sliding_attention"}
 _PROBE_TOLERANCE = 1e-3
-"""Nats. Both forms of the probe differ by rounding only; a wrong mask or position differs by far more."""
+"""Nats. Correct modes differ from the plain one by rounding only; a wrong mask or position differs by far more."""
 
 
 @torch.no_grad()
 def probe_forward_mode(lm: torch.nn.Module, wanted_attention: str) -> ForwardMode:
-    """The fastest form in which this model gives the log-probabilities, or rewards, of its plain, padded form.
+    """Find the fastest mode in which the model gives the same log-probabilities, or rewards, as in its plain mode.
 
-    Two short pairs are run through the padded form with full logits and through the candidates; so an architecture
-    whose code does something unheard of falls back rather than being trained wrongly.
+    Two short pairs run through the plain mode (padded rows, full logits) and through the candidates. So an architecture
+    whose code does something unexpected falls back to slower rows instead of being trained incorrectly.
 
     Args:
-        lm: a transformers causal language model or reward model with or without adapters, weights in place (not yet
-            partitioned).
-        wanted_attention: `model.attention`; other than `shared_prompt` asks for padded rows.
+        lm: a transformers causal language model or reward model, with or without adapters, its weights not yet
+            partitioned.
+        wanted_attention: `model.attention`; any value but `shared_prompt` asks for padded rows.
+
+    Returns:
+        The mode; its `reason` says why a fast path is off.
     """
     rng = np.random.default_rng(0)
     highest = min(causal_lm(lm).get_input_embeddings().num_embeddings, 256)
@@ -43,12 +47,12 @@ def probe_forward_mode(lm: torch.nn.Module, wanted_attention: str) -> ForwardMod
     lm.eval()
     try:
 
-        def sums(form: ForwardMode) -> torch.Tensor:
-            model = PairModel(lm, form)
+        def sums(mode: ForwardMode) -> torch.Tensor:
+            model = PairModel(lm, mode)
             loss_mask = LossMask("prompt_and_response", rewards=model.is_reward)
-            return model(collate(pairs, loss_mask, share_prompt=form.shares_prompt).to(device))
+            return model(collate(pairs, loss_mask, share_prompt=mode.shares_prompt).to(device))
 
-        if causal_lm(lm)._supports_attention_backend:  # other kernels may want a GPU, where the model is not yet
+        if causal_lm(lm)._supports_attention_backend:  # other kernels may need a GPU; the model is on the CPU
             causal_lm(lm).set_attn_implementation("eager")
         expected = sums(ForwardMode(shares_prompt=False, chunks_head=False))
         chunked = _try(sums, ForwardMode(shares_prompt=False, chunks_head=True), expected)
@@ -67,12 +71,12 @@ def probe_forward_mode(lm: torch.nn.Module, wanted_attention: str) -> ForwardMod
             causal_lm(lm).set_attn_implementation(kernel)
 
 
-def _try(sums: Any, form: ForwardMode, expected: torch.Tensor) -> str:
-    """Empty if the form gives what is expected, else what went wrong."""
-    what = "rows with a shared prompt" if form.shares_prompt else "logits in chunks"
+def _try(sums: Callable[[ForwardMode], torch.Tensor], mode: ForwardMode, expected: torch.Tensor) -> str:
+    """Run one mode. Returns an empty string if its sums are as expected, else what is wrong."""
+    what = "rows with a shared prompt" if mode.shares_prompt else "logits in chunks"
     try:
-        found = sums(form)
-    except Exception as error:  # whatever foreign code raises: the plain form works, and the reason is shown
+        found = sums(mode)
+    except Exception as error:  # custom model code may raise anything: the plain mode works, and the reason is shown
         return f"{what}: {type(error).__name__}: {error}"
     off = float((found - expected).abs().max())
     return "" if off <= _PROBE_TOLERANCE else f"{what}: log-probabilities are off by {off:.2g}"
@@ -84,12 +88,12 @@ def _layers_not_understood(causal: Any) -> str:
     if kinds:
         return f"rows with a shared prompt: layers of kind {', '.join(sorted(kinds))}"
     if not causal._supports_attention_backend:
-        return f"rows with a shared prompt: {type(causal).__name__} does its attention itself"
+        return f"rows with a shared prompt: {type(causal).__name__} implements its attention itself"
     return ""
 
 
 def _window_not_passed(causal: Any) -> str:
-    """The probe's pairs are shorter than any window, so that a window they do not reach has to be looked for."""
+    """Check that a declared sliding window reached the attention function; the probe's pairs are too short to tell."""
     config = causal.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     declared = (
@@ -103,13 +107,13 @@ def _window_not_passed(causal: Any) -> str:
 
 
 def _flex_does_not_run(causal: Any, pairs: list[Pair]) -> str:
-    """What a GPU runs is not what the probe ran on the CPU."""
+    """Try FlexAttention where there is a GPU: the probe itself ran on the CPU, with other code."""
     if not torch.cuda.is_available():
         return ""
     config = causal.config.get_text_config()
     dropout = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
     if dropout:
-        return f"rows with a shared prompt: FlexAttention has no dropout, the model's attention {dropout}"
+        return f"rows with a shared prompt: FlexAttention has no dropout, but the model's attention has {dropout}"
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -119,6 +123,6 @@ def _flex_does_not_run(causal: Any, pairs: list[Pair]) -> str:
     try:
         with torch.enable_grad():
             attention.try_flex(heads, key_heads, width, getattr(config, "attn_logit_softcapping", None), layout)
-    except Exception as error:  # the compiler's, of many kinds
+    except Exception as error:  # the compiler raises many kinds
         return f"rows with a shared prompt: FlexAttention: {type(error).__name__}: {error}"
     return ""

@@ -1,7 +1,7 @@
-"""Reward models: loaded once, then asked what an answer is worth.
+"""Trained reward models: loaded once, then used to score answers.
 
-They are trained by the loop like any other model (`loss.name: reward`, `loss.bradley_terry`) and written by `orpo-ray
-export`. Shape suffixes: N prompts, K answers to each, P pairs of a micro-batch.
+The training loop trains them like any other model (`loss.name: reward`, `training.loss.bradley_terry`), and `orpo-ray
+export` writes them. Shape suffixes: N prompts, K answers to each, P pairs of a micro-batch.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class RewardModel:
     model: PairModel
     tokens: PairTokenizer
     max_tokens: int
-    """Prompt and answer together; longer answers are cut at their end, as in its training."""
+    """Of prompt and answer together; longer answers are truncated at their end, as in training."""
 
     @classmethod
     def load(cls, path: str, *, max_tokens: int = 1024, precision: str = "auto") -> RewardModel:
-        """Read a reward model that was trained before.
+        """Load a trained reward model.
 
         Args:
             path: folder or hub name.
-            max_tokens: `data.max_tokens` of its training.
+            max_tokens: `data.max_tokens` that it was trained with.
             precision: `train.precision`.
 
         Raises:
-            ModelError: not found, or not a trained reward model: its files hold no score.
+            ModelError: the model was not found, or its files hold no score, so it is not a trained reward model.
         """
         settings = ModelConfig(path=path)
         _require_score(settings)
@@ -62,7 +62,7 @@ class RewardModel:
 
     @torch.no_grad()
     def of_pairs(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """Rewards of one micro-batch, fp32 [P, 2], on the model's device; the ids must be its own tokenizer's."""
+        """Rewards of one micro-batch, fp32 [P, 2], on the model's device. The ids must come from its own tokenizer."""
         batch = self.model.collate(pairs, REWARD_MASK, int(self.tokens.tokenizer.pad_token_id))
         rewards = pair_logps(self.model, batch.to(next(self.model.parameters()).device))
         return torch.stack([rewards.chosen_logps_P, rewards.rejected_logps_P], dim=1)
@@ -70,19 +70,19 @@ class RewardModel:
     def score(
         self, prompts: Sequence[list[Message]], answers_NK: Sequence[Sequence[str]], max_tokens_at_once: int = 4096
     ) -> np.ndarray:
-        """What answers are worth.
+        """Rewards of answers.
 
         Args:
             prompts: N conversations that end before the answer.
-            answers_NK: K texts to each of them, the same number everywhere.
-            max_tokens_at_once: per forward pass.
+            answers_NK: K texts for each prompt, the same number for all.
+            max_tokens_at_once: most tokens per forward pass.
 
         Returns:
-            float64 [N, K]; only differences between answers to one prompt mean anything.
+            float64 [N, K]; only differences between answers to the same prompt are meaningful.
 
         Raises:
-            ValueError: the numbers of answers differ, or there are none.
-            DataError: the chat template refuses a prompt.
+            ValueError: the prompts have different numbers of answers, or none.
+            DataError: the chat template rejects a prompt.
         """
         counts = {len(answers) for answers in answers_NK}
         if len(prompts) != len(answers_NK) or len(counts) != 1 or 0 in counts:
@@ -95,7 +95,7 @@ class RewardModel:
         for row, (prompt, prompt_ids) in enumerate(zip(prompts, self.tokens.prompts(prompts), strict=True)):
             room = max(self.max_tokens - len(prompt_ids), 1)
             ids = [np.array(answer[:room], np.int32) for answer in self.tokens.answers(prompt, answers_NK[row])]
-            # Two answers share their prompt's pass; beside the last of an odd number goes a token for nobody.
+            # Two answers share one pass over their prompt; the last of an odd number shares it with a dummy token.
             for first in range(0, num, 2):
                 other = ids[first + 1] if first + 1 < num else ids[first][:1]
                 pairs.append(Pair(f"{row}:{first}", np.array(prompt_ids, np.int32), ids[first], other, 0))
@@ -118,7 +118,7 @@ class RewardModel:
 
 
 def _require_score(config: ModelConfig) -> None:
-    """A language model would be given a random score, and its rewards would mean nothing."""
+    """Refuse a language model: its score layer would be initialised at random."""
     try:
         architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
     except (OSError, ValueError) as error:

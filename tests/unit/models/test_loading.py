@@ -248,7 +248,7 @@ def write_gguf(path: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrained
 
 def test_a_single_run_does_not_hold_its_weights_twice(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     config = save(ARCHITECTURES["llama"], tmp_path, tokenizer)
-    kept = model_module._kept
+    kept = model_module._cached
     before = kept.cache_info()
     first = build_model(config, seed=0)
     assert kept.cache_info() == before

@@ -75,8 +75,8 @@ SHARING: dict[str, PreTrainedConfig] = {
 }
 PADDING: dict[str, tuple[PreTrainedConfig, str]] = {
     "mamba": (MambaConfig(**SMALL, **RANGE, state_size=4), "layers of kind linear_attention"),
-    "falcon": (FalconConfig(**SMALL, **RANGE), "FalconForCausalLM does its attention itself"),
-    "bloom": (BloomConfig(**SMALL, **RANGE), "BloomForCausalLM does its attention itself"),
+    "falcon": (FalconConfig(**SMALL, **RANGE), "FalconForCausalLM implements its attention itself"),
+    "bloom": (BloomConfig(**SMALL, **RANGE), "BloomForCausalLM implements its attention itself"),
 }
 
 
