@@ -35,7 +35,7 @@ from orpo_ray.storage.run_dir import EVENTS_FILE, SWEEP_FILE
 from orpo_ray.tracking import registry
 from orpo_ray.tracking.read_runs import sweep_of_run
 from orpo_ray.tracking.uri import TrackingError, resolve_uri
-from orpo_ray.training import checkpoint
+from orpo_ray.training import engine_state
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -322,7 +322,7 @@ def trained_model(candidate: Candidate) -> PreTrainedModel:
     model = build(plain, config.train.seed)
     state = {
         name.removeprefix(_MODEL_PREFIX): tensor
-        for name, tensor in checkpoint.full_state_dict(candidate.checkpoint).items()
+        for name, tensor in engine_state.full_state_dict(candidate.checkpoint).items()
     }
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     unknown = model.load_state_dict(state, strict=False).unexpected_keys
