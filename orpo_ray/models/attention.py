@@ -77,9 +77,9 @@ def shared_prompt_attention(
     attend = _flex if query_1HTD.is_cuda else _pair_by_pair
     device = query_1HTD.device.type
     if torch.is_autocast_enabled(device):
-        # Rotary embeddings leave fp32 queries beside bf16 values, and autocast casts no FlexAttention inputs.
+        # Rotary embeddings leave fp32 queries beside bf16 values, and autocast does not cast for FlexAttention.
         result = torch.get_autocast_dtype(device)
-        # With AVX-512 BF16, attention was no faster than in fp32, and its shapes are the pairs' lengths, which cannot be
+        # With AVX-512 BF16, attention was no faster than in fp32. Its shapes are the pairs' lengths, which cannot be
         # padded: each would cost a kernel (`precision.BLOCK`). With AMX it may be faster; that was not measured.
         inside = torch.float32 if device == "cpu" else result
         with torch.autocast(device, enabled=False):

@@ -89,7 +89,7 @@ class SharedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch of P pairs, the N targets whose log-probabilities it asks for, and the weights of K sums of them."""
+    """A micro-batch of P pairs, the N targets whose log-probabilities it asks for, and the weights of K sums."""
 
     input_ids_RT: torch.Tensor
     position_ids_RT: torch.Tensor | None
