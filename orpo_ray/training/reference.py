@@ -171,7 +171,7 @@ def _compute(
 
 
 def _write(file: Path, means_N2: np.ndarray) -> None:
-    """Write a file atomically: a killed process leaves no partial file. The caller holds the lock on the scratch file."""
+    """Write a file atomically: a killed process leaves no partial file. The caller holds the lock."""
     scratch = file.with_suffix(".writing")
     with scratch.open("wb") as stream:
         np.save(stream, means_N2)
