@@ -85,9 +85,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
             f"model.path {config.path}: its tokenizer's EOS or padding has id {highest}, but its embedding has {rows} "
             "rows; use the tokenizer that the model was trained with"
         )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model if config.lora is None else _with_lora(model, config.lora)
+    return _for_training(model, config, "CAUSAL_LM")
 
 
 def build_reward_model(config: ModelConfig, seed: int) -> PreTrainedModel:
@@ -114,9 +112,7 @@ def build_reward_model(config: ModelConfig, seed: int) -> PreTrainedModel:
             f"model.path {config.path}: transformers' {type(model).__name__} has no linear layer `score`, so its "
             "rewards cannot be read; use another architecture: Llama, OPT, Mistral, Qwen, Gemma, Phi, GPT-2 have one"
         )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model if config.lora is None else _with_lora(model, config.lora, "SEQ_CLS")
+    return _for_training(model, config, "SEQ_CLS")
 
 
 def causal_lm(lm: Any) -> Any:
@@ -219,6 +215,13 @@ def _preset_tokenizer() -> PreTrainedTokenizerBase:
         ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def _for_training(model: PreTrainedModel, config: ModelConfig, task: str) -> Any:
+    """Enable gradient checkpointing and add LoRA, where the config asks for them."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model if config.lora is None else _with_lora(model, config.lora, task)
 
 
 def _with_lora(model: PreTrainedModel, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:

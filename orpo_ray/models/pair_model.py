@@ -85,6 +85,11 @@ class PairModel(torch.nn.Module):
         return self.autocast is not None and (torch.cuda.is_available() or precision.has_bf16_units())
 
     @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @property
     def outside_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of inner modules that `forward` reads directly; ZeRO-3 must be told to gather them for it."""
         if not self.forward_mode.chunks_head or self.is_reward:
@@ -110,7 +115,7 @@ class PairModel(torch.nn.Module):
     def collate(self, pairs: Sequence[Pair], loss_mask: LossMask, pad_token_id: int) -> Batch:
         """Lay out a micro-batch for this model's forward mode, on the host."""
         multiple = 1
-        if next(self.parameters()).is_cuda:
+        if self.device.type == "cuda":
             multiple = attention.FLEX_BLOCK
         elif self._has_bf16_kernels:
             multiple = precision.BLOCK

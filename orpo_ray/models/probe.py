@@ -1,4 +1,4 @@
-"""Which fast paths a model supports, determined by a numerical probe."""
+"""Which fast paths a model supports, determined by a numerical probe; frozen models that use them."""
 
 from __future__ import annotations
 
@@ -69,6 +69,18 @@ def probe_forward_mode(lm: torch.nn.Module, wanted_attention: str) -> ForwardMod
         lm.train(was_training)
         if causal_lm(lm).config._attn_implementation != kernel:
             causal_lm(lm).set_attn_implementation(kernel)
+
+
+def frozen_model(lm: torch.nn.Module, wanted_attention: str, autocast: torch.dtype | None) -> PairModel:
+    """A model for inference only, on this process's device, in the fastest mode that it supports.
+
+    Args:
+        lm: as for `probe_forward_mode`.
+        wanted_attention: `model.attention`.
+        autocast: as for `PairModel`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return PairModel(lm, probe_forward_mode(lm, wanted_attention), autocast).to(device).frozen()
 
 
 def _try(sums: Callable[[ForwardMode], torch.Tensor], mode: ForwardMode, expected: torch.Tensor) -> str:

@@ -23,7 +23,7 @@ from orpo_ray.models.loading import ModelError, build_reward_model, load_tokeniz
 from orpo_ray.models.packing import LossMask, micro_batches
 from orpo_ray.models.pair_model import PairModel, pair_logps
 from orpo_ray.models.precision import matmul_dtype
-from orpo_ray.models.probe import probe_forward_mode
+from orpo_ray.models.probe import frozen_model
 
 REWARD_MASK = LossMask("response", rewards=True)
 """A reward is read at each answer's last token."""
@@ -54,9 +54,7 @@ class RewardModel:
         settings = ModelConfig(path=path)
         _require_score(settings)
         tokenizer = load_tokenizer(settings)
-        lm = build_reward_model(settings, seed=0)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = PairModel(lm, probe_forward_mode(lm, settings.attention), matmul_dtype(precision)).to(device).frozen()
+        model = frozen_model(build_reward_model(settings, seed=0), settings.attention, matmul_dtype(precision))
         data = DataConfig(path="unused", max_tokens=max_tokens, max_prompt_tokens=max_tokens - 1)
         return cls(path, model, PairTokenizer(data, tokenizer), max_tokens)
 
@@ -64,7 +62,7 @@ class RewardModel:
     def of_pairs(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """Rewards of one micro-batch, fp32 [P, 2], on the model's device. The ids must come from its own tokenizer."""
         batch = self.model.collate(pairs, REWARD_MASK, int(self.tokens.tokenizer.pad_token_id))
-        rewards = pair_logps(self.model, batch.to(next(self.model.parameters()).device))
+        rewards = pair_logps(self.model, batch.to(self.model.device))
         return torch.stack([rewards.chosen_logps_P, rewards.rejected_logps_P], dim=1)
 
     def score(

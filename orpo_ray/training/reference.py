@@ -29,7 +29,7 @@ from orpo_ray.models.packing import LossMask, micro_batches
 from orpo_ray.models.pair_model import PairModel, pair_logps
 from orpo_ray.models.precision import matmul_dtype, precision_name
 from orpo_ray.models.presets import PRESETS
-from orpo_ray.models.probe import probe_forward_mode
+from orpo_ray.models.probe import frozen_model
 
 _FORMAT_VERSION = 2  # increment it whenever the same model and pairs would get other numbers
 
@@ -75,12 +75,11 @@ def logps_of(config: ExperimentConfig, pairs: PairDataset, loss_mask: LossMask, 
     @lru_cache(maxsize=1)
     def model() -> PairModel:
         lm = build_model(config.model.model_copy(update={"lora": None}), config.train.seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return PairModel(lm, probe_forward_mode(lm, config.model.attention), dtype).to(device).frozen()
+        return frozen_model(lm, config.model.attention, dtype)
 
     def compute(members: Sequence[Pair]) -> PairLogps:
         batch = model().collate(members, loss_mask, pad_token_id)
-        return pair_logps(model(), batch.to(next(model().parameters()).device))
+        return pair_logps(model(), batch.to(model().device))
 
     return load_or_compute(
         pairs,
