@@ -221,10 +221,15 @@ def _for_training(model: PreTrainedModel, config: ModelConfig, task: str) -> Any
     """Enable gradient checkpointing and add LoRA, where the config asks for them."""
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model if config.lora is None else _with_lora(model, config.lora, task)
+    return model if config.lora is None else with_lora(model, config.lora, task)
 
 
-def _with_lora(model: PreTrainedModel, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
+def with_lora(model: PreTrainedModel, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
+    """Wrap a model in peft's LoRA adapters.
+
+    Raises:
+        ModelError: the model has none of the target modules.
+    """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 

@@ -22,7 +22,7 @@ from transformers import (
 from orpo_ray.config import ConfigError, LoraConfig, LossConfig, ModelConfig, parse
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import precision
-from orpo_ray.models.loading import ModelError, _with_lora, build_model, build_reward_model, load_tokenizer
+from orpo_ray.models.loading import ModelError, build_model, build_reward_model, load_tokenizer, with_lora
 from orpo_ray.models.logps import PairLogps, ReferenceLogps
 from orpo_ray.models.packing import LossMask
 from orpo_ray.models.pair_model import PairModel
@@ -87,7 +87,7 @@ def test_rewards_are_not_rounded_to_bf16(name: str, has_units: bool, monkeypatch
     monkeypatch.setattr(precision, "has_bf16_units", lambda: has_units)
     for freeze, adapted in ((False, False), (True, False), (False, True)):
         lm = _model(name)
-        lm = _with_lora(lm, LoraConfig(rank=4), "SEQ_CLS") if adapted else lm
+        lm = with_lora(lm, LoraConfig(rank=4), "SEQ_CLS") if adapted else lm
         model = PairModel(lm, FAST, torch.bfloat16)
         model = model.frozen() if freeze else model
         rewards = model(model.collate(_pairs(), REWARDS, 0))[:6]

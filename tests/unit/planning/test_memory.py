@@ -106,7 +106,7 @@ def saved_bytes_per_token(layers: int, precision: torch.dtype | None, lora: Lora
     shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim = 3, 1, 64
     lm = LlamaForCausalLM(shape)
     pair_model = PairModel(
-        lm if lora is None else loading._with_lora(lm, lora), ForwardMode(True, True), precision
+        lm if lora is None else loading.with_lora(lm, lora), ForwardMode(True, True), precision
     ).train()
     ids = np.random.default_rng(0).integers(3, 256, 240, dtype=np.int32)
     pair = Pair("p", ids[:148], ids[148:189], ids[189:], 1)
