@@ -25,7 +25,7 @@ from orpo_ray.data.dataset import held_out_texts, load_pairs
 from orpo_ray.data.rows import Message
 from orpo_ray.errors import UserError
 from orpo_ray.models.loading import load_tokenizer
-from orpo_ray.models.packing import Counting
+from orpo_ray.models.packing import LossMask
 from orpo_ray.models.reward_model import RewardModel
 from orpo_ray.orchestration import sweep
 from orpo_ray.orchestration.tasks import Task, run_all
@@ -423,7 +423,7 @@ def _starting(place: Place) -> Task:
 def _logps_before(config: ExperimentConfig) -> Iterator[tuple[int, list[list[float]]]]:
     tokenizer = load_tokenizer(config.model)
     _, held_out = load_pairs(config.data, tokenizer)
-    counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
+    counting = LossMask.of(config.loss, int(tokenizer.eos_token_id))
     yield 1, reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id)).tolist()
 
 

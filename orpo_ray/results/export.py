@@ -23,7 +23,7 @@ from orpo_ray.config.space import describe
 from orpo_ray.data.tokenizer import PairTokenizer
 from orpo_ray.errors import UserError
 from orpo_ray.models.loading import build_model, build_reward_model, count_parameters, load_tokenizer
-from orpo_ray.models.precision import name_of, product_type
+from orpo_ray.models.precision import matmul_dtype, precision_name
 from orpo_ray.results import verify
 from orpo_ray.results.model_card import CardFacts, model_card
 from orpo_ray.storage import checkpoint_files
@@ -35,7 +35,7 @@ from orpo_ray.storage.sweep_state import read_state
 from orpo_ray.tracking import registry
 from orpo_ray.tracking.read_runs import sweep_of_run
 from orpo_ray.tracking.uri import TrackingError, resolve_uri
-from orpo_ray.training import checkpoint
+from orpo_ray.training import engine_state
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -167,7 +167,7 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
             "set train.checkpoint_every to fewer steps and train it again, or export another trial"
         )
     manifest = checkpoint_files.read_manifest(taken)
-    products = name_of(product_type(config.train.precision))
+    products = precision_name(matmul_dtype(config.train.precision))
     state = read_state(run_dir).trials.get(trial["trial_id"])
     logged: dict[str, float | None] = {}
     if state is not None:
@@ -315,7 +315,7 @@ def trained_model(candidate: Candidate) -> PreTrainedModel:
     model = build(plain, config.train.seed)
     state = {
         name.removeprefix(_MODEL_PREFIX): tensor
-        for name, tensor in checkpoint.full_state_dict(candidate.checkpoint).items()
+        for name, tensor in engine_state.full_state_dict(candidate.checkpoint).items()
     }
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     unknown = model.load_state_dict(state, strict=False).unexpected_keys

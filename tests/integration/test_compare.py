@@ -64,13 +64,6 @@ def delivered(output_dir: Path, name: str, gain: float, sweep_id: str, **setting
     fork = {"event": "forked", "trial_id": "00001", "step": 10, "donor": "00000", "params": forked}
     retry = {"event": "retry", "trial_id": "00000", "attempt": 1, "failures": 1, "error": "worker died"}
     retry["time"] = BEGAN_MS + 50
-        "event": "retry",
-        "trial_id": "00000",
-        "attempt": 1,
-        "failures": 1,
-        "error": "worker died",
-        "time": BEGAN_MS + 50,
-    }
     again = events[1] | {"attempt": 1, "time": BEGAN_MS + 60}
     end = next(i for i, e in enumerate(events) if e["trial_id"] == "00001" and e["event"] == "eval")
     events[end + 1 : end + 1] = [fork | {"time": BEGAN_MS + 102}]
