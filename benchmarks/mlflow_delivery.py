@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.rounds import RESULTS, described, save
 from orpo_ray.config import parse
+from orpo_ray.storage.events import Event, Logged, Submitted
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from tests.support.browser import mlflow_server
 
@@ -72,15 +73,16 @@ def delivered(folder: Path, uri: str) -> dict[str, Any]:
     )
     tracker = SweepTracker(config, "sweep", {"command": "", "packages": {"orpo-ray": ""}, "git": None})
     tracker.start()
-    submitted = {"event": "submitted", "bundle": "", "purpose": "search", "time": 1_760_000_000_000}
-    events: list[dict[str, Any]] = [
-        submitted | {"trial_id": f"{trial:05d}", "params": {"optim.lr": 0.1 + trial / 1000}} for trial in range(TRIALS)
+    at = 1_760_000_000_000
+    events: list[Event] = [
+        Submitted(trial_id=f"{trial:05d}", params={"optim.lr": 0.1 + trial / 1000}, bundle="", time=at)
+        for trial in range(TRIALS)
     ]
     for step in range(1, STEPS + 1):
         metrics = {f"train/metric_{number}": step + number / 100 for number in range(METRICS)}
-        for trial in range(TRIALS):
-            at = {"trial_id": f"{trial:05d}", "time": 1_760_000_000_000 + step}
-            events.append({"event": "log", "step": step, "metrics": metrics} | at)
+        events += [
+            Logged(trial_id=f"{trial:05d}", step=step, metrics=metrics, time=at + step) for trial in range(TRIALS)
+        ]
     began = time.perf_counter()
     tracker.handle(events)
     left = tracker.flush(_LIMIT_S)

@@ -19,7 +19,9 @@ from benchmarks.surfaces import EVAL_EVERY, LAMBDA, LARGEST, LR, LR_HIGH, LR_LOW
 from orpo_ray.config import SweepConfig
 from orpo_ray.search.asha import Rungs
 from orpo_ray.search.ladder import Ladder
-from orpo_ray.storage.history import LOST, Exhausted, History, TrialHistory
+from orpo_ray.search.searcher import Exhausted
+from orpo_ray.storage.events import Evaluated, Finished, Paused, Started, Status, Submitted
+from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 METRIC = "eval/preference_accuracy"
 DEVICES = 4
@@ -48,13 +50,13 @@ class Resume:
 class Method(Protocol):
     """A searcher with its scheduler."""
 
-    def next(self, history: History) -> Start | Resume | None:
+    def next(self, history: SweepState) -> Start | Resume | None:
         """What a free device should do; None: nothing, until another trial has reported."""
 
-    def evaluated(self, trial: TrialHistory, history: History) -> Decision:
+    def evaluated(self, trial: TrialState, history: SweepState) -> Decision:
         """After each evaluation but the last."""
 
-    def ended(self, trial: TrialHistory) -> None:
+    def ended(self, trial: TrialState) -> None:
         """It has finished, diverged or been stopped."""
 
 
@@ -82,7 +84,7 @@ def simulate(surface: Surface, method: Method, budget_hours: float) -> Run:
 
     The incumbent is the finished trial of the best measured value, of any size; its quality is noise-free.
     """
-    history, run = History(), Run()
+    history, run = SweepState(), Run()
     queue: list[tuple[float, int, str]] = []  # (when, order, trial) of the next evaluation
     paces: dict[str, float] = {}
     fatal: dict[str, int] = {}
@@ -96,14 +98,17 @@ def simulate(surface: Surface, method: Method, budget_hours: float) -> Run:
 
     def schedule(trial_id: str) -> None:
         trial = history.trials[trial_id]
-        steps = min(EVAL_EVERY, MAX_STEPS - trial.step)
-        if trial.step < fatal.get(trial_id, 0) <= trial.step + steps:
-            steps = fatal[trial_id] - trial.step
+        steps = min(EVAL_EVERY, MAX_STEPS - trial.evaluated_step)
+        if trial.evaluated_step < fatal.get(trial_id, 0) <= trial.evaluated_step + steps:
+            steps = fatal[trial_id] - trial.evaluated_step
         heapq.heappush(queue, (now + steps * paces[trial_id], len(history.trials), trial_id))
 
-    def end(trial: TrialHistory, status: str, step: int, seconds: float) -> None:
-        event = {"event": "finished", "trial_id": trial.trial_id, "status": status, "steps": step}
-        history.apply(event | {"train_seconds": seconds})
+    def start(trial_id: str) -> None:
+        step = history.trials[trial_id].evaluated_step
+        history.apply(Started(trial_id=trial_id, attempt=0, group=None, step=step, max_steps=MAX_STEPS))
+
+    def end(trial: TrialState, status: Status, step: int, seconds: float) -> None:
+        history.apply(Finished(trial_id=trial.trial_id, status=status, steps=step, train_seconds=seconds))
         method.ended(trial)
 
     while True:
@@ -112,14 +117,13 @@ def simulate(surface: Surface, method: Method, budget_hours: float) -> Run:
             if action is None:
                 break
             if isinstance(action, Resume):
-                history.apply({"event": "started", "trial_id": action.trial_id, "max_steps": MAX_STEPS})
+                start(action.trial_id)
                 schedule(action.trial_id)
                 continue
             number = len(history.trials)
             trial_id, size = f"t{number:04d}", action.params[SIZE]
-            event = {"event": "submitted", "trial_id": trial_id, "params": action.params, "bundle": size}
-            history.apply(event)
-            history.apply({"event": "started", "trial_id": trial_id, "max_steps": MAX_STEPS})
+            history.apply(Submitted(trial_id=trial_id, params=action.params, bundle=size))
+            start(trial_id)
             rng = np.random.default_rng([surface.seed, 3, number])
             paces[trial_id] = surface.step_seconds(size) * float(np.exp(0.05 * rng.standard_normal()))
             trained[trial_id] = 0.0
@@ -135,20 +139,22 @@ def simulate(surface: Surface, method: Method, budget_hours: float) -> Run:
         trial = history.trials[trial_id]
         step = min(trial.step + EVAL_EVERY, MAX_STEPS)
         step = fatal[trial_id] if trial.step < fatal.get(trial_id, 0) <= step else step
-        trained[trial_id] += (step - trial.step) * paces[trial_id]
+        trained[trial_id] += (step - trial.evaluated_step) * paces[trial_id]
         size = trial.params[SIZE]
-        run.hours_by_size[size] = run.hours_by_size.get(size, 0.0) + (step - trial.step) * paces[trial_id] / 3600.0
+        run.hours_by_size[size] = (
+            run.hours_by_size.get(size, 0.0) + (step - trial.evaluated_step) * paces[trial_id] / 3600.0
+        )
         if run.device_hours > budget_hours:
             run.device_hours = max(before, budget_hours)
             break
         if step == fatal.get(trial_id):
-            end(trial, "diverged", step, trained[trial_id])
+            end(trial, Status.DIVERGED, step, trained[trial_id])
             continue
         value = surface.observed(trial.params, int(trial_id[1:]), step)
-        event = {"event": "eval", "trial_id": trial_id, "step": step, "metrics": {METRIC: value}}
-        history.apply(event | {"seconds": trained[trial_id]})
+        found = {METRIC: value}
+        history.apply(Evaluated(trial_id=trial_id, step=step, metrics=found, seconds=trained[trial_id]))
         if step == MAX_STEPS:
-            end(trial, "finished", step, trained[trial_id])
+            end(trial, Status.FINISHED, step, trained[trial_id])
             if value > best:
                 best = value
                 run.incumbents.append((run.device_hours, now / 3600.0, surface.quality(trial.params)))
@@ -157,9 +163,9 @@ def simulate(surface: Surface, method: Method, budget_hours: float) -> Run:
         if decision == "continue":
             schedule(trial_id)
         elif decision == "pause":
-            history.apply({"event": "paused", "trial_id": trial_id, "step": step})
+            history.apply(Paused(trial_id=trial_id, step=step))
         else:
-            end(trial, "stopped_early", step, trained[trial_id])
+            end(trial, Status.STOPPED_EARLY, step, trained[trial_id])
     run.trials = len(history.trials)
     return run
 
@@ -202,7 +208,7 @@ class Baseline:
                     reduction_factor=REDUCTION_FACTOR,
                 )
 
-    def next(self, history: History) -> Start:
+    def next(self, history: SweepState) -> Start:
         """A fresh trial."""
         trial = self._study.ask()
         params = {LAMBDA: trial.suggest_float(LAMBDA, 0.0, 1.0), LR: trial.suggest_float(LR, LR_LOW, LR_HIGH, log=True)}
@@ -213,7 +219,7 @@ class Baseline:
             self._schedulers[params[SIZE]].on_trial_add(None, stand_in)
         return Start(params)
 
-    def evaluated(self, trial: TrialHistory, history: History) -> Decision:
+    def evaluated(self, trial: TrialState, history: SweepState) -> Decision:
         """As Ray Tune's ASHA decides."""
         if not self._schedulers:
             return "continue"
@@ -222,9 +228,9 @@ class Baseline:
         decision = self._schedulers[trial.bundle].on_trial_result(None, stand_in, result)
         return "stop" if decision == "STOP" else "continue"
 
-    def ended(self, trial: TrialHistory) -> None:
+    def ended(self, trial: TrialState) -> None:
         """Tell the sampler; a diverged trial counts as accuracy 0, the worst there is."""
-        value = trial.metrics[trial.step][METRIC] if trial.metrics and trial.status not in LOST else 0.0
+        value = trial.last_metrics[METRIC] if trial.metrics and not trial.status.is_lost else 0.0
         self._study.tell(self._asked[int(trial.trial_id[1:])], value)
         if self._schedulers and trial.status == "finished":
             result = {"step": trial.step, METRIC: value}
@@ -252,7 +258,7 @@ class Ours:
             self._rungs = {s: Rungs(GRACE_STEPS, REDUCTION_FACTOR, MAX_STEPS, "max", patient=False) for s in PARAMETERS}
         self._more_to_come = True
 
-    def next(self, history: History) -> Start | Resume | None:
+    def next(self, history: SweepState) -> Start | Resume | None:
         """A promotion if one is due, else a proposal; where the ladder has none, whoever is best of those that wait."""
         promoted = self._promotion(more_to_come=True)
         if promoted is not None:
@@ -271,7 +277,7 @@ class Ours:
                     return None
         return self._promotion(more_to_come=False)
 
-    def evaluated(self, trial: TrialHistory, history: History) -> Decision:
+    def evaluated(self, trial: TrialState, history: SweepState) -> Decision:
         """The ladder may give a trial up; rungs may pause it."""
         if self.ladder.gives_up(trial, history) is not None:
             return "stop"
@@ -281,7 +287,7 @@ class Ours:
         decision = self._rungs[trial.bundle].report(trial.trial_id, trial.step, value, self._more_to_come)
         return "pause" if decision == "pause" else "continue"
 
-    def ended(self, trial: TrialHistory) -> None:
+    def ended(self, trial: TrialState) -> None:
         """Nothing but the rungs needs to know."""
         if self._rungs:
             self._rungs[trial.bundle].remove(trial.trial_id)

@@ -21,3 +21,10 @@ def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
 def _is_number(cell: str) -> bool:
     """Whether a cell starts like a number, bold or not; a dash stands for a missing number."""
     return re.match(r"[*]*[+-]?[.\d]|[–-]?$", cell) is not None
+
+
+def clock(seconds: float) -> str:
+    """Elapsed time as `m:ss`, or `h:mm:ss` from an hour on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

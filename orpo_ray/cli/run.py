@@ -74,12 +74,11 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
     with console.status("starting Ray"):
         from orpo_ray.orchestration import ray_session, sweep
         from orpo_ray.provenance import without_password
-        from orpo_ray.reports import progress, report
+        from orpo_ray.reports import live_state, progress, report
         from orpo_ray.tracking import uri as mlflow_uri
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table it creates
-    _, settings = config.as_sweep()
-    num_trials = settings.num_trials + settings.num_confirmations
-    display = progress.SweepProgress(console, settings.metric, num_trials)
+    about = live_state.about_sweep(config, "", config.run_dir)
+    display = progress.SweepProgress(console, about)
     with ray_session.connected(num_cpus), display:
         outcome = sweep.run(config, display)
     console.print(report.results_table(outcome.results))
@@ -87,8 +86,8 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
     if best is not None:
         from orpo_ray.config.space import describe
 
-        value = best["metrics"][settings.metric]
-        console.print(f"\nbest       [bold green]{describe(best['params'])}[/]   {settings.metric} {value:.4f}")
+        value = best["metrics"][about.metric]
+        console.print(f"\nbest       [bold green]{describe(best['params'])}[/]   {about.metric} {value:.4f}")
         if best["checkpoint"]:
             console.print(f"checkpoint {best['checkpoint']}", soft_wrap=True)
     console.print(f"results    {outcome.run_dir / 'results.json'}", soft_wrap=True)

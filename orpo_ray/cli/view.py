@@ -96,15 +96,15 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _watch(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray.reports import watch
+    from orpo_ray.reports import watch, watch_view
 
     with watch.opened(arguments.name, arguments.output_dir, arguments.address) as source:
         if arguments.json:
-            print(watch.current(source).to_json())
+            print(watch_view.current(source).to_json())
         elif arguments.once:
-            watch.once(source, console)
+            watch_view.once(source, console)
         else:
-            watch.live(source, console)
+            watch_view.live(source, console)
     return 0
 
 

@@ -1,9 +1,9 @@
 """Attention over rows of [prompt | chosen | rejected] pairs, as an attention function of transformers.
 
-A causal language model that asks transformers' interface for its attention runs on such rows unchanged: it is told
-position ids, and hands `layout` on to this function. On CUDA one FlexAttention call per layer skips the blocks that
-nobody sees; elsewhere each pair takes two dense calls, [prompt | chosen] on itself and the rejected answer on
-[prompt | rejected], so that nothing invisible is computed either.
+A causal language model that gets its attention from transformers' interface runs on such rows unchanged: it receives
+position ids and passes `layout` on to this function. On CUDA one FlexAttention call per layer skips the fully masked
+blocks. On other devices each pair takes two dense calls, [prompt | chosen] on itself and the rejected answer on
+[prompt | rejected], so that no masked scores are computed there either.
 
 Shape suffixes: H heads, T tokens of the row, D head width; Q queries and S keys of one call.
 """
@@ -23,16 +23,16 @@ from transformers import AttentionInterface
 from orpo_ray.models.packing import SharedPrompt
 
 windows_seen: set[int | None] = set()
-"""Windows that models have asked for in this process: a model whose window is in its masks only would ask for none."""
+"""Sliding windows that models passed in this process. A model that has its window in masks only passes none."""
 NAME = "shared_prompt"
 """Name under which transformers knows this attention function."""
 FLEX_BLOCK = 128
-"""FlexAttention works on blocks of this many tokens; rows for it are filled up to a multiple."""
+"""FlexAttention works on blocks of this many tokens; rows for it are padded to a multiple."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Scores:
-    """How a model scores keys."""
+    """How the model computes attention scores."""
 
     scaling: float | None
     dropout: float
@@ -57,10 +57,10 @@ def shared_prompt_attention(
     """Called by every attention layer of a model; the signature is transformers' (`AttentionInterface`).
 
     Returns:
-        [1, T, H, D], and None for the weights, which nobody computes.
+        [1, T, H, D], and None for the attention weights, which are not computed.
 
     Raises:
-        ValueError: the model did not hand `layout` on, or wants something that is not understood here.
+        ValueError: the model did not pass `layout` on, or asks for something that this function does not support.
     """
     if layout is None:
         raise ValueError(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
@@ -77,10 +77,10 @@ def shared_prompt_attention(
     attend = _flex if query_1HTD.is_cuda else _pair_by_pair
     device = query_1HTD.device.type
     if torch.is_autocast_enabled(device):
-        # Rotary embeddings leave fp32 queries beside bf16 values, and FlexAttention is not among what autocast casts.
+        # Rotary embeddings leave fp32 queries beside bf16 values, and autocast does not cast for FlexAttention.
         result = torch.get_autocast_dtype(device)
-        # With AVX-512 BF16 attention was no faster than in fp32, and its shapes are the pairs' lengths, which cannot be
-        # filled up: each would cost a kernel (`precision.BLOCK`). With AMX it may be faster; that was not at hand.
+        # With AVX-512 BF16, attention was no faster than in fp32. Its shapes are the pairs' lengths, which cannot be
+        # padded: each would cost a kernel (`precision.BLOCK`). With AMX it may be faster; that was not measured.
         inside = torch.float32 if device == "cpu" else result
         with torch.autocast(device, enabled=False):
             query, key, value = (x.to(inside) for x in (query_1HTD, key_1HTD, value_1HTD))
@@ -94,9 +94,9 @@ def _pair_by_pair(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SharedPrompt, scores: _Scores
 ) -> torch.Tensor:
     cuts = [length for prompt, chosen, rejected in layout.lengths for length in (prompt + chosen, rejected)]
-    filling = query.shape[2] - sum(cuts)
-    # One split of the whole row: its backward is one concatenation, where slices would each fill a row with zeros.
-    queries, keys, values = (list(x.split([*cuts, filling], dim=2)) for x in (query, key, value))
+    padding = query.shape[2] - sum(cuts)
+    # One split of the whole row: its backward is one concatenation. Each slice's would fill a whole row with zeros.
+    queries, keys, values = (list(x.split([*cuts, padding], dim=2)) for x in (query, key, value))
     outputs = []
     for index, (prompt, _, _) in enumerate(layout.lengths):
         first, second = 2 * index, 2 * index + 1
@@ -107,7 +107,7 @@ def _pair_by_pair(
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: _Scores) -> torch.Tensor:
-    """Causal attention of the last Q of S tokens on all of them."""
+    """Causal attention of the last Q of S tokens to all S."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     window = scores.window if scores.window is not None and num_keys > scores.window else None
     causal = num_queries == num_keys and window is None
@@ -132,7 +132,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores:
 
 
 def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [Q, S]: the last Q of S tokens see themselves and what is before them."""
+    """bool [Q, S]: the last Q of S tokens attend to themselves and to the tokens before them."""
     mask_QS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
     return mask_QS if window is None else mask_QS.triu(num_keys - num_queries - window + 1)
 
@@ -157,7 +157,7 @@ def _flex(
 
 
 def try_flex(heads: int, key_heads: int, width: int, softcap: float | None, layout: SharedPrompt) -> None:
-    """One forward and backward pass of FlexAttention on the GPU, with a model's shapes; raises what it raises."""
+    """Run one forward and backward pass of FlexAttention on the GPU, with a model's shapes; raises its errors."""
     shapes = [(1, count, len(layout.pair_T), width) for count in (heads, key_heads, key_heads)]
     query, key, value = (torch.randn(s, dtype=torch.bfloat16, device="cuda", requires_grad=True) for s in shapes)
     _flex(query, key, value, layout, _Scores(None, 0.0, None, softcap)).sum().backward()
@@ -180,7 +180,7 @@ _newest_mask: tuple[SharedPrompt | None, dict[int | None, BlockMask]] = (None, {
 
 
 def _block_mask(layout: SharedPrompt, window: int | None) -> BlockMask:
-    """All layers of a pass, and their recomputation in its backward, share the masks of their row."""
+    """The mask of a row, built once for all layers of a pass and their recomputation in the backward pass."""
     global _newest_mask
     if _newest_mask[0] is not layout:
         _newest_mask = (layout, {})
@@ -196,5 +196,5 @@ def _block_mask(layout: SharedPrompt, window: int | None) -> BlockMask:
     return masks[window]
 
 
-# No mask function of that name is registered, so transformers builds no T × T mask.
+# Only the attention function is registered, no mask function, so transformers builds no T × T mask.
 AttentionInterface.register(NAME, shared_prompt_attention)

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from orpo_ray.models.precision import has_bf16_units
+from orpo_ray.models.precision import autocast_matmul_dtype
 
 CHUNK_BYTES = 64 * 2**20
-"""fp32 logits that exist at a time; on every device large enough for matrix products to run at full rate."""
+"""Size of the fp32 logits of one chunk; on every device large enough for matrix products to run at full rate."""
 KEPT_BYTES = 256 * 2**20
-"""Probabilities that are kept for the backward pass of one call. A constant: memory must not grow with tokens × V."""
+"""Limit of the probabilities kept for one call's backward pass; constant, so that memory does not grow with N × V."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What turns hidden states into logits: a linear layer, then scale · softcap(logits)."""
+    """The layer that turns hidden states into logits: a linear layer, then scale · softcap(logits)."""
 
     linear: torch.nn.Module
     """The model's output embeddings; a plain `torch.nn.Linear`, or that with adapters around it."""
@@ -29,6 +29,14 @@ class Head:
     """Logits are multiplied by this (Cohere's logit_scale, the inverse of Granite's logits_scaling)."""
     softcap: float | None = None
     """softcap · tanh(logits / softcap) (Gemma 2)."""
+
+    @classmethod
+    def of(cls, causal: Any) -> Head:
+        """The head of a transformers causal language model (without peft's wrapper)."""
+        config = causal.config.get_text_config()
+        multiplier, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+        scale = float(multiplier or 1.0) / float(divisor or 1.0)
+        return cls(causal.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
 
     def logps(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         """log p(target) at each row, fp32 [N].
@@ -39,13 +47,13 @@ class Head:
         """
         rows = max(1, CHUNK_BYTES // (4 * self._vocabulary()))
         if type(self.linear) is torch.nn.Linear:
-            # Under no_grad nothing is kept; inside the function's own forward, gradients always look switched off.
+            # Asked here: inside the autograd function's forward, gradients always look disabled.
             keeps = torch.is_grad_enabled() and self.softcap is None
-            options = _Options(rows, self.scale, self.softcap, _product_dtype(hidden_ND), keeps)
+            options = _Options(rows, self.scale, self.softcap, autocast_matmul_dtype(hidden_ND), keeps)
             weight_VD, bias_V = self.linear.weight, self.linear.bias
             logps_N: torch.Tensor = _LinearLogps.apply(hidden_ND, weight_VD, bias_V, target_N, options)
             return logps_N
-        # Adapters, quantised weights, anything else: the module is run again in the backward pass.
+        # Adapters, quantised weights, any other module: it runs again in the backward pass.
         chunks = zip(hidden_ND.split(rows), target_N.split(rows), strict=True)
         return torch.cat([checkpoint(self._module_logps, h, t, use_reentrant=False) for h, t in chunks])
 
@@ -68,20 +76,12 @@ class _Options:
     keeps: bool
 
 
-def _product_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
-    """What matrix products run in: autocast's type inside one, else the hidden states'."""
-    device = hidden_ND.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden_ND.dtype
-    return torch.float32 if device == "cpu" and not has_bf16_units() else torch.get_autocast_dtype(device)
-
-
 class _LinearLogps(torch.autograd.Function):
     """log_softmax(x Wᵀ + b)[target], chunk by chunk.
 
-    With e = softmax(logits) - onehot(target) and g the gradient that arrives, the gradient of the logits is -g · e. As
-    g is one number per row, it scales the small operands of the backward pass's products, never a [C, V] tensor. The
-    first chunks' e are kept, up to `KEPT_BYTES`; the others' logits are made again.
+    With e = softmax(logits) - onehot(target) and g the incoming gradient, the gradient of the logits is -g · e. As g is
+    one number per row, it scales the small operands of the backward pass's products, never a [C, V] tensor. The first
+    chunks' e are kept, up to `KEPT_BYTES`; the other chunks' logits are recomputed.
     """
 
     @staticmethod
@@ -145,7 +145,7 @@ def _chunks(total: int, rows: int) -> list[slice]:
 def _logits(
     hidden_CD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, options: _Options
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """fp32 [C, V], and the softcap's tanh where there is one."""
+    """Logits, fp32 [C, V], and the tanh of the softcap if the head has one."""
     logits_CV = (hidden_CD.to(options.dtype) @ weight_VD.T).float()
     if bias_V is not None:
         logits_CV += bias_V
@@ -158,13 +158,13 @@ def _logits(
 
 
 def _error(logits_CV: torch.Tensor, lse_C: torch.Tensor, target_C: torch.Tensor) -> torch.Tensor:
-    """softmax(logits) - onehot(target), in the logits' memory."""
+    """softmax(logits) - onehot(target), in place."""
     minus_one_C1 = torch.full_like(lse_C, -1.0)[:, None]
     return logits_CV.sub_(lse_C[:, None]).exp_().scatter_add_(1, target_C[:, None], minus_one_C1)
 
 
 def _accumulate_product(total_VD: torch.Tensor, error_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
-    """total += errorᵀ hidden; in one call where the types are one."""
+    """total += errorᵀ hidden; in one call where the types are the same."""
     if total_VD.dtype == error_CV.dtype:
         total_VD.addmm_(error_CV.T, hidden_CD)
     else:

@@ -37,10 +37,10 @@ class ModelError(UserError, ValueError):
 
 @lru_cache(maxsize=4)
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (EOS where it has none of its own; padding is masked everywhere).
+    """Load the model's tokenizer; one without a padding token gets EOS for it (padding is masked everywhere).
 
     Raises:
-        ModelError: not found, or it has no EOS token.
+        ModelError: the tokenizer was not found, or has no EOS token.
     """
     if config.path in PRESETS:
         return _preset_tokenizer()
@@ -53,8 +53,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"model.path {config.path}: its tokenizer has no EOS token, so an answer's end cannot be learned; "
-            "give eos_token in the folder's tokenizer_config.json, or take a model whose tokenizer has one"
+            f"model.path {config.path}: its tokenizer has no EOS token, so the end of an answer cannot be "
+            "learned; set eos_token in the folder's tokenizer_config.json, or use a model whose tokenizer has one"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -62,45 +62,43 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
-    """A fresh fp32 model on the CPU, ready to be handed to DeepSpeed.
+    """Build a new fp32 model on the CPU, ready for DeepSpeed.
 
-    From the second trial on the same model in a process, its weights are kept and copied, so that the third starts at
-    once; a single run need not hold them twice.
+    The second time that a process asks for the same model, its weights are cached; from then on they are copied from
+    memory. A process that trains once never holds them twice.
 
     Args:
         config: which model.
-        seed: initialises weights that are not read: all of a preset's, and LoRA's.
+        seed: initialises the weights that no file gives: all weights of a preset, and LoRA's.
 
     Raises:
-        ModelError: not found, or not a causal language model.
+        ModelError: the model was not found, or is not a causal language model.
     """
     torch.manual_seed(seed)
     if config.path in PRESETS:
         model = AutoModelForCausalLM.from_config(_preset_config(config), attn_implementation=_kernel(config))
     else:
-        model = _own_copy(config.model_copy(update={"lora": None, "gradient_checkpointing": False}))
+        model = _cached_copy(config.model_copy(update={"lora": None, "gradient_checkpointing": False}))
     tokenizer, rows = load_tokenizer(config), model.get_input_embeddings().num_embeddings
     if (highest := max(tokenizer.eos_token_id, tokenizer.pad_token_id)) >= rows:
         raise ModelError(
             f"model.path {config.path}: its tokenizer's EOS or padding has id {highest}, but its embedding has {rows} "
             "rows; use the tokenizer that the model was trained with"
         )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model if config.lora is None else _with_lora(model, config.lora)
+    return _for_training(model, config, "CAUSAL_LM")
 
 
 def build_reward_model(config: ModelConfig, seed: int) -> PreTrainedModel:
-    """A fresh fp32 reward model: a language model's layers with a score in place of the vocabulary (paper sec. 5.1).
+    """Build a new fp32 reward model: a language model's layers with a score in place of the head (paper sec. 5.1).
 
-    It is transformers' sequence classification with one label, so what `orpo-ray export` writes is read by anybody.
+    It is transformers' sequence classification with one label, so transformers can load what `orpo-ray export` writes.
 
     Args:
-        config: the language model it begins as; or a reward model that was trained before.
-        seed: initialises the score where it is new, and LoRA's weights.
+        config: the language model to start from, or a trained reward model.
+        seed: initialises a new score layer, and LoRA's weights.
 
     Raises:
-        ModelError: not found, or transformers has no such form of it.
+        ModelError: the model was not found, or transformers has no sequence classification for its architecture.
     """
     torch.manual_seed(seed)
     if config.path in PRESETS:
@@ -112,11 +110,14 @@ def build_reward_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ModelError(
             f"model.path {config.path}: transformers' {type(model).__name__} has no linear layer `score`, so its "
-            "rewards cannot be read; take another architecture: Llama, OPT, Mistral, Qwen, Gemma, Phi, GPT-2 have one"
+            "rewards cannot be read; use another architecture: Llama, OPT, Mistral, Qwen, Gemma, Phi, GPT-2 have one"
         )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model if config.lora is None else _with_lora(model, config.lora, "SEQ_CLS")
+    return _for_training(model, config, "SEQ_CLS")
+
+
+def causal_lm(lm: Any) -> Any:
+    """The transformers model inside peft's wrapper, or the model itself if it has none."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -126,10 +127,10 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def count_parameters_of(config: ModelConfig) -> int:
-    """Parameters of a model from its configuration alone; no weights are read or made.
+    """Number of a model's parameters, from its configuration alone; no weights are read or allocated.
 
     Raises:
-        ModelError: not found.
+        ModelError: the configuration was not found.
     """
     architecture = _architecture(config)
     with _problems_of(config, "model configuration"), torch.device("meta"):
@@ -138,26 +139,26 @@ def count_parameters_of(config: ModelConfig) -> int:
         )[0]
 
 
-_read_before: set[ModelConfig] = set()
+_loaded_before: set[ModelConfig] = set()
 
 
-def _own_copy(config: ModelConfig) -> PreTrainedModel:
-    """Weights that the caller may train."""
-    if config in _read_before:
-        return copy.deepcopy(_kept(config))
-    _read_before.add(config)
+def _cached_copy(config: ModelConfig) -> PreTrainedModel:
+    """A model whose weights the caller may change."""
+    if config in _loaded_before:
+        return copy.deepcopy(_cached(config))
+    _loaded_before.add(config)
     return _pretrained(config)
 
 
 @lru_cache(maxsize=1)
-def _kept(config: ModelConfig) -> PreTrainedModel:
+def _cached(config: ModelConfig) -> PreTrainedModel:
     return _pretrained(config)
 
 
 def _pretrained(
     config: ModelConfig, kind: Any = AutoModelForCausalLM, may_be_new: Set[str] = frozenset(), **more: Any
 ) -> PreTrainedModel:
-    _require_nothing_foreign(config)
+    _refuse_outside_files(config)
     with _problems_of(config, "causal language model"):
         model, found = kind.from_pretrained(
             config.path,
@@ -165,19 +166,19 @@ def _pretrained(
             trust_remote_code=config.trust_remote_code,
             attn_implementation=_kernel(config),
             dtype=torch.float32,
-            weights_only=True,  # of the pickles (pytorch_model.bin) that are there where no safetensors are
+            weights_only=True,  # for pickles (pytorch_model.bin), in folders without safetensors
             output_loading_info=True,
             **_gguf(config),
             **more,
         )
     if missing := sorted(set(found["missing_keys"]) - may_be_new):
-        # transformers would go on with random numbers in their place.
+        # transformers would continue with random numbers in their place.
         raise ModelError(
             f"model.path {config.path}: its files lack {len(missing)} of the model's weights, e.g. {missing[0]}; are "
-            "they whole, and of the architecture that config.json names?"
+            "they complete, and of the architecture that config.json names?"
         )
     if config.gguf_file is not None:
-        # Dequantised weights are dense; the marker that remains would make transformers refuse to train or save them.
+        # Dequantised weights are dense, but the remaining marker would make transformers refuse to train or save them.
         model.is_quantized = False
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -199,7 +200,7 @@ def _preset_config(config: ModelConfig) -> LlamaConfig:
 
 @lru_cache(maxsize=1)
 def _preset_tokenizer() -> PreTrainedTokenizerBase:
-    """Byte-level BPE learned from the built-in pairs: deterministic, any text can be encoded, nothing is stored."""
+    """Byte-level BPE trained on the built-in pairs: deterministic, encodes any text, needs no file."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -216,7 +217,19 @@ def _preset_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def _with_lora(model: PreTrainedModel, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
+def _for_training(model: PreTrainedModel, config: ModelConfig, task: str) -> Any:
+    """Enable gradient checkpointing and add LoRA, where the config asks for them."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model if config.lora is None else with_lora(model, config.lora, task)
+
+
+def with_lora(model: PreTrainedModel, lora: LoraConfig, task: str = "CAUSAL_LM") -> Any:
+    """Wrap a model in peft's LoRA adapters.
+
+    Raises:
+        ModelError: the model has none of the target modules.
+    """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -226,7 +239,7 @@ def _with_lora(model: PreTrainedModel, lora: LoraConfig, task: str = "CAUSAL_LM"
     )
     try:
         with warnings.catch_warnings():
-            # peft 0.21 still asks for it by the name that transformers 5.23 gives up.
+            # peft 0.21 still uses the name that transformers 5.23 deprecates.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             return get_peft_model(model, settings)
     except ValueError as error:
@@ -234,7 +247,7 @@ def _with_lora(model: PreTrainedModel, lora: LoraConfig, task: str = "CAUSAL_LM"
 
 
 def _kernel(config: ModelConfig) -> str | None:
-    """Attention of the padded form, in transformers' names; None lets it choose. See `forward.form_of`."""
+    """Attention function for padded rows, by transformers' name; None lets transformers choose (see `probe`)."""
     return None if config.attention == "shared_prompt" else config.attention
 
 
@@ -246,33 +259,33 @@ def _gguf(config: ModelConfig) -> dict[str, str]:
     return {"gguf_file": config.gguf_file}
 
 
-def _require_nothing_foreign(config: ModelConfig) -> None:
-    """Refuse a model whose files reach for what is not the model's.
+def _refuse_outside_files(config: ModelConfig) -> None:
+    """Refuse a model whose files refer to code or weights outside the model.
 
     Raises:
-        ModelError: config.json names an attention kernel on a hub, which is code and would be run, or a folder's index
-            a weight file outside of the folder.
+        ModelError: config.json names an attention kernel on a hub, which is code and would be run; or a folder's index
+            names a weight file outside the folder.
     """
     if config.gguf_file is None and not config.trust_remote_code:
         kernel = str(getattr(_architecture(config, "causal language model"), "_attn_implementation", None))
         if "/" in kernel:
             raise ModelError(
-                f"model.path {config.path}: its config.json names the attention {kernel:.100}, code on a hub; take it "
-                "out, or set model.trust_remote_code where you trust its author"
+                f"model.path {config.path}: its config.json names the attention {kernel:.100}, code on a hub; remove "
+                "it, or set model.trust_remote_code if you trust its author"
             )
     for index in Path(config.path).expanduser().glob("*.index.json"):
         with _problems_of(config, index.name):
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        astray = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
-        if astray:
+        outside = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
+        if outside:
             raise ModelError(
-                f"model.path {config.path}: {index.name} names {astray[0]!r:.100}, which is not a file of this folder"
+                f"model.path {config.path}: {index.name} names {outside[0]!r:.100}, which is not a file of this folder"
             )
 
 
 @contextlib.contextmanager
 def _problems_of(config: ModelConfig, what: str) -> Iterator[None]:
-    """Whatever a damaged or hostile file makes transformers raise, as a ModelError that names it."""
+    """Turn any error that a damaged or hostile file makes transformers raise into a ModelError that names the model."""
     try:
         yield
     except ModelError:
@@ -280,13 +293,13 @@ def _problems_of(config: ModelConfig, what: str) -> Iterator[None]:
     except OSError as error:
         raise ModelError(_not_found(config, what, error)) from error
     except BaseException as error:
-        # What panics in tokenizers' Rust code is no Exception.
+        # A panic in tokenizers' Rust code is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if isinstance(error, pickle.UnpicklingError):
             raise ModelError(
-                f"model.path {config.path}: its weights are a pickle that holds more than tensors, and what it holds "
-                "could run code; nothing of it was run. Convert it to safetensors where you trust it"
+                f"model.path {config.path}: its weights are a pickle that holds more than tensors and could run code; "
+                "nothing of it was run. Convert it to safetensors if you trust it"
             ) from error
         kernel = f" with model.attention {config.attention}" if what == "causal language model" else ""
         raise ModelError(

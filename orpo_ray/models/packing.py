@@ -18,28 +18,28 @@ from orpo_ray.data.dataset import Pair, PairDataset
 
 NllScope = Literal["prompt_and_response", "response"]
 _OUTSIDE = -1
-"""Part of a token that fills up a row."""
+"""Pair and part of a padding token."""
 
 
 @dataclass(frozen=True, slots=True)
-class Counting:
-    """Which tokens the loss counts (law 1); see `LossConfig` for what each setting means."""
+class LossMask:
+    """Which tokens the loss counts (law 1); `LossConfig` explains each setting."""
 
     nll_scope: NllScope
     nll_eos: bool = True
     answer_padding: bool = False
     eos_token_id: int = -1
-    """Needed only where `nll_eos` is off or `answer_padding` on."""
+    """Needed only if `nll_eos` is off or `answer_padding` is on."""
     rewards: bool = False
-    """Nothing is predicted: a reward model is read at each answer's last token, and there is no NLL."""
+    """For reward models: no token is predicted, the reward is read at each answer's last token, there is no NLL."""
 
     @classmethod
-    def of(cls, loss: LossConfig, eos_token_id: int) -> Counting:
-        """What an experiment's loss counts."""
+    def of(cls, loss: LossConfig, eos_token_id: int) -> LossMask:
+        """The mask that an experiment's loss asks for."""
         return cls(loss.nll_scope, loss.nll_eos, loss.answer_padding, eos_token_id, loss.is_reward)
 
     def nll_tokens(self, pairs: PairDataset, indices_B: np.ndarray) -> int:
-        """Tokens that the NLL of these pairs counts; every rank can say so for the whole global batch alone."""
+        """Number of tokens that the NLL of these pairs counts. Every rank can compute it for the whole global batch."""
         if self.rewards:
             return 0
         tokens = int(pairs.chosen_lengths_N[indices_B].sum())
@@ -56,31 +56,31 @@ class Counting:
 
 @dataclass(frozen=True, slots=True)
 class SharedPrompt:
-    """How pairs lie in one row: pair after pair, each as prompt, chosen, rejected.
+    """Layout of pairs in one row: pair after pair, each as prompt, chosen, rejected.
 
-    A token sees what stands before it in its own pair, except that rejected tokens do not see chosen ones.
+    A token attends to the tokens before it in its own pair, except that rejected tokens do not attend to chosen ones.
     """
 
     lengths: tuple[tuple[int, int, int], ...]
     """(prompt, chosen, rejected) tokens of each pair."""
     pair_T: torch.Tensor
-    """int32: which pair a token belongs to; -1 for filling."""
+    """int32: index of the pair that a token belongs to; -1 for padding."""
     part_T: torch.Tensor
-    """int32: 0 prompt, 1 chosen, 2 rejected, -1 filling."""
+    """int32: 0 prompt, 1 chosen, 2 rejected, -1 padding."""
     position_T: torch.Tensor
     """int32: position in its own sequence, [prompt | chosen] or [prompt | rejected]."""
 
     def sees_TT(self, window: int | None = None) -> torch.Tensor:
-        """The mask spelled out, bool [T queries, T keys]: the definition that faster forms are tested against.
+        """The full mask, bool [T queries, T keys]: the definition that faster implementations are tested against.
 
         Args:
-            window: a query sees keys less than this far before it; None for all.
+            window: a query attends to keys less than this far before it; None for no limit.
         """
         at_T = torch.arange(len(self.pair_T), device=self.pair_T.device)
         return self.sees(at_T[:, None], at_T[None, :], window)
 
     def sees(self, query: torch.Tensor, key: torch.Tensor, window: int | None = None) -> torch.Tensor:
-        """Whether the tokens at these places of the row see each other; broadcasts (FlexAttention's `mask_mod`)."""
+        """Whether the tokens at `query` attend to those at `key`; broadcasts (FlexAttention's `mask_mod`)."""
         own = self.pair_T[query] == self.pair_T[key]
         hidden = (self.part_T[query] == 2) & (self.part_T[key] == 1)
         seen = own & (query >= key) & ~hidden
@@ -89,28 +89,34 @@ class SharedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch of P pairs and what is asked of it: log-probabilities of N targets, and K sums over them."""
+    """A micro-batch of P pairs, the N targets whose log-probabilities it asks for, and the weights of K sums."""
 
     input_ids_RT: torch.Tensor
     position_ids_RT: torch.Tensor | None
-    """None for padded rows: a model counts from 0 itself."""
+    """None for padded rows: the model then counts from 0."""
     attention_mask_RT: torch.Tensor | None
     """1 where a token is real; None for rows with a `layout`."""
     layout: SharedPrompt | None
     """None: one sequence per row, padded on the right; chosen sequences first."""
     source_N: torch.Tensor
-    """int64: place in the flattened rows whose output predicts the target, or is an answer's reward. 0 in targets that
-    only fill up."""
+    """int64: place in the flattened rows whose output predicts the target, or gives an answer's reward. 0 in padding
+    targets."""
     target_N: torch.Tensor
-    """int64: token id; 0 where rewards are read, and in targets that only fill up."""
+    """int64: token id; 0 where rewards are read, and in padding targets."""
     weights_KN: torch.Tensor
     """fp32: rows 0..P-1 average the chosen answers' targets, P..2P-1 the rejected ones', 2P..3P-1 sum the NLL's."""
     tokens_K: torch.Tensor
-    """fp32: how many targets each of those rows counts."""
+    """fp32: number of targets that each of those rows counts."""
     reference_P2: torch.Tensor | None = None
     """fp32: the reference model's means of chosen and rejected, for the losses that compare with it."""
     rewards_P2: torch.Tensor | None = None
     """fp32: the reward model's rewards of both answers, for rloo."""
+
+    def mask_arguments(self) -> dict[str, Any]:
+        """Attention-mask arguments for the model."""
+        if self.layout is not None:
+            return {"position_ids": self.position_ids_RT, "layout": self.layout}
+        return {"attention_mask": self.attention_mask_RT}
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -118,7 +124,7 @@ class Batch:
         return replace(self, layout=layout, **_tensors_on(self, device))
 
     def pinned(self) -> Batch:
-        """The same batch in page-locked memory, from where a GPU copies while the host goes on."""
+        """The same batch in page-locked memory, from which a GPU copies while the host continues."""
 
         def pin(holder: Batch | SharedPrompt) -> dict[str, Any]:
             fields = {name: getattr(holder, name) for name in holder.__slots__}
@@ -133,16 +139,16 @@ def _tensors_on(holder: Batch | SharedPrompt, device: torch.device) -> dict[str,
 
 
 def collate(
-    pairs: Sequence[Pair], counting: Counting, *, share_prompt: bool, pad_token_id: int = 0, multiple_of: int = 1
+    pairs: Sequence[Pair], loss_mask: LossMask, *, share_prompt: bool, pad_token_id: int = 0, multiple_of: int = 1
 ) -> Batch:
     """Lay P pairs out for one forward pass.
 
     Args:
         pairs: at least one; prompts and answers have at least one token each.
-        counting: which tokens count.
+        loss_mask: which tokens count.
         share_prompt: one row [prompt | chosen | rejected | prompt | ...]; otherwise 2P padded rows.
-        pad_token_id: fills rows up; any id, it is never looked at.
-        multiple_of: a shared row is filled up to a multiple of this many tokens, and N with targets that no sum counts.
+        pad_token_id: pads rows; any id will do, padding is masked everywhere.
+        multiple_of: a shared row is padded to a multiple of this many tokens, and N with targets that no sum counts.
     """
     num = len(pairs)
     width = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
@@ -162,7 +168,7 @@ def collate(
         if nll_row is not None:
             kept = np.arange(at, at + len(target))
             nll_targets.append(
-                np.stack([np.full(len(kept), nll_row), kept])[:, counting.nll_eos | (target != counting.eos_token_id)]
+                np.stack([np.full(len(kept), nll_row), kept])[:, loss_mask.nll_eos | (target != loss_mask.eos_token_id)]
             )
         at += len(target)
 
@@ -173,27 +179,27 @@ def collate(
         rejected_prompt_end = chosen_from - 1 if share_prompt else (num + index) * width + prompt - 1
         rejected_from = chosen_from + chosen if share_prompt else rejected_prompt_end + 1
         tokens += prompt + chosen + rejected
-        if counting.rewards:
+        if loss_mask.rewards:
             for end, row in ((chosen_from + chosen, index), (rejected_from + rejected, num + index)):
                 count(np.array([end - 1]), np.zeros(1, dtype=np.int64), row, None)
             continue
-        if counting.nll_scope == "prompt_and_response":
+        if loss_mask.nll_scope == "prompt_and_response":
             count(np.arange(first, first + prompt - 1), pair.prompt_ids[1:], None, 2 * num + index)
         count(np.arange(chosen_from - 1, chosen_from + chosen - 1), pair.chosen_ids, index, 2 * num + index)
         rejected_sources = np.arange(rejected_from - 1, rejected_from + rejected - 1)
         rejected_sources[0] = rejected_prompt_end
         count(rejected_sources, pair.rejected_ids, num + index, None)
-        if counting.answer_padding:
-            eos = np.array([counting.eos_token_id])
+        if loss_mask.answer_padding:
+            eos = np.array([loss_mask.eos_token_id])
             count(np.array([chosen_from + chosen - 1]), eos, index, None)
             count(np.array([rejected_from + rejected - 1]), eos, num + index, None)
 
-    filling = np.zeros(-at % multiple_of, dtype=np.int64)  # place and token 0: the first pair's
-    weights_KN = np.zeros((3 * num, at + len(filling)), dtype=np.float32)
+    padding = np.zeros(-at % multiple_of, dtype=np.int64)  # place 0 and token id 0
+    weights_KN = np.zeros((3 * num, at + len(padding)), dtype=np.float32)
     for row, start, end in counted:
         weights_KN[row, start:end] = 1.0
-    for rows_and_places in nll_targets:
-        weights_KN[tuple(rows_and_places)] = 1.0
+    for places in nll_targets:
+        weights_KN[tuple(places)] = 1.0
     tokens_K = weights_KN.sum(1)
     weights_KN[: 2 * num] /= tokens_K[: 2 * num, None]
     rows = (
@@ -201,8 +207,8 @@ def collate(
     )
     return Batch(
         **rows,
-        source_N=torch.from_numpy(np.concatenate([*sources, filling])),
-        target_N=torch.from_numpy(np.concatenate([*targets, filling]).astype(np.int64)),
+        source_N=torch.from_numpy(np.concatenate([*sources, padding])),
+        target_N=torch.from_numpy(np.concatenate([*targets, padding]).astype(np.int64)),
         weights_KN=torch.from_numpy(weights_KN),
         tokens_K=torch.from_numpy(tokens_K),
     )
@@ -250,34 +256,37 @@ def _padded(pairs: Sequence[Pair], width: int, pad_token_id: int) -> dict[str, A
 def micro_batches(
     lengths_B3: np.ndarray, world: int, *, max_pairs: int | None, max_tokens: int, share_prompt: bool
 ) -> list[list[np.ndarray]]:
-    """Cut a global batch into micro-batches such that ranks do equal work at the same time.
+    """Cut a global batch into micro-batches so that the ranks do equal work at the same time.
 
-    A pure function of the lengths, so that every rank knows what all do. How a batch is cut does not change its
-    gradient (law 2).
+    A pure function of the lengths, so every rank computes the same cut. How a batch is cut does not change its gradient
+    (law 2).
 
     Args:
         lengths_B3: int [pairs of the global batch, 3]: prompt, chosen, rejected tokens.
         world: ranks.
-        max_pairs: pairs per micro-batch at most; None for any number.
-        max_tokens: tokens per micro-batch at most, padding included; a pair longer than this goes alone.
-        share_prompt: the form of the rows (see `collate`).
+        max_pairs: most pairs per micro-batch; None for no limit.
+        max_tokens: most tokens per micro-batch, padding included; a longer pair gets a micro-batch of its own.
+        share_prompt: layout of the rows (see `collate`).
 
     Returns:
-        [passes][ranks] arrays of indices into the global batch. Every rank makes as many passes (ZeRO partitions
-        communicate in each); where there are fewer pairs than passes × ranks, some arrays are empty.
+        [passes][ranks] arrays of indices into the global batch. Every rank makes the same number of passes (ZeRO
+        partitions communicate in each); with fewer pairs than passes × ranks, some arrays are empty.
     """
     prompt_B, chosen_B, rejected_B = lengths_B3.T
     limit = max_pairs or len(lengths_B3)
     if share_prompt:
         bins = _balanced(prompt_B + chosen_B + rejected_B, world, limit, max_tokens)
     else:
-        bins = _like_lengths(2 * (prompt_B + np.maximum(chosen_B, rejected_B)), world, limit, max_tokens)
+        bins = _similar_lengths(2 * (prompt_B + np.maximum(chosen_B, rejected_B)), world, limit, max_tokens)
     return [bins[first : first + world] for first in range(0, len(bins), world)]
 
 
 def _balanced(size_B: np.ndarray, world: int, max_pairs: int, max_tokens: int) -> list[np.ndarray]:
-    """As few rounds as hold the pairs; in them, the longest first into the emptiest bin (Graham 1969: the largest load
-    is at most 4/3 of the best possible). Heaviest bins first: the ranks' passes of a round weigh alike."""
+    """Distribute pairs over as few rounds as possible, the longest pair first into the emptiest bin.
+
+    The largest load is at most 4/3 of the best possible (Graham 1969). Bins are sorted by load, so that the ranks'
+    passes of one round take equally long.
+    """
     most = -(-len(size_B) // world)
     rounds = min(most, max(-(-int(size_B.sum()) // (max_tokens * world)), -(-len(size_B) // (max_pairs * world))))
     while True:
@@ -295,8 +304,8 @@ def _balanced(size_B: np.ndarray, world: int, max_pairs: int, max_tokens: int) -
         rounds += 1
 
 
-def _like_lengths(size_B: np.ndarray, world: int, max_pairs: int, max_tokens: int) -> list[np.ndarray]:
-    """Neighbours by length share a bin, so that little is padded; longest first."""
+def _similar_lengths(size_B: np.ndarray, world: int, max_pairs: int, max_tokens: int) -> list[np.ndarray]:
+    """Put pairs of similar length into one bin, so that little is padded; longest first."""
     order = np.argsort(-size_B, kind="stable")
     cuts = [0]
     while cuts[-1] < len(order):
@@ -304,7 +313,7 @@ def _like_lengths(size_B: np.ndarray, world: int, max_pairs: int, max_tokens: in
             cuts[-1] + max(1, min(max_tokens // int(size_B[order[cuts[-1]]]), max_pairs, len(order) - cuts[-1]))
         )
     bins = np.split(order, cuts[1:-1])
-    while len(bins) % world:  # the ranks need a bin each: halve the fullest one
+    while len(bins) % world:  # every rank needs a bin: halve the fullest one
         fullest = max(range(len(bins)), key=lambda i: len(bins[i]))
         bins[fullest : fullest + 1] = np.array_split(bins[fullest], 2)
     return bins

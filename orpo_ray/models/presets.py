@@ -1,4 +1,4 @@
-"""Shapes of the built-in tiny models, where a plan can read them without torch."""
+"""Shapes of the built-in tiny models, in a module that a plan can import without torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Which fast paths a model supports, determined by a numerical probe."""
+"""Which fast paths a model supports, determined by a numerical probe; frozen models that use them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,25 +10,29 @@ import torch
 
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import attention
-from orpo_ray.models.packing import Counting, collate
-from orpo_ray.models.pair_model import Form, PairModel, causal_lm
+from orpo_ray.models.loading import causal_lm
+from orpo_ray.models.packing import LossMask, collate
+from orpo_ray.models.pair_model import ForwardMode, PairModel
 
 _LAYERS_UNDERSTOOD = {"full_attention", "sliding_attention"}
 _PROBE_TOLERANCE = 1e-3
-"""Nats. Both forms of the probe differ by rounding only; a wrong mask or position differs by far more."""
+"""Nats. Correct modes differ from the plain one by rounding only; a wrong mask or position differs by far more."""
 
 
 @torch.no_grad()
-def form_of(lm: torch.nn.Module, wanted_attention: str) -> Form:
-    """The fastest form in which this model gives the log-probabilities, or rewards, of its plain, padded form.
+def probe_forward_mode(lm: torch.nn.Module, wanted_attention: str) -> ForwardMode:
+    """Find the fastest mode in which the model gives the same log-probabilities, or rewards, as in its plain mode.
 
-    Two short pairs are run through the padded form with full logits and through the candidates; so an architecture
-    whose code does something unheard of falls back rather than being trained wrongly.
+    Two short pairs run through the plain mode (padded rows, full logits) and through the candidates. So an architecture
+    whose code does something unexpected falls back to slower rows instead of being trained incorrectly.
 
     Args:
-        lm: a transformers causal language model or reward model with or without adapters, weights in place (not yet
-            partitioned).
-        wanted_attention: `model.attention`; other than `shared_prompt` asks for padded rows.
+        lm: a transformers causal language model or reward model, with or without adapters, its weights not yet
+            partitioned.
+        wanted_attention: `model.attention`; any value but `shared_prompt` asks for padded rows.
+
+    Returns:
+        The mode; its `reason` says why a fast path is off.
     """
     rng = np.random.default_rng(0)
     highest = min(causal_lm(lm).get_input_embeddings().num_embeddings, 256)
@@ -42,34 +47,48 @@ def form_of(lm: torch.nn.Module, wanted_attention: str) -> Form:
     lm.eval()
     try:
 
-        def sums(form: Form) -> torch.Tensor:
-            model = PairModel(lm, form)
-            counting = Counting("prompt_and_response", rewards=model.is_reward)
-            return model(collate(pairs, counting, share_prompt=form.shares_prompt).to(device))
+        def sums(mode: ForwardMode) -> torch.Tensor:
+            model = PairModel(lm, mode)
+            loss_mask = LossMask("prompt_and_response", rewards=model.is_reward)
+            return model(collate(pairs, loss_mask, share_prompt=mode.shares_prompt).to(device))
 
-        if causal_lm(lm)._supports_attention_backend:  # other kernels may want a GPU, where the model is not yet
+        if causal_lm(lm)._supports_attention_backend:  # other kernels may need a GPU; the model is on the CPU
             causal_lm(lm).set_attn_implementation("eager")
-        expected = sums(Form(shares_prompt=False, chunks_head=False))
-        chunked = _try(sums, Form(shares_prompt=False, chunks_head=True), expected)
+        expected = sums(ForwardMode(shares_prompt=False, chunks_head=False))
+        chunked = _try(sums, ForwardMode(shares_prompt=False, chunks_head=True), expected)
         head = not chunked
         if wanted_attention != "shared_prompt":
-            return Form(False, head, "; ".join(filter(None, (f"model.attention is {wanted_attention}", chunked))))
+            return ForwardMode(
+                False, head, "; ".join(filter(None, (f"model.attention is {wanted_attention}", chunked)))
+            )
         attention.windows_seen.clear()
-        shared = _layers_not_understood(causal_lm(lm)) or _try(sums, Form(True, head), expected)
+        shared = _layers_not_understood(causal_lm(lm)) or _try(sums, ForwardMode(True, head), expected)
         shared = shared or _window_not_passed(causal_lm(lm)) or _flex_does_not_run(causal_lm(lm), pairs)
-        return Form(not shared, head, "; ".join(filter(None, (shared, chunked))))
+        return ForwardMode(not shared, head, "; ".join(filter(None, (shared, chunked))))
     finally:
         lm.train(was_training)
         if causal_lm(lm).config._attn_implementation != kernel:
             causal_lm(lm).set_attn_implementation(kernel)
 
 
-def _try(sums: Any, form: Form, expected: torch.Tensor) -> str:
-    """Empty if the form gives what is expected, else what went wrong."""
-    what = "rows with a shared prompt" if form.shares_prompt else "logits in chunks"
+def frozen_model(lm: torch.nn.Module, wanted_attention: str, autocast: torch.dtype | None) -> PairModel:
+    """A model for inference only, on this process's device, in the fastest mode that it supports.
+
+    Args:
+        lm: as for `probe_forward_mode`.
+        wanted_attention: `model.attention`.
+        autocast: as for `PairModel`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return PairModel(lm, probe_forward_mode(lm, wanted_attention), autocast).to(device).frozen()
+
+
+def _try(sums: Callable[[ForwardMode], torch.Tensor], mode: ForwardMode, expected: torch.Tensor) -> str:
+    """Run one mode. Returns an empty string if its sums are as expected, else what is wrong."""
+    what = "rows with a shared prompt" if mode.shares_prompt else "logits in chunks"
     try:
-        found = sums(form)
-    except Exception as error:  # whatever foreign code raises: the plain form works, and the reason is shown
+        found = sums(mode)
+    except Exception as error:  # custom model code may raise anything: the plain mode works, and the reason is shown
         return f"{what}: {type(error).__name__}: {error}"
     off = float((found - expected).abs().max())
     return "" if off <= _PROBE_TOLERANCE else f"{what}: log-probabilities are off by {off:.2g}"
@@ -81,12 +100,12 @@ def _layers_not_understood(causal: Any) -> str:
     if kinds:
         return f"rows with a shared prompt: layers of kind {', '.join(sorted(kinds))}"
     if not causal._supports_attention_backend:
-        return f"rows with a shared prompt: {type(causal).__name__} does its attention itself"
+        return f"rows with a shared prompt: {type(causal).__name__} implements its attention itself"
     return ""
 
 
 def _window_not_passed(causal: Any) -> str:
-    """The probe's pairs are shorter than any window, so that a window they do not reach has to be looked for."""
+    """Check that a declared sliding window reached the attention function; the probe's pairs are too short to tell."""
     config = causal.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     declared = (
@@ -100,22 +119,22 @@ def _window_not_passed(causal: Any) -> str:
 
 
 def _flex_does_not_run(causal: Any, pairs: list[Pair]) -> str:
-    """What a GPU runs is not what the probe ran on the CPU."""
+    """Try FlexAttention where there is a GPU: the probe itself ran on the CPU, with other code."""
     if not torch.cuda.is_available():
         return ""
     config = causal.config.get_text_config()
     dropout = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
     if dropout:
-        return f"rows with a shared prompt: FlexAttention has no dropout, the model's attention {dropout}"
+        return f"rows with a shared prompt: FlexAttention has no dropout, but the model's attention has {dropout}"
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    batch = collate(pairs, Counting("response"), share_prompt=True, multiple_of=attention.FLEX_BLOCK)
+    batch = collate(pairs, LossMask("response"), share_prompt=True, multiple_of=attention.FLEX_BLOCK)
     layout = batch.to(torch.device("cuda")).layout
     assert layout is not None
     try:
         with torch.enable_grad():
             attention.try_flex(heads, key_heads, width, getattr(config, "attn_logit_softcapping", None), layout)
-    except Exception as error:  # the compiler's, of many kinds
+    except Exception as error:  # the compiler raises many kinds
         return f"rows with a shared prompt: FlexAttention: {type(error).__name__}: {error}"
     return ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from orpo_ray.config import ExperimentConfig
+from orpo_ray.config import ExperimentConfig, SweepConfig
 from orpo_ray.config.space import Bundle
 from orpo_ray.files import read_json, write_atomically
 from orpo_ray.hardware import NodeMemory, this_machine
@@ -16,18 +16,17 @@ from orpo_ray.planning.fit import fitted_settings
 from orpo_ray.storage.run_dir import FITTED_FILE
 
 
-def fitted(config: ExperimentConfig) -> ExperimentConfig:
+def fitted(config: ExperimentConfig, sweep: SweepConfig) -> tuple[ExperimentConfig, SweepConfig]:
     """The experiment with what `scaling: auto` leaves open filled in, in every bundle.
 
     Raises:
         ConfigError: a model fits nowhere on the cluster, or is not to be found.
     """
-    _, sweep = config.as_sweep()
     axis = sweep.bundle_axis
     labels = [str(label) for label in sweep.space[axis].candidates()] if axis else [""]
     trials = {label: config.trial({axis: label} if axis else {}) for label in labels}
     if not any(trial.scaling.auto for trial in trials.values()):
-        return config
+        return config, sweep
     file = config.run_dir / FITTED_FILE
     if file.exists():
         chosen: dict[str, dict[str, Any]] = read_json(file)
@@ -36,13 +35,14 @@ def fitted(config: ExperimentConfig) -> ExperimentConfig:
         chosen = {label: fitted_settings(t, nodes) if t.scaling.auto else {} for label, t in trials.items()}
         write_atomically(file, json.dumps(chosen, indent=1))
     if axis is None:
-        return config.trial(chosen[""]).model_copy(update={"sweep": config.sweep})
+        return config.trial(chosen[""]).model_copy(update={"sweep": sweep}), sweep
     bundle = sweep.space[axis]
     assert isinstance(bundle, Bundle)
     # What a bundle sets itself was respected when the rest was chosen.
     values = {label: chosen[label] | settings for label, settings in bundle.values.items()}
     space = sweep.space | {axis: bundle.model_copy(update={"values": values})}
-    return config.model_copy(update={"sweep": sweep.model_copy(update={"space": space})})
+    sweep = sweep.model_copy(update={"space": space})
+    return config.model_copy(update={"sweep": sweep}), sweep
 
 
 def cluster_nodes() -> list[NodeMemory]:

@@ -8,76 +8,30 @@ the sweep; whoever dies, the next broker reads it and goes on.
 from __future__ import annotations
 
 import asyncio
-import bisect
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.actor
 
-from orpo_ray.storage.checkpoint_files import MANIFEST, below, link_checkpoint
-from orpo_ray.storage.journal import Journal, drop_torn_tail, read_events
+from orpo_ray.orchestration.broker_state import Assignment, Load
+from orpo_ray.orchestration.trial_book import TrialBook
+from orpo_ray.storage.checkpoint_files import copy_to_trial, step_name
+from orpo_ray.storage.events import (
+    Evaluated,
+    Event,
+    Finished,
+    Forked,
+    Logged,
+    Purpose,
+    Started,
+    Status,
+    Submitted,
+    Warned,
+)
 from orpo_ray.storage.object_store import Storage
-from orpo_ray.storage.run_dir import EVENTS_FILE
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """A trial for a worker group."""
-
-    trial_id: str
-    attempt: int
-    """How often it has been handed out before. Reports of an earlier attempt are ignored."""
-    config: Any
-    """The trial's ExperimentConfig."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the group manager needs to know."""
-
-    queued: dict[str, int]
-    """resource_class -> trials waiting."""
-    busy: dict[str, str]
-    """group -> trial."""
-    assigned: dict[str, int]
-    """group -> trials it has been given so far."""
-    idle_seconds: dict[str, float]
-    """group -> seconds since it had work."""
-    nodes: dict[str, list[str]]
-    """group -> id of each rank's node, for groups whose processes are up."""
-
-
-@dataclass(slots=True)
-class _Trial:
-    bundle: str
-    resource_class: str = ""
-    config: Any = None
-    attempt: int = 0
-    failures: int = 0
-    """Attempts that ended with a crash."""
-    group: str | None = None
-    max_steps: int | None = None
-    logged_step: int = 0
-    evaluated_step: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    """Of training, until the last evaluation."""
-    checkpoint: str | None = None
-    stop_requested: bool = False
-    stop_reason: str | None = None
-    pause_requested: bool = False
-    is_paused: bool = False
-    """No group has it and none is to take it before it is submitted again."""
-    end: dict[str, Any] | None = None
-    driver: str | None = None
-    """Who asked last for its results."""
-    results: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
-    """Evaluations on their way to the driver."""
-    pending_decision: asyncio.Future[str] | None = None
-    """Set while a worker waits to hear whether to go on."""
+from orpo_ray.training.trial import TrialResult
 
 
 class Broker:
@@ -91,31 +45,13 @@ class Broker:
             max_failures: how often a trial is tried again after its process died.
             remote: the sweep's folder in an object store, where checkpoints then are.
         """
-        self._remote = remote
-        self._path = Path(run_dir) / EVENTS_FILE
-        self._max_failures = max_failures
-        self._trials: dict[str, _Trial] = {}
-        self._queues: dict[str, list[str]] = {}  # resource_class -> trials
-        self._resource_classes: dict[str, str] = {}  # group -> resource_class
-        self._processes: dict[str, list[str]] = {}  # group -> host:pid of each rank
-        self._nodes: dict[str, list[str]] = {}  # group -> node id of each rank
-        self._controllers: dict[str, ray.actor.ActorHandle] = {}  # group -> Ray Train's actor for it
-        self._last_bundle: dict[str, str] = {}  # group -> bundle of its latest trial
-        self._assigned: dict[str, int] = {}  # group -> number of trials
-        self._busy: dict[str, str] = {}  # group -> trial
-        self._idle_since: dict[str, float] = {}
-        self._complaints: dict[str, str] = {}  # group -> why it is about to end
-        self._retired: set[str] = set()
-        self._is_held = False
-        self._replayed: list[dict[str, Any]] = []
+        self._book = TrialBook(Path(run_dir), max_failures, remote)
         self._changed = asyncio.Condition()
-        self._replay()
-        self._journal = Journal(self._path, remote)
 
     # ---- Tune's drivers -------------------------------------------------------------------------------------------
 
     async def submit(
-        self, trial_id: str, params: dict[str, Any], bundle: str, resource_class: str, config: Any, purpose: str
+        self, trial_id: str, params: dict[str, Any], bundle: str, resource_class: str, config: Any, purpose: Purpose
     ) -> None:
         """Queue a trial, new or paused. One that waits or trains already (its driver was restarted) is left alone.
 
@@ -127,16 +63,15 @@ class Broker:
             config: its ExperimentConfig, only passed on.
             purpose: `search` or `confirm`.
         """
-        trial = self._trials.get(trial_id)
-        if trial is None:
-            trial = self._trials[trial_id] = _Trial(bundle)
-            self._record("submitted", trial_id, params=params, bundle=bundle, purpose=purpose)
-        if trial.end is not None:
+        if trial_id not in self._book.trials:
+            self._book.record(Submitted(trial_id=trial_id, params=params, bundle=bundle, purpose=purpose))
+        trial = self._book.trials[trial_id]
+        if trial.report is not None:
             return
         known, trial.config, trial.resource_class = trial.config is not None, config, resource_class
-        if not known or trial.is_paused:
-            trial.is_paused = False
-            self._enqueue(trial_id)
+        if not known or trial.is_parked:
+            trial.is_parked = False
+            self._book.enqueue(trial_id)
         # Its worker may not have let go of it yet; then `finished` sees that it is wanted again.
         trial.pause_requested = False
         await self._notify()
@@ -145,24 +80,31 @@ class Broker:
         self, trial_id: str, params: dict[str, Any], bundle: str, step: int, metrics: dict[str, float], run_id: str
     ) -> None:
         """Record a trial whose result an earlier MLflow run already holds: nothing is trained."""
-        if trial_id in self._trials:
+        if trial_id in self._book.trials:
             return
-        trial = self._trials[trial_id] = _Trial(bundle)
-        self._record("submitted", trial_id, params=params, bundle=bundle, purpose="search")
-        trial.evaluated_step, trial.metrics = step, metrics
-        self._record("eval", trial_id, step=step, metrics=metrics, checkpoint=None, seconds=0.0)
-        self._end(trial_id, "finished", step, metrics, None, 0.0, None, reused_from=run_id)
+        self._book.record(Submitted(trial_id=trial_id, params=params, bundle=bundle))
+        self._book.record(Evaluated(trial_id=trial_id, step=step, metrics=metrics))
+        self._book.end(
+            Finished(
+                trial_id=trial_id,
+                status=Status.FINISHED,
+                steps=step,
+                metrics=metrics,
+                train_seconds=0.0,
+                reused_from=run_id,
+            )
+        )
 
     async def pause(self, trial_id: str) -> None:
         """The trial is to give its group back at the evaluation it waits at, keeping its checkpoint."""
-        trial = self._trials[trial_id]
-        if trial.end is not None or trial.is_paused:
+        trial = self._book.trials[trial_id]
+        if trial.report is not None or trial.is_parked:
             return
         trial.pause_requested = True
-        self._answer(trial, "pause")
-        if trial_id in (queue := self._queues.get(trial.resource_class, [])):
+        trial.decide("pause")
+        if trial_id in (queue := self._book.queues.get(trial.resource_class, [])):
             queue.remove(trial_id)
-            trial.is_paused, trial.pause_requested = True, False
+            trial.is_parked, trial.pause_requested = True, False
 
     async def fork(self, trial_id: str, donor_id: str, params: dict[str, Any], timeout_s: float = 120.0) -> int:
         """Replace a trial's state by a copy of another's, for an exploit of population-based training.
@@ -182,24 +124,25 @@ class Broker:
             TimeoutError: they did not.
             FileNotFoundError: the donor has no checkpoint.
         """
-        trial, donor = self._trials[trial_id], self._trials[donor_id]
+        trial, donor = self._book.trials[trial_id], self._book.trials[donor_id]
         await self.pause(trial_id)
         await self.pause(donor_id)
         async with self._changed:
-            paused = self._changed.wait_for(lambda: all(t.is_paused or t.end for t in (trial, donor)))
+            paused = self._changed.wait_for(lambda: all(t.is_parked or t.report for t in (trial, donor)))
             await asyncio.wait_for(paused, timeout_s)
-        name = f"step-{donor.evaluated_step:08d}"
-        if donor.checkpoint is None or not donor.checkpoint.endswith(name):
+        step, checkpoint = donor.state.evaluated_step, donor.state.checkpoint
+        if checkpoint is None or not checkpoint.endswith(step_name(step)):
             raise FileNotFoundError(
-                f"trial {donor_id} has no checkpoint of step {donor.evaluated_step} that trial {trial_id} could go on "
-                f"from, only {donor.checkpoint}"
+                f"trial {donor_id} has no checkpoint of step {step} that trial {trial_id} could go on from, only "
+                f"{checkpoint}"
             )
         # Written down first: a restart finishes what a crash leaves half done.
-        self._record("forked", trial_id, donor=donor_id, step=donor.evaluated_step, params=params)
-        trial.metrics, trial.evaluated_step, trial.logged_step = donor.metrics, donor.evaluated_step, donor.logged_step
-        await self._journal.flushed()
-        trial.checkpoint = await asyncio.to_thread(self._copy_checkpoint, donor.checkpoint, trial_id)
-        return donor.evaluated_step
+        self._book.record(Forked(trial_id=trial_id, donor=donor_id, step=step, params=params))
+        await self._book.journal.flushed()
+        trial.state.checkpoint = await asyncio.to_thread(
+            copy_to_trial, checkpoint, trial_id, self._book.run_dir, self._book.remote
+        )
+        return step
 
     async def next_result(self, trial_id: str, driver: str) -> dict[str, Any] | None:
         """Wait for the trial's next evaluation or its end. Asking for the next one says: go on.
@@ -209,14 +152,14 @@ class Broker:
             driver: name of the asking driver. A new one is given again what its predecessor took with it; one that has
                 been replaced while it waited gets None, which nobody hears.
         """
-        trial = self._trials[trial_id]
+        trial = self._book.trials[trial_id]
         is_new, trial.driver = trial.driver != driver, driver
-        if trial.end is not None and trial.results.empty():
-            return trial.end
+        if trial.report is not None and trial.results.empty():
+            return trial.report
         if trial.pending_decision is not None and trial.results.empty():
             if is_new:
-                return self._result(trial)
-            self._answer(trial, "continue")
+                return trial.last_report(self._book.devices(trial))
+            self._book.decide(trial, "continue")
         result = await trial.results.get()
         if trial.driver != driver:
             trial.results.put_nowait(result)
@@ -230,17 +173,17 @@ class Broker:
             trial_id: the trial.
             reason: for its end, where there is something to say.
         """
-        trial = self._trials.get(trial_id)
-        if trial is None or trial.end is not None:
+        trial = self._book.trials.get(trial_id)
+        if trial is None or trial.report is not None:
             return
         trial.stop_requested = True
         trial.stop_reason = trial.stop_reason or reason
-        self._answer(trial, "stop")
-        if trial_id in (queue := self._queues.get(trial.resource_class, [])):
+        trial.decide("stop")
+        if trial_id in (queue := self._book.queues.get(trial.resource_class, [])):
             queue.remove(trial_id)
-            trial.is_paused = True
-        if trial.is_paused:
-            self._end_unfinished(trial_id, "stopped_early", None)
+            trial.is_parked = True
+        if trial.is_parked:
+            self._book.end_unfinished(trial, Status.STOPPED_EARLY, None)
         await self._notify()
 
     async def hold(self) -> None:
@@ -248,10 +191,10 @@ class Broker:
 
         The scheduler still decides on that evaluation; only what it lets go on is paused, for the next run to take up.
         """
-        self._is_held = True
-        for trial_id in [t for queue in self._queues.values() for t in queue]:
-            self._trials[trial_id].is_paused = True
-        self._queues.clear()
+        self._book.is_held = True
+        for trial_id in [t for queue in self._book.queues.values() for t in queue]:
+            self._book.trials[trial_id].is_parked = True
+        self._book.queues.clear()
         await self._notify()
 
     # ---- worker groups --------------------------------------------------------------------------------------------
@@ -265,37 +208,40 @@ class Broker:
             processes: `host:pid` of every rank, for the journal: where to look when a trial hangs.
             nodes: id of every rank's node.
         """
-        self._resource_classes[group] = resource_class
-        self._processes[group] = processes
-        self._nodes[group] = nodes
-        self._idle_since[group] = time.monotonic()
-        self._interrupted(group, self._complaints.pop(group, "a worker process died"))
+        self._book.group(group).go_up(resource_class, processes, nodes, time.monotonic())
+        self._book.interrupt(group, "a worker process died")
         await self._notify()
 
     async def controlled(self, group: str, controller: ray.actor.ActorHandle) -> None:
         """The group has begun to start, under this actor of Ray Train's."""
-        self._controllers[group] = controller
+        self._book.group(group).controller = controller
 
     async def controller(self, group: str) -> ray.actor.ActorHandle | None:
         """The actor that starts and watches the group; None before there is one."""
-        return self._controllers.get(group)
+        return self._book.group(group).controller
 
     async def complain(self, group: str, reason: str) -> None:
         """A rank says why it is about to bring its group down."""
-        self._complaints.setdefault(group, reason)
+        known = self._book.group(group)
+        known.complaint = known.complaint or reason
 
     async def take(self, group: str, timeout_s: float) -> Assignment | str:
-        """Wait for a trial of the group's resource class. Returns `wait` after `timeout_s` without one, `end` to finish."""
-        if group not in self._resource_classes:
+        """Wait for a trial of the group's resource class.
+
+        Returns:
+            The trial; `wait` after `timeout_s` without one; `end` when the group is to end.
+        """
+        known = self._book.group(group)
+        if known.resource_class is None:
             return "end"  # it was given up, since a node of it died; its trials are with others
-        resource_class, processes = self._resource_classes[group], self._processes[group]
+        resource_class, processes = known.resource_class, known.processes
 
         def replaced() -> bool:
-            # The process that asked has died and this is its question still waiting; it must not take a trial along.
-            return self._processes.get(group) is not processes
+            # The process that asked has died, and its request still waits: it must not take a trial along.
+            return known.processes is not processes
 
         def ready() -> bool:
-            return replaced() or group in self._retired or bool(self._queues.get(resource_class))
+            return replaced() or known.is_retired or bool(self._book.queues.get(resource_class))
 
         async with self._changed:
             try:
@@ -304,45 +250,45 @@ class Broker:
                 return "wait"
             if replaced():
                 return "wait"
-            if group in self._retired:
+            if known.is_retired:
                 return "end"
-            queue = self._queues.get(resource_class)
+            queue = self._book.queues.get(resource_class)
             if not queue:  # emptied between the wait and now
                 return "wait"
             # The oldest trial of the bundle whose weights the group has in memory, else the oldest.
-            warm = self._last_bundle.get(group)
-            trial_id = next((t for t in queue if self._trials[t].bundle == warm), queue[0])
+            warm = (t for t in queue if self._book.trials[t].state.bundle == known.last_bundle)
+            trial_id = next(warm, queue[0])
             queue.remove(trial_id)
-        trial = self._trials[trial_id]
+        trial = self._book.trials[trial_id]
         trial.group = group
-        self._assigned[group] = self._assigned.get(group, 0) + 1
-        self._last_bundle[group] = trial.bundle
-        self._busy[group] = trial_id
-        return Assignment(trial_id, trial.attempt, trial.config)
+        known.assigned += 1
+        known.last_bundle, known.trial_id = trial.state.bundle, trial_id
+        return Assignment(trial_id, trial.state.attempt, trial.config)
 
     async def started(self, trial_id: str, attempt: int, step: int, max_steps: int, facts: dict[str, Any]) -> None:
         """Training begins after `step` steps that were done before."""
-        trial = self._trials[trial_id]
-        if attempt == trial.attempt:
-            trial.max_steps = max_steps
-            self._record(
-                "started",
-                trial_id,
+        trial = self._book.trials[trial_id]
+        if attempt != trial.state.attempt:
+            return
+        processes = self._book.group(trial.group).processes if trial.group else []
+        self._book.record(
+            Started(
+                trial_id=trial_id,
                 attempt=attempt,
                 group=trial.group,
-                processes=(processes := self._processes.get(trial.group or "", [])),
+                processes=processes,
                 devices=len(processes),
                 step=step,
                 max_steps=max_steps,
                 facts=facts,
             )
+        )
 
     async def log(self, trial_id: str, attempt: int, step: int, metrics: dict[str, float]) -> None:
         """Training metrics of a step; steps that an earlier attempt reported are not written twice."""
-        trial = self._trials[trial_id]
-        if attempt == trial.attempt and step > trial.logged_step:
-            trial.logged_step = step
-            self._record("log", trial_id, step=step, metrics=metrics)
+        state = self._book.trials[trial_id].state
+        if attempt == state.attempt and step > state.logged_step:
+            self._book.record(Logged(trial_id=trial_id, step=step, metrics=metrics))
 
     async def evaluated(
         self,
@@ -363,264 +309,71 @@ class Broker:
             checkpoint: the newest one.
             seconds: of training until here.
         """
-        trial = self._trials[trial_id]
-        if attempt != trial.attempt:
+        trial = self._book.trials[trial_id]
+        if attempt != trial.state.attempt:
             return "stop"
-        if step <= trial.evaluated_step:
-            return self._standing_decision(trial)
-        trial.evaluated_step, trial.metrics, trial.checkpoint = step, metrics, checkpoint
-        trial.seconds = seconds
-        self._record("eval", trial_id, step=step, metrics=metrics, checkpoint=checkpoint, seconds=seconds)
+        if step <= trial.state.evaluated_step:
+            return trial.standing_decision()
+        self._book.record(
+            Evaluated(trial_id=trial_id, step=step, metrics=metrics, checkpoint=checkpoint, seconds=seconds)
+        )
         if trial.stop_requested:
             return "stop"
         trial.pending_decision = asyncio.get_running_loop().create_future()
-        trial.results.put_nowait(self._result(trial))
+        trial.results.put_nowait(trial.last_report(self._book.devices(trial)))
         return await trial.pending_decision
 
-    async def finished(
-        self,
-        trial_id: str,
-        attempt: int,
-        status: str,
-        steps: int,
-        metrics: dict[str, float],
-        checkpoint: str | None,
-        train_seconds: float,
-        error: str | None,
-    ) -> None:
-        """The trial has ended, or is `paused`, and its group is free; or `preempted`, and its group is about to end."""
-        trial = self._trials[trial_id]
-        if attempt != trial.attempt or trial.end is not None:
-            return
-        if trial.group is not None:
-            self._busy.pop(trial.group, None)
-            self._idle_since[trial.group] = time.monotonic()
-        if status == "preempted":
-            trial.checkpoint, trial.group, trial.pending_decision = checkpoint, None, None
-            trial.attempt += 1  # its reports that are still on the way belong to the past; it is no failure
-            self._record("preempted", trial_id, step=steps, checkpoint=checkpoint, attempt=trial.attempt)
-            self._enqueue(trial_id)
-        elif status == "paused":
-            trial.checkpoint, trial.group = checkpoint, None
-            held = self._is_held and not trial.pause_requested
-            self._record("paused", trial_id, step=steps, checkpoint=checkpoint, held=held)
-            if trial.stop_requested:
-                self._end_unfinished(trial_id, "stopped_early", None)
-            elif trial.pause_requested:
-                trial.is_paused, trial.pause_requested = True, False
-            else:
-                self._enqueue(trial_id)  # it was submitted again meanwhile
-        else:
-            if status == "failed":
-                # The exception took what the worker knew of the trial; the journal has it.
-                steps, metrics, checkpoint = trial.evaluated_step, trial.metrics, trial.checkpoint
-            self._end(trial_id, status, steps, metrics, checkpoint, train_seconds, error)
-        await self._notify()
+    async def finished(self, trial_id: str, attempt: int, result: TrialResult) -> None:
+        """A group has handed its trial back: it has ended or is paused, and the group is free; or it is preempted,
+        and the group is about to end."""
+        trial = self._book.trials[trial_id]
+        if attempt == trial.state.attempt and trial.report is None:
+            self._book.take_back(trial, result)
+            await self._notify()
 
     # ---- the sweep process ----------------------------------------------------------------------------------------
 
     async def lost(self, group: str, reason: str) -> None:
         """The group's processes are no more; a trial it had is queued again or, too often tried, failed. The group may
         join again."""
-        self._interrupted(group, self._complaints.pop(group, reason))
-        self._processes.pop(group, None)
-        self._nodes.pop(group, None)
-        self._resource_classes.pop(group, None)
-        self._idle_since.pop(group, None)
+        self._book.interrupt(group, reason)
+        self._book.group(group).go_down()
         await self._notify()
 
     async def fail_resource_class(self, resource_class: str, reason: str) -> None:
         """No group of this resource_class can be kept running: its waiting trials fail with the reason."""
-        for trial_id in self._queues.pop(resource_class, []):
-            self._end_unfinished(trial_id, "failed", reason)
+        for trial_id in self._book.queues.pop(resource_class, []):
+            self._book.end_unfinished(self._book.trials[trial_id], Status.FAILED, reason)
         await self._notify()
 
     async def retire(self, group: str) -> None:
         """Let the group end once its present trial is done."""
-        self._retired.add(group)
+        self._book.group(group).is_retired = True
         await self._notify()
 
-    async def drain(self) -> list[dict[str, Any]]:
+    async def drain(self) -> list[Event]:
         """Events since the last call that no crash can take back any more, in order."""
-        replayed, self._replayed = self._replayed, []
-        return replayed + self._journal.take()
+        replayed, self._book.replayed = self._book.replayed, []
+        return replayed + self._book.journal.take()
 
     async def flushed(self) -> None:
         """Wait until all that was told so far is safe from any crash."""
-        await self._journal.flushed()
+        await self._book.journal.flushed()
 
     async def warn(self, trial_id: str, attempt: int, message: str) -> None:
         """Something went wrong in a trial that does not end it."""
-        if attempt == self._trials[trial_id].attempt:
-            self._record("warning", trial_id, message=message)
+        if attempt == self._book.trials[trial_id].state.attempt:
+            self._book.record(Warned(trial_id=trial_id, message=message))
 
     async def load(self) -> Load:
         """Queues and groups as they are."""
-        now = time.monotonic()
-        return Load(
-            queued={resource_class: len(queue) for resource_class, queue in self._queues.items() if queue},
-            busy=dict(self._busy),
-            assigned=dict(self._assigned),
-            idle_seconds={g: now - since for g, since in self._idle_since.items() if g not in self._busy},
-            nodes=dict(self._nodes),
-        )
+        return self._book.load()
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
-
-    def _enqueue(self, trial_id: str) -> None:
-        """In the order of Tune's ids, which count up: drivers start at the same time and arrive in any order."""
-        trial = self._trials[trial_id]
-        if self._is_held:
-            trial.is_paused = True
-        else:
-            bisect.insort(self._queues.setdefault(trial.resource_class, []), trial_id)
-
-    def _answer(self, trial: _Trial, decision: str) -> None:
-        if trial.pending_decision is not None and not trial.pending_decision.done():
-            trial.pending_decision.set_result("pause" if self._is_held and decision == "continue" else decision)
-        trial.pending_decision = None
-
-    def _standing_decision(self, trial: _Trial) -> str:
-        """For an evaluation that was reported before a restart, and decided then."""
-        return "stop" if trial.stop_requested else "pause" if trial.pause_requested else "continue"
-
-    def _result(self, trial: _Trial) -> dict[str, Any]:
-        """The last evaluation as the driver gets it; an end has a status."""
-        return {
-            "step": trial.evaluated_step,
-            "metrics": trial.metrics,
-            "seconds": trial.seconds,
-            "max_steps": trial.max_steps,
-            "devices": len(self._processes.get(trial.group or "", [""])),
-            "status": None,
-            "error": None,
-        }
-
-    def _interrupted(self, group: str, reason: str) -> None:
-        trial_id = self._busy.pop(group, None)
-        if trial_id is None:
-            return
-        trial = self._trials[trial_id]
-        trial.pending_decision = None
-        trial.attempt += 1
-        trial.failures += 1
-        if trial.failures > self._max_failures:
-            error = f"{reason}; given up after {trial.failures} attempts (sweep.max_failures {self._max_failures})"
-            self._end_unfinished(trial_id, "failed", error)
-            return
-        self._record("retry", trial_id, attempt=trial.attempt, failures=trial.failures, error=reason)
-        self._enqueue(trial_id)
-
-    def _end(
-        self,
-        trial_id: str,
-        status: str,
-        steps: int,
-        metrics: dict[str, float],
-        checkpoint: str | None,
-        train_seconds: float,
-        error: str | None,
-        **details: str,
-    ) -> None:
-        trial = self._trials[trial_id]
-        if status == "stopped_early":
-            error = error or trial.stop_reason
-        self._record(
-            "finished",
-            trial_id,
-            status=status,
-            steps=steps,
-            metrics=metrics,
-            checkpoint=checkpoint,
-            train_seconds=train_seconds,
-            error=error,
-            **details,
-        )
-        trial.is_paused, trial.seconds = False, max(train_seconds, trial.seconds)
-        trial.end = self._result(trial) | {"step": steps, "metrics": metrics, "status": status, "error": error}
-        trial.results.put_nowait(trial.end)
-
-    def _end_unfinished(self, trial_id: str, status: str, error: str | None) -> None:
-        """End a trial that no worker is at, with what its last evaluation said."""
-        trial = self._trials[trial_id]
-        step, seconds = trial.evaluated_step, trial.seconds
-        self._end(trial_id, status, step, trial.metrics, trial.checkpoint, seconds, error)
-
-    def _record(self, event: str, trial_id: str, **details: Any) -> None:
-        entry = {"event": event, "trial_id": trial_id, **details, "time": int(time.time() * 1000)}
-        self._journal.append(entry)
-
-    def _replay(self) -> None:
-        if not self._path.exists():
-            return
-        drop_torn_tail(self._path)
-        forks: dict[str, str | None] = {}  # trial -> checkpoint that it has not gone on from yet
-        for entry in read_events(self._path):
-            trial_id = entry["trial_id"]
-            match entry["event"]:
-                case "submitted":
-                    self._trials[trial_id] = _Trial(entry["bundle"])
-                case "started":
-                    self._trials[trial_id].max_steps = entry["max_steps"]
-                    forks.pop(trial_id, None)
-                case "log":
-                    self._trials[trial_id].logged_step = entry["step"]
-                case "eval":
-                    self._trials[trial_id].evaluated_step = entry["step"]
-                    self._trials[trial_id].metrics = entry["metrics"]
-                    self._trials[trial_id].checkpoint = entry["checkpoint"]
-                    self._trials[trial_id].seconds = entry.get("seconds", 0.0)
-                case "forked":
-                    trial, donor = self._trials[trial_id], self._trials[entry["donor"]]
-                    trial.logged_step = trial.evaluated_step = entry["step"]
-                    trial.metrics, trial.checkpoint = donor.metrics, None
-                    forks[trial_id] = donor.checkpoint
-                case "paused":
-                    self._trials[trial_id].checkpoint = entry["checkpoint"]
-                case "preempted":
-                    self._trials[trial_id].checkpoint = entry["checkpoint"]
-                    self._trials[trial_id].attempt = entry["attempt"]
-                case "retry":
-                    self._trials[trial_id].attempt = entry["attempt"]
-                    self._trials[trial_id].failures = entry.get("failures", entry["attempt"])
-                case "finished":
-                    trial = self._trials[trial_id]
-                    trial.end = self._result(trial) | {
-                        "step": entry["steps"],
-                        "metrics": entry["metrics"],
-                        "status": entry["status"],
-                        "error": entry["error"],
-                    }
-            self._replayed.append(entry)
-        for trial in self._trials.values():
-            trial.is_paused = trial.end is None  # nobody has it before it is submitted again
-        for trial_id, checkpoint in forks.items():
-            # Where the donor has gone on, and its checkpoint with it, the copy had been made.
-            if checkpoint is not None and self._is_there(checkpoint):
-                self._copy_checkpoint(checkpoint, trial_id)
-
-    def _is_there(self, checkpoint: str) -> bool:
-        if self._remote is None:
-            return Path(checkpoint).is_dir()
-        return self._remote.read(f"{below(self._remote, checkpoint)}/{MANIFEST}") is not None
-
-    def _copy_checkpoint(self, checkpoint: str, trial_id: str) -> str:
-        """Make a copy of another trial's checkpoint the only one that a trial has. Returns where it is."""
-        if self._remote is None:
-            return str(link_checkpoint(Path(checkpoint), self._path.parent / "trials" / trial_id))
-        source, folder = below(self._remote, checkpoint), f"trials/{trial_id}"
-        target = f"{folder}/{checkpoint.rpartition('/')[2]}"
-        # The files first and what makes them a checkpoint last; then the older ones can go.
-        self._remote.delete(f"{target}/{MANIFEST}")
-        self._remote.copy(source, target, last=MANIFEST)
-        names = {name.split("/")[2] for name in self._remote.list(folder) if name.split("/")[2].startswith("step-")}
-        for name in names - {target.rpartition("/")[2]}:
-            self._remote.delete(f"{folder}/{name}")
-        return f"{self._remote}/{target}"
 
 
 def start(

@@ -52,7 +52,8 @@ class TrialDriver(tune.Trainable):
         self._name = uuid.uuid4().hex
         self._is_handed_over = False
         self._last: dict[str, Any] = {"step": 0, "metrics": {}}
-        _, sweep = self._experiment.as_sweep()
+        sweep = self._experiment.sweep
+        assert sweep is not None
         self._metric, self._worst = sweep.metric, -WORST if sweep.mode == "max" else WORST
         self._eval_every = self._experiment.train.eval_every or 1
         self._bundle = sweep.bundle_of(self._params)

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from orpo_ray.config import ExperimentConfig
-from orpo_ray.orchestration import broker
+from orpo_ray.orchestration.broker_state import Load
 from orpo_ray.orchestration.capacity import SharedFolder
 from orpo_ray.orchestration.checks import require_shared_folders
 from orpo_ray.orchestration.groups import GroupManager
@@ -40,8 +40,8 @@ class EventPump(threading.Thread):
         super().__init__(name="follower", daemon=True)
         self._config, self._shared, self._monitor = config, shared, monitor
         self._broker, self._manager, self._tracker, self._progress = handle, manager, tracker, progress
-        _, sweep = config.as_sweep()
-        self._metrics = SweepMetrics(config.name, sweep.metric, sweep.mode)
+        assert config.sweep is not None
+        self._metrics = SweepMetrics(config.name, config.sweep.metric, config.sweep.mode)
         self._stopping = threading.Event()
         self._error: BaseException | None = None
         self._inbox: requests.Inbox | None = None
@@ -81,7 +81,7 @@ class EventPump(threading.Thread):
                 conductor.unwanted.add(request.trial_id)
         # Before its loop has begun, Tune would not catch the interrupt.
         if self.asked_to_stop and conductor.is_running and not self._is_interrupted:
-            load: broker.Load = ray.get(self._broker.load.remote())
+            load: Load = ray.get(self._broker.load.remote())
             if not load.busy:
                 self._is_interrupted = True
                 _thread.interrupt_main()
@@ -107,4 +107,6 @@ class EventPump(threading.Thread):
             self._progress.handle(events)
             self._metrics.handle(events)
         if self._metrics.is_due:
-            self._metrics.refresh(ray.get(self._broker.load.remote()), self._tracker.flush(timeout_s=0))
+            load: Load = ray.get(self._broker.load.remote())
+            queued, backlog = sum(load.queued.values()), self._tracker.flush(timeout_s=0)
+            self._metrics.refresh(len(load.busy), len(load.idle_seconds), queued, backlog)

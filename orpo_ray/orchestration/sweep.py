@@ -40,11 +40,12 @@ from orpo_ray.search.algorithm import SweepSearch
 from orpo_ray.search.ladder import Ladder
 from orpo_ray.search.proposals import CONFIRMATIONS, Proposals
 from orpo_ray.search.scheduler import SweepScheduler
+from orpo_ray.search.searcher import Searcher, Size
 from orpo_ray.storage import journal, requests, results, sync
-from orpo_ray.storage.history import History
 from orpo_ray.storage.lease import Lease, LeaseError
 from orpo_ray.storage.object_store import Storage
 from orpo_ray.storage.run_dir import EVENTS_FILE, FITTED_FILE, LOCK_FILE, RESULTS_FILE, SWEEP_FILE, write_results
+from orpo_ray.storage.sweep_state import SweepState, read_state
 from orpo_ray.tracking import warm_start
 from orpo_ray.tracking.node_metrics import ClusterMonitor
 from orpo_ray.tracking.sweep_tracker import SweepTracker
@@ -128,10 +129,9 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
     # Without a store, what workers write must be seen from here.
     proof = None if remote else config.run_dir / SWEEP_FILE
     try:
-        config = fitted(config)
+        config, sweep = fitted(config, sweep)
         if remote is not None and (config.run_dir / FITTED_FILE).exists():
             sync.put(config.run_dir, remote, FITTED_FILE)
-        config, sweep = config.as_sweep()
         capacity = snapshot()
         resources = group_resources(config, sweep, resolve_use_gpu(config, sweep, capacity))
         require_room(resources, capacity)
@@ -164,7 +164,7 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
     # Worker processes take seconds to come up; MLflow is opened meanwhile.
     tracker = SweepTracker(config, sweep_id, provenance.collect())
     tracker.start()
-    known = warm_start.load(config, tracker.uri, tracker.parent_id) if sweep.warm_start else None
+    known = warm_start.load(config, sweep, tracker.uri, tracker.parent_id) if sweep.warm_start else None
     if known is not None:
         progress.console.print(known.message, markup=False, highlight=False)
     monitor = ClusterMonitor() if config.tracking.system_metrics else None
@@ -184,10 +184,10 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
     tracker.flush()  # runs of the last trials get their ids
     if remote is not None:
         sync.pull(config.run_dir, remote)  # what workers on other nodes left
-    events = journal.read_events(config.run_dir / EVENTS_FILE)
-    summary = results.summarize(config.name, sweep.metric, sweep.mode, events, tracker.run_ids)
+    state = read_state(config.run_dir)
+    summary = results.summarize(config.name, sweep.metric, sweep.mode, state, tracker.run_ids)
     if isinstance(searcher, Ladder):
-        summary["expectations"] = searcher.expectations(History(events))
+        summary["expectations"] = searcher.expectations(state)
     summary["winners"] = winners.summarize_winners(summary, config.run_dir)
     if (winner := summary["winners"]["best"]) is not None:
         # Where finalists were confirmed, the best score of the search need not be the best setting's.
@@ -207,7 +207,7 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
 def _conductor(
     config: ExperimentConfig,
     sweep: SweepConfig,
-    searcher: searchers.Searcher,
+    searcher: Searcher,
     cost: CostModel,
     handle: Any,
     slots: int,
@@ -216,10 +216,12 @@ def _conductor(
 ) -> SweepScheduler:
     """Take up the sweep where its journal ends."""
     events = journal.read_events(config.run_dir / EVENTS_FILE)
-    history = History(events)
+    history = SweepState(events)
     hours = sweep.budget.device_hours if sweep.budget else 0.0
     earlier = {} if known is None else known.trials
-    proposals = Proposals(config, searcher, history, earlier, lambda history: cost.remaining(history, hours).committed)
+    proposals = Proposals(
+        config, sweep, searcher, history, earlier, lambda history: cost.remaining(history, hours).committed
+    )
     # A trial that waits for each kind of group, so that none has to wait for its driver, a process of some 100 MB. But
     # whoever decides by results decides better the later it does.
     decides = sweep.is_model_based or isinstance(sweep.scheduler, AshaConfig)
@@ -228,7 +230,7 @@ def _conductor(
     return SweepScheduler(proposals, handle, slots, lookahead, gives_up, events)
 
 
-def _sizes(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, searchers.Size]:
+def _sizes(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, Size]:
     """Bundles by label, where there is a budget, the only reason to read model architectures here."""
     if sweep.budget is None:
         return {}
@@ -239,7 +241,7 @@ def _sizes(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, searchers.
         else {"": config.trial({})}
     )
     return {
-        label: searchers.Size(architecture_of(trial.model).parameters, trial.scaling.num_workers)
+        label: Size(architecture_of(trial.model).parameters, trial.scaling.num_workers)
         for label, trial in trials.items()
     }
 

@@ -22,7 +22,7 @@ import ray.train
 from filelock import FileLock, Timeout
 
 from orpo_ray.orchestration import preemption, worker_logs
-from orpo_ray.orchestration.broker import Assignment
+from orpo_ray.orchestration.broker_state import Assignment
 from orpo_ray.storage.object_store import Storage, StorageError
 
 _log = logging.getLogger(__name__)
@@ -159,8 +159,9 @@ def _run_trial(
     import torch
     import torch.distributed as dist
 
+    from orpo_ray.storage.events import Status
     from orpo_ray.training.loop import train
-    from orpo_ray.training.trial import Decision, RankContext, Status, TrialResult
+    from orpo_ray.training.trial import Decision, RankContext, TrialResult
 
     worker_logs.adopt_libraries()
     trial_id, attempt = assignment.trial_id, assignment.attempt
@@ -210,8 +211,7 @@ def _run_trial(
     if failed and len(failed) < len(outcomes):
         raise _broken(spec, broker, rank, f"only some ranks failed: {failed[0].error}")
     if rank == 0:
-        end = outcome.steps, outcome.metrics, outcome.checkpoint, outcome.train_seconds, outcome.error
-        ray.get(broker.finished.remote(trial_id, attempt, str(outcome.status), *end))
+        ray.get(broker.finished.remote(trial_id, attempt, outcome))
     if failed and torch.cuda.is_available():
         try:
             torch.cuda.synchronize()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from statistics import median
 
-from orpo_ray.storage.history import History, TrialHistory
+from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 _ASSUMED_EXPONENT = 1.0
 """Of the time per step over parameters, while one size alone has run (Kaplan et al. 2020, arXiv 2001.08361: 6 N
@@ -65,7 +65,7 @@ class CostModel:
         self._parameters = dict(parameters)
         self._devices = dict(devices)
 
-    def device_seconds(self, bundle: str, steps: int, history: History) -> Cost | None:
+    def device_seconds(self, bundle: str, steps: int, history: SweepState) -> Cost | None:
         """Of a trial of so many steps; None before any trial of any bundle has reported.
 
         A bundle that has run costs the median of its trials' device-seconds a step. Another costs what the bundle
@@ -78,7 +78,7 @@ class CostModel:
         rate = rates[bundle] if measured else self._scaled(bundle, rates)
         return Cost(rate * steps, rate * steps / self._devices[bundle], measured, len(rates))
 
-    def rates(self, history: History) -> dict[str, float]:
+    def rates(self, history: SweepState) -> dict[str, float]:
         """Device-seconds a step of every bundle that has run, in the order of the bundles."""
         return {
             bundle: median(found)
@@ -86,14 +86,14 @@ class CostModel:
             if (found := [r for t in history.trials.values() if t.bundle == bundle and (r := _rate(t)) is not None])
         }
 
-    def remaining(self, history: History, budget_device_hours: float) -> Remaining:
+    def remaining(self, history: SweepState, budget_device_hours: float) -> Remaining:
         """What of a budget is spent, promised to trials in training, and free. Paused trials are promised nothing."""
         rates = self.rates(history)
         committed = 0.0
         for trial in history.trials.values():
-            if trial.status is None and not trial.paused and trial.max_steps is not None and rates:
+            if not trial.status.has_ended and not trial.paused and trial.max_steps is not None and rates:
                 rate = rates.get(trial.bundle) or self._scaled(trial.bundle, rates)
-                committed += rate * (trial.max_steps - trial.step) / 3600.0
+                committed += rate * (trial.max_steps - trial.evaluated_step) / 3600.0
         spent = history.device_hours
         return Remaining(spent, committed, budget_device_hours - spent - committed)
 
@@ -110,7 +110,7 @@ class CostModel:
         return rates[nearest] * math.exp(exponent * (log_size[bundle] - log_size[nearest]))
 
 
-def _rate(trial: TrialHistory) -> float | None:
+def _rate(trial: TrialState) -> float | None:
     """Device-seconds a step; None before the first report, and for a result that was taken over."""
     if trial.reused_from or not trial.seconds:
         return None

@@ -25,9 +25,7 @@ from orpo_ray.planning.cost import CostModel
 from orpo_ray.planning.fit import SAFETY, fit_to, workers_on
 from orpo_ray.planning.memory import GIB, Memory, checkpoint_bytes, peak_memory, precision_on, tokens_per_pass
 from orpo_ray.planning.plan_table import TABLE_STYLE, _bytes, _duration, _gib
-from orpo_ray.storage.history import History
-from orpo_ray.storage.journal import read_events
-from orpo_ray.storage.run_dir import EVENTS_FILE
+from orpo_ray.storage.sweep_state import read_state
 
 _MOST_CELLS = 200
 
@@ -271,12 +269,12 @@ def _measured(
     config: ExperimentConfig, trials: dict[str, ExperimentConfig], shapes: dict[str, Architecture | None]
 ) -> dict[str, float]:
     """Device-seconds a step of the bundles whose trials have run in this sweep's directory."""
-    events = read_events(config.run_dir / EVENTS_FILE)
-    if not events:
+    state = read_state(config.run_dir)
+    if not state.trials:
         return {}
     parameters = {label: 1 if shape is None else shape.parameters for label, shape in shapes.items()}
     devices = {label: trial.scaling.num_workers for label, trial in trials.items()}
-    return CostModel(parameters, devices).rates(History(events))
+    return CostModel(parameters, devices).rates(state)
 
 
 def _size(

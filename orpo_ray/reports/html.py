@@ -30,8 +30,8 @@ from orpo_ray.provenance import without_password
 from orpo_ray.reports import charts
 from orpo_ray.results.frames import LAMBDA, LR, varied_axes
 from orpo_ray.results.winners import optima
-from orpo_ray.storage.history import History
 from orpo_ray.storage.run_dir import SWEEP_FILE
+from orpo_ray.storage.sweep_state import SweepState
 
 PAGE_FILE = "report.html"
 EXPERIMENT_FILE = "experiment.yaml"
@@ -66,7 +66,7 @@ def write_page(
     results: dict[str, Any],
     frame: pd.DataFrame,
     evaluations: pd.DataFrame,
-    events: list[dict[str, Any]],
+    state: SweepState,
     texts: Texts,
 ) -> Path:
     """Write `report.html`: self-contained, so that it can be mailed, archived or attached to an MLflow run.
@@ -76,14 +76,14 @@ def write_page(
         results: as `results.current` gives them, with `winners`.
         frame: of `frames.load_runs_frame`.
         evaluations: of `frames.load_evaluations_frame`.
-        events: the journal.
+        state: the sweep, folded from its journal.
         texts: the report's words.
 
     Returns:
         The file.
     """
     config = _config_of(run_dir)
-    sizes = _sizes(results, events)
+    sizes = _sizes(results, state)
     winners, metric = results["winners"], results["metric"]
     parameters = {size["bundle"]: size["parameters"] for size in sizes if size["parameters"]}
     panels = {
@@ -100,10 +100,10 @@ def write_page(
     page = template.render(
         name=results["name"],
         metric=metric,
-        last_event=_time_of(events[-1]) if events else None,
+        last_event=_time_text(state.last_ms) if state.last_ms else None,
         next_id=count(1).__next__,
         texts=texts,
-        tiles=_tiles(results, sizes, events),
+        tiles=_tiles(results, sizes, state),
         tied=winners["tied"][:_MAX_TIED],
         more_tied=max(0, len(winners["tied"]) - _MAX_TIED),
         best_name=(winners["best"] or {}).get("name"),
@@ -162,7 +162,7 @@ def train_command(trial: Mapping[str, Any], name: str, file: str, config: Mappin
 # ---- parts of the page --------------------------------------------------------------------------------------------
 
 
-def _tiles(results: dict[str, Any], sizes: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _tiles(results: dict[str, Any], sizes: list[dict[str, Any]], state: SweepState) -> list[tuple[str, str]]:
     """(figure, what it counts), for the eye that has a second."""
     trials, winners = results["trials"], results["winners"]
     counts = Counter(trial["status"] for trial in trials)
@@ -172,37 +172,25 @@ def _tiles(results: dict[str, Any], sizes: list[dict[str, Any]], events: list[di
         tiles.append((f"{len(winners['tied'])} of {len(winners['settings'])}", "settings tied for the best"))
     if hours := sum(size["device_hours"] for size in sizes):
         tiles.append((_hours(hours), "device time of training"))
-    if events:
-        tiles.append((_hours((events[-1]["time"] - events[0]["time"]) / 3.6e6), "first event to last"))
+    if state.began_ms is not None:
+        tiles.append((_hours((state.last_ms - state.began_ms) / 3.6e6), "first event to last"))
     return tiles
 
 
-def _sizes(results: dict[str, Any], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sizes(results: dict[str, Any], state: SweepState) -> list[dict[str, Any]]:
     """Throughput and cost of each model size, in the order of submission."""
-    history = History(events)
-    facts: dict[str, dict[str, Any]] = {}
-    speeds: dict[str, list[float]] = {}
-    memory: dict[str, list[float]] = {}
-    for event in events:
-        match event["event"]:
-            case "started":
-                facts.setdefault(history.trials[event["trial_id"]].bundle, event.get("facts", {}))
-            case "log":
-                bundle, metrics = history.trials[event["trial_id"]].bundle, event["metrics"]
-                for name, found in (("perf/tokens_per_second", speeds), ("perf/peak_memory_gib", memory)):
-                    if metrics.get(name) is not None:
-                        found.setdefault(bundle, []).append(metrics[name])
     rows = []
     for bundle in dict.fromkeys(trial["bundle"] for trial in results["trials"]):
-        own = [trial for trial in history.trials.values() if trial.bundle == bundle]
+        own = [trial for trial in state.trials.values() if trial.bundle == bundle]
+        speeds = [speed for trial in own for speed in trial.tokens_per_second]
         rows.append(
             {
                 "bundle": bundle,
-                "parameters": facts.get(bundle, {}).get("model/parameters"),
+                "parameters": state.parameters.get(bundle),
                 "trials": sum(trial["bundle"] == bundle for trial in results["trials"]),
                 "devices": max((trial.devices for trial in own), default=None),
-                "tokens_per_second": median(speeds[bundle]) if bundle in speeds else None,
-                "peak_memory_gib": max(memory[bundle]) if bundle in memory else None,
+                "tokens_per_second": median(speeds) if speeds else None,
+                "peak_memory_gib": max((t.peak_memory_gib for t in own if t.peak_memory_gib is not None), default=None),
                 "steps": sum(trial["steps"] for trial in results["trials"] if trial["bundle"] == bundle),
                 "device_hours": sum(trial.device_seconds for trial in own) / 3600,
             }
@@ -410,5 +398,5 @@ def _hours(hours: float) -> str:
     return f"{hours * 60:.1f} min" if hours < 2 else f"{hours:.1f} h"
 
 
-def _time_of(event: dict[str, Any]) -> str:
-    return datetime.fromtimestamp(event["time"] / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+def _time_text(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")

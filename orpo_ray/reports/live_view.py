@@ -1,4 +1,4 @@
-"""A `Board` drawn with rich: trials, curves of the leading ones, worker groups, for a terminal of any size."""
+"""A `LiveSweep` drawn with rich: trials, curves of the leading ones, worker groups, for a terminal of any size."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from rich.table import Table
 from rich.text import Text
 
 from orpo_ray.config.space import describe
-from orpo_ray.reports.live_state import Board
-from orpo_ray.storage.history import ENDED_WELL, LOST, TrialHistory
+from orpo_ray.formatting import clock
+from orpo_ray.reports.live_state import LiveSweep
+from orpo_ray.storage.events import ENDS, Status
+from orpo_ray.storage.sweep_state import TrialState
 
 _CURVES = ("green", "cyan", "magenta", "yellow", "blue")
-_QUEUE = ("waiting", "training", "stopping", "paused", "interrupted")
-"""Status of trials that have not ended, as they are counted."""
+_QUEUE = (Status.WAITING, Status.TRAINING, Status.STOPPING, Status.PAUSED, Status.INTERRUPTED)
+"""Statuses of trials that have not ended, in the order they are shown."""
+_STYLES = {Status.TRAINING: "", Status.STOPPING: "yellow", Status.FAILED: "red", Status.DIVERGED: "red"}
 
 
 def plot(curves: list[list[tuple[int, float]]], width: int, height: int) -> list[Text]:
@@ -80,24 +83,24 @@ def sparkline(values: list[float], width: int = 8) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round((value - low) / (high - low or 1.0) * 7)] for value in shown)
 
 
-def frame(board: Board, width: int, height: int | None, selected: str | None, footer: Text | None) -> RenderableType:
+def frame(live: LiveSweep, width: int, height: int | None, selected: str | None, footer: Text | None) -> RenderableType:
     """The whole view.
 
     Args:
-        board: what is known.
+        live: what is known.
         width: characters.
         height: lines to fill exactly; None: as many as all trials need.
         selected: a trial, told more of.
         footer: the last line.
     """
-    ranked = board.ranked()
-    leading = [t.trial_id for t in ranked if board.curve(t.trial_id)][: len(_CURVES)]
-    if selected is not None and selected not in leading and board.curve(selected):
+    ranked, trials = live.ranked(), live.sweep.trials
+    leading = [t.trial_id for t in ranked if live.curve(t)][: len(_CURVES)]
+    if selected is not None and selected not in leading and live.curve(trials[selected]):
         leading = [*leading[: len(_CURVES) - 1], selected]
-    head = _head(board, width)
-    tail: list[RenderableType] = [_line(text, width) for text in _group_lines(board, most=3 if height else None)]
-    tail += [_line(_details(board, selected), width)] if selected is not None else []
-    tail += [_line(Text(f"MLflow  {board.about.mlflow}", style="dim"), width)]
+    head = _head(live, width)
+    tail: list[RenderableType] = [_line(text, width) for text in _group_lines(live, most=3 if height else None)]
+    tail += [_line(_details(live, selected), width)] if selected is not None else []
+    tail += [_line(Text(f"MLflow  {live.about.mlflow}", style="dim"), width)]
     tail += [_line(footer, width)] if footer is not None else []
     body = None if height is None else max(height - len(head) - len(tail), 5)
     beside = width >= 120
@@ -109,10 +112,10 @@ def frame(board: Board, width: int, height: int | None, selected: str | None, fo
         curves_height = min(max(body // 2, 4), 12) if body >= 9 else 0
         table_height = body - curves_height
     curves_width = width * 2 // 5 if beside else width
-    curves = plot([board.curve(t) for t in leading], curves_width, curves_height)
+    curves = plot([live.curve(trials[t]) for t in leading], curves_width, curves_height)
     table_width = width - curves_width - 2 if beside else width
     room = None if table_height is None else table_height - 1
-    table = _table(board, _window(ranked, selected, room), leading, selected, table_width)
+    table = _table(live, _window(ranked, selected, room), leading, selected, table_width)
     if beside:
         both = Table.grid(padding=(0, 2, 0, 0))
         both.add_column(width=table_width)
@@ -133,32 +136,33 @@ def _line(text: Text, width: int) -> Text:
     return text
 
 
-def _head(board: Board, width: int) -> list[RenderableType]:
-    about, counts = board.about, board.counts()
-    colour = {"running": "bold green", "ended": "bold", "interrupted": "bold yellow"}[board.state]
-    best = next((value for t in board.ranked() if (value := t.value(about.metric)) is not None), None)
-    title = Text.assemble((about.name, "bold"), "  ", (board.state, colour), f"  {about.metric}")
+def _head(live: LiveSweep, width: int) -> list[RenderableType]:
+    about, counts = live.about, live.counts()
+    colour = {"running": "bold green", "ended": "bold", "interrupted": "bold yellow"}[live.state]
+    best = next((value for t in live.ranked() if (value := t.value(about.metric)) is not None), None)
+    title = Text.assemble((about.name, "bold"), "  ", (live.state, colour), f"  {about.metric}")
     title.append("" if best is None else f" best {best:.4f}").append(f" ({about.mode})", style="dim")
-    left, spent = board.left(), f"{board.history.device_hours:.2g}"
+    left, spent = live.left(), f"{live.sweep.device_hours:.2g}"
     if about.budget_hours is not None:
         spent += f" of {about.budget_hours:g}"
-    times = Text(f" {board.ended}/{about.num_trials} trials", style="bold")
-    times.append(f"  {_clock(board.seconds)}, {spent} device-h", style="not bold")
+    times = Text(f" {live.sweep.num_ended}/{about.num_trials} trials", style="bold")
+    times.append(f"  {clock(live.seconds)}, {spent} device-h", style="not bold")
     if left is not None:
-        clock = "" if left.seconds is None else f"{_clock(left.seconds)}, "
-        times.append(f"; left ≤ {clock}{left.device_hours:.2g} device-h", style="not bold dim")
+        on_clock = "" if left.seconds is None else f"{clock(left.seconds)}, "
+        times.append(f"; left ≤ {on_clock}{left.device_hours:.2g} device-h", style="not bold dim")
     bar = Table.grid()
     size = 20 if width >= 100 else 8
     bar.add_row(
-        ProgressBar(total=max(about.num_trials, 1), completed=board.ended, width=size), _line(times, width - size)
+        ProgressBar(total=max(about.num_trials, 1), completed=live.sweep.num_ended, width=size),
+        _line(times, width - size),
     )
-    queue = Text("  ".join(f"{s} {counts[s]}" for s in _QUEUE if s in counts), style="dim")
-    ends = ", ".join(f"{counts[s]} {s.replace('_', ' ')}" for s in (*ENDED_WELL, *LOST) if s in counts)
-    queue.append(f"{'  ' if queue else ''}ended {board.ended}{': ' if ends else ''}{ends}")
+    queue = Text("  ".join(f"{s} {counts[s]}" for s in _QUEUE if counts[s]), style="dim")
+    ends = ", ".join(f"{counts[s]} {s.replace('_', ' ')}" for s in ENDS if counts[s])
+    queue.append(f"{'  ' if queue else ''}ended {live.sweep.num_ended}{': ' if ends else ''}{ends}")
     return [_line(title, width), bar, _line(queue if counts else Text("no trial yet", style="dim"), width)]
 
 
-def _window(ranked: list[TrialHistory], selected: str | None, room: int | None) -> list[TrialHistory]:
+def _window(ranked: list[TrialState], selected: str | None, room: int | None) -> list[TrialState]:
     """As many as there is room for, the selected one among them."""
     if room is None or len(ranked) <= room:
         return ranked
@@ -168,38 +172,39 @@ def _window(ranked: list[TrialHistory], selected: str | None, room: int | None) 
 
 
 def _table(
-    board: Board, trials: list[TrialHistory], leading: list[str], selected: str | None, width: int
+    live: LiveSweep, trials: list[TrialState], leading: list[str], selected: str | None, width: int
 ) -> RenderableType:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", width=width, pad_edge=False)
     table.add_column("", width=1)
     table.add_column("trial", no_wrap=True, overflow="ellipsis", ratio=1)
-    for title, size in (("status", 13), ("step", 11), (board.about.metric.removeprefix("eval/")[:12], 12)):
+    for title, size in (("status", 13), ("step", 11), (live.about.metric.removeprefix("eval/")[:12], 12)):
         table.add_column(title, width=size, no_wrap=True, justify="left" if title == "status" else "right")
     table.add_column("trend", width=8, no_wrap=True)
     for trial in trials:
-        trial_id, now, status = trial.trial_id, board.now[trial.trial_id], board.status(trial.trial_id)
-        value = trial.value(board.about.metric)
+        trial_id, status = trial.trial_id, live.status(trial)
+        value = trial.value(live.about.metric)
         number = leading.index(trial_id) if trial_id in leading else None
-        style = {"training": "", "stopping": "yellow", "failed": "red", "diverged": "red"}.get(status, "dim")
+        style = _STYLES.get(status, "dim")
         confirms = "confirm " if trial.purpose == "confirm" else ""
         table.add_row(
             "" if number is None else Text(str(number + 1), style=f"not dim bold {_CURVES[number]}"),
             Text(confirms + describe(trial.params)),
             status.replace("_", " "),
-            f"{now.step}/{trial.max_steps}" if trial.max_steps else "",
+            f"{trial.step}/{trial.max_steps}" if trial.max_steps else "",
             "" if value is None else f"{value:.4f}",
-            sparkline([v for _, v in board.curve(trial_id)]),
+            sparkline([v for _, v in live.curve(trial)]),
             style=f"{style} reverse" if trial_id == selected else style,
         )
     return table
 
 
-def _group_lines(board: Board, most: int | None) -> list[Text]:
-    groups = board.groups()
+def _group_lines(live: LiveSweep, most: int | None) -> list[Text]:
+    groups = live.groups()
     lines = []
     for name, trial_id, processes in groups[:most]:
-        now, trial = board.now[trial_id], board.history.trials[trial_id]
-        speed = "" if now.pairs_per_second is None else f"  {now.pairs_per_second:.3g} pairs/s"
+        trial = live.sweep.trials[trial_id]
+        pairs_per_second = trial.logged.get("perf/pairs_per_second")
+        speed = "" if pairs_per_second is None else f"  {pairs_per_second:.3g} pairs/s"
         place = processes[0] if len(processes) == 1 else f"{processes[0]} +{len(processes) - 1}" if processes else ""
         lines.append(Text(f"group {name.rpartition('-')[2]}  {place}{speed}  {describe(trial.params)}", style="dim"))
     if most is not None and len(groups) > most:
@@ -207,14 +212,8 @@ def _group_lines(board: Board, most: int | None) -> list[Text]:
     return lines
 
 
-def _details(board: Board, trial_id: str) -> Text:
-    trial, now = board.history.trials[trial_id], board.now[trial_id]
+def _details(live: LiveSweep, trial_id: str) -> Text:
+    trial = live.sweep.trials[trial_id]
     text = Text.assemble((f"trial {trial_id}", "bold"), f"  {describe(trial.params)}")
-    text.append(f"  {board.status(trial_id).replace('_', ' ')} at step {now.step}, {trial.device_seconds:.0f} device-s")
-    return text.append(f": {now.error.splitlines()[0]}" if now.error else "")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    text.append(f"  {live.status(trial).replace('_', ' ')} at step {trial.step}, {trial.device_seconds:.0f} device-s")
+    return text.append(f": {trial.error.splitlines()[0]}" if trial.error else "")

@@ -36,9 +36,8 @@ from orpo_ray.results.frames import (
     load_runs_frame,
 )
 from orpo_ray.results.winners import summarize_winners
-from orpo_ray.storage.journal import read_events
 from orpo_ray.storage.results import current
-from orpo_ray.storage.run_dir import EVENTS_FILE
+from orpo_ray.storage.sweep_state import read_state
 
 if TYPE_CHECKING:
     from orpo_ray.reports.html import Texts
@@ -107,8 +106,8 @@ def write_report(
     results = current(run_dir)
     if "winners" not in results:  # of a sweep under way, or of before there were any
         results["winners"] = summarize_winners(results, run_dir)
-    events = read_events(run_dir / EVENTS_FILE)
-    frame, curves = load_runs_frame(results), load_evaluations_frame(events)
+    state = read_state(run_dir)
+    frame, curves = load_runs_frame(results), load_evaluations_frame(state)
     best_file, best, written = run_dir / "best.yaml", best_trial(results), []
     if config is not None:
         found = provenance.without_password(json.dumps(provenance.collect(), indent=2))
@@ -124,14 +123,14 @@ def write_report(
         certainty=certainty_section(results, frame),
         bias=bias_section(results["winners"]),
         expectations=expectations_section(results),
-        cost=cost_section(results, events, config),
+        cost=cost_section(results, state, config),
         pareto=pareto_section(results["winners"]["pareto"]),
         divergence=divergence_section(results["winners"]["divergence"]),
         seeds=seeds_section(results, frame, curves),
     )
     pages: list[Path] = []
     if "html" in formats:
-        pages.append(write_page(run_dir, results, frame, curves, events, texts))
+        pages.append(write_page(run_dir, results, frame, curves, state, texts))
     if "md" in formats or "png" in formats:
         from orpo_ray.reports.plots import write_plots  # matplotlib takes its time to import
 

@@ -13,6 +13,7 @@ from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import describe
 from orpo_ray.formatting import markdown_table, number
 from orpo_ray.results.frames import SEED, by_setting, finished_rows, mean_interval, varied_axes
+from orpo_ray.storage.sweep_state import SweepState
 
 _STATUS_ORDER = ("finished", "unfinished", "stopped_early", "diverged", "failed")
 _SUMMARISED = ("eval/preference_accuracy", "eval/nll", "eval/log_odds", "eval/chosen_logp", "eval/rejected_logp")
@@ -283,7 +284,7 @@ def ends_section(results: dict[str, Any]) -> str:
     return "## Trials that did not run to their end\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def cost_section(results: dict[str, Any], events: list[dict[str, Any]], config: ExperimentConfig | None) -> str:
+def cost_section(results: dict[str, Any], state: SweepState, config: ExperimentConfig | None) -> str:
     trials = results["trials"]
     counts = Counter(trial["status"] for trial in trials)
     ended = ", ".join(f"{counts[status]} {status.replace('_', ' ')}" for status in _STATUS_ORDER if counts[status])
@@ -295,11 +296,9 @@ def cost_section(results: dict[str, Any], events: list[dict[str, Any]], config: 
     if config is not None:
         workers = {t["trial_id"]: config.trial(t["params"]).scaling.num_workers for t in trials}
         lines[1] = lines[1][:-1] + f" ({_duration(sum(s * workers[t] for t, s in seconds.items()))} of worker time)."
-    if events:
-        lines.append(
-            f"- {_duration((events[-1]['time'] - events[0]['time']) / 1000)} from the first event to the last."
-        )
-    planned = {e["trial_id"]: e["max_steps"] for e in events if e["event"] == "started"}
+    if state.began_ms is not None:
+        lines.append(f"- {_duration((state.last_ms - state.began_ms) / 1000)} from the first event to the last.")
+    planned = {t.trial_id: t.max_steps for t in state.trials.values() if t.max_steps is not None}
     saved = sum(planned.get(t["trial_id"], t["steps"]) - t["steps"] for t in trials if t["status"] == "stopped_early")
     if saved:
         lines.append(f"- Early stopping saved {saved} of {sum(planned.values())} steps.")

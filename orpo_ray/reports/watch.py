@@ -9,44 +9,26 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import select
-import signal
-import sys
-import termios
 import time
-import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console, RenderableType
-from rich.live import Live
-from rich.text import Text
-
 from orpo_ray.config import ExperimentConfig
-from orpo_ray.config.space import describe
-from orpo_ray.errors import DamagedFileError, NoSuchRunError, UserError
+from orpo_ray.errors import NoSuchRunError, UserError
 from orpo_ray.files import read_json
-from orpo_ray.provenance import without_password
-from orpo_ray.reports.live_state import About, Board, Reading
-from orpo_ray.reports.live_view import frame
+from orpo_ray.reports.live_state import About, Reading, about_sweep
 from orpo_ray.storage import requests, results
+from orpo_ray.storage.events import Event, Logged, from_json
 from orpo_ray.storage.find import find_run_dir
+from orpo_ray.storage.journal import JournalError
 from orpo_ray.storage.run_dir import EVENTS_FILE, LOCK_FILE, SWEEP_FILE
-from orpo_ray.tracking.uri import resolve_uri, ui_command
 
 _CHUNK = 1 << 22
 """Bytes of the journal that are read at once."""
-_POLL_S = 0.5
 _HEAD_NODE = {"node:__internal_head__": 1e-4}
-_KEYS = {b"\x1b[A": "up", b"\x1bOA": "up", b"k": "up", b"\x1b[B": "down", b"\x1bOB": "down", b"j": "down"}
-_HELP = """\
-↑ ↓    select a trial (also k, j)
-s      stop the selected trial: it ends at its next evaluation, keeps its checkpoint, and the search goes on
-S, Q   stop the sweep: no new trials, those in training pause at their next evaluation; the same command continues it
-q      leave this view; the sweep goes on (also Ctrl-C)
-?      show this, or hide it"""
 
 
 class WatchError(UserError, RuntimeError):
@@ -96,7 +78,7 @@ class RunDir:
         is_running = _is_locked(self._path / LOCK_FILE)
         kept = read_json(self._path / SWEEP_FILE)
         if self._about is None or kept["sweep_id"] != self._about.sweep_id:
-            self._about = _about(kept, self._path)
+            self._about = about_sweep(ExperimentConfig.model_validate(kept["config"]), kept["sweep_id"], self._path)
         if sweep_id != self._about.sweep_id:
             offset = 0
         events, end, size = _follow(self._path / EVENTS_FILE, offset)
@@ -184,20 +166,6 @@ def opened(name: str, output_dir: str, address: str | None) -> Iterator[Source]:
         ray.shutdown()
 
 
-def _about(kept: dict[str, Any], run_dir: Path) -> About:
-    config, sweep = ExperimentConfig.model_validate(kept["config"]).as_sweep()
-    return About(
-        sweep_id=kept["sweep_id"],
-        name=config.name,
-        run_dir=str(run_dir),
-        metric=sweep.metric,
-        mode=sweep.mode,
-        num_trials=sweep.num_trials + sweep.num_confirmations,
-        budget_hours=sweep.budget.device_hours if sweep.budget else None,
-        mlflow=without_password(ui_command(resolve_uri(config.tracking.uri, run_dir.absolute().parent))),
-    )
-
-
 def _is_locked(path: Path) -> bool:
     """Whether another process holds the lock; tried with a shared one, let go at once."""
     if not path.exists():
@@ -212,7 +180,7 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _follow(path: Path, offset: int) -> tuple[list[dict[str, Any]], int, int]:
+def _follow(path: Path, offset: int) -> tuple[list[Event], int, int]:
     """Whole lines from `offset` on, the byte behind them, and the file's size. A half-written line is left."""
     if not path.exists():
         return [], 0, 0
@@ -225,185 +193,14 @@ def _follow(path: Path, offset: int) -> tuple[list[dict[str, Any]], int, int]:
     events = []
     for line in whole.splitlines():
         try:
-            event = json.loads(line)
+            event = from_json(json.loads(line))
         except ValueError as error:
-            raise DamagedFileError(
-                f"{path}: damaged between bytes {offset} and {offset + len(whole)}: {error}"
-            ) from None
-        if event["event"] == "log":
-            speed = event["metrics"].get("perf/pairs_per_second")
-            event["metrics"] = {} if speed is None else {"perf/pairs_per_second": speed}
-        events.append(event)
+            raise JournalError(f"{path}: damaged between bytes {offset} and {offset + len(whole)}: {error}") from None
+        events.append(_trimmed(event) if isinstance(event, Logged) else event)
     return events, offset + len(whole), path.stat().st_size
 
 
-# ---- the view -------------------------------------------------------------------------------------------------------
-
-
-def current(source: Source) -> Board:
-    """All that the journal tells now."""
-    board = Board(reading := source.read(None, 0))
-    while not reading.is_whole:
-        board.take(reading := source.read(reading.about.sweep_id, reading.offset))
-    return board
-
-
-def once(source: Source, console: Console) -> None:
-    """Print one frame, with all trials."""
-    console.print(frame(current(source), console.width, None, None, None))
-
-
-class View:
-    """The live view and its keys, apart from the terminal."""
-
-    def __init__(self, source: Source) -> None:
-        """Read all that is there."""
-        self._source = source
-        self._offset, self._sweep_id = 0, ""
-        self.refresh()
-
-    board: Board
-    is_left = False
-    """The user wants to leave."""
-    _selected: str | None = None
-    _question: tuple[str, Callable[[], str]] | None = None
-    _message = ""
-    _shows_help = False
-
-    def refresh(self) -> None:
-        """Take note of what is new."""
-        while True:
-            reading = self._source.read(self._sweep_id, self._offset)
-            if reading.about.sweep_id != self._sweep_id:  # at first, or a new sweep in the place of the old
-                self.board, self._sweep_id, self._selected = Board(reading), reading.about.sweep_id, None
-            else:
-                self.board.take(reading)
-            self._offset = reading.offset
-            if reading.is_whole:
-                return
-
-    @property
-    def selected(self) -> str | None:
-        """The trial that `s` would stop: the best, until another is chosen."""
-        if self._selected is not None:
-            return self._selected
-        return next((trial.trial_id for trial in self.board.ranked()), None)
-
-    def press(self, key: str) -> None:
-        """Do what a key means."""
-        self._message = ""
-        if self._question is not None:
-            _, action = self._question
-            self._question = None
-            self._message = action() if key == "y" else "not stopped"
-            return
-        match key:
-            case "up" | "down":
-                ids = [trial.trial_id for trial in self.board.ranked()]
-                if ids and self.selected is not None:
-                    place = ids.index(self.selected) + (1 if key == "down" else -1)
-                    self._selected = ids[min(max(place, 0), len(ids) - 1)]
-            case "s":
-                self._ask_to_stop_trial()
-            case "S" | "Q":
-                self._ask_to_stop_sweep()
-            case "?":
-                self._shows_help = not self._shows_help
-            case "q":
-                self.is_left = True
-
-    def _ask_to_stop_trial(self) -> None:
-        trial_id = self.selected
-        if trial_id is None or self.board.history.trials[trial_id].status is not None:
-            self._message = "no trial is selected that could be stopped"
-            return
-
-        def stop() -> str:
-            self._source.ask("stop_trial", trial_id)
-            return f"trial {trial_id} ends at its next evaluation"
-
-        self._selected = trial_id
-        self._question = f"stop trial {trial_id} ({describe(self.board.history.trials[trial_id].params)})?", stop
-
-    def _ask_to_stop_sweep(self) -> None:
-        def stop() -> str:
-            self._source.ask("stop_sweep")
-            return "the sweep stops once every trial in training has come to its next evaluation"
-
-        self._question = "stop the whole sweep? Running it again continues it.", stop
-
-    def draw(self, width: int, height: int) -> RenderableType:
-        """A frame of exactly that size."""
-        if self._shows_help:
-            return Text(_HELP + "\n\n? back", overflow="fold")
-        if self._question is not None:
-            footer = Text(f"{self._question[0]} y/n", style="bold yellow")
-        elif self._message:
-            footer = Text(self._message, style="yellow")
-        else:
-            footer = Text("↑↓ select  s stop trial  S stop sweep  q leave  ? help", style="dim")
-        return frame(self.board, width, height, self.selected, footer)
-
-
-def live(source: Source, console: Console) -> None:
-    """Show the sweep until it ends or the user leaves; a sweep that does not run is printed once.
-
-    Raises:
-        WatchError: there is no terminal.
-    """
-    if not (sys.stdin.isatty() and console.is_terminal):
-        raise WatchError("no terminal to draw in: use --once for one frame, or --json")
-    view = View(source)
-    if view.board.state == "running":
-        try:
-            with _keyboard() as pressed, Live(console=console, screen=True, auto_refresh=False) as screen:
-                looked = time.monotonic()
-                while view.board.state == "running" and not view.is_left:
-                    screen.update(view.draw(console.width, console.height), refresh=True)
-                    for key in pressed(_POLL_S):
-                        view.press(key)
-                    if time.monotonic() - looked >= _POLL_S:
-                        view.refresh()
-                        looked = time.monotonic()
-        except KeyboardInterrupt:
-            view.is_left = True
-    if view.is_left:
-        console.print(f"the sweep goes on; orpo-ray watch {view.board.about.name} shows it again", markup=False)
-        return
-    console.print(frame(view.board, console.width, None, None, None))
-    if view.board.state == "interrupted":
-        console.print("interrupted; the command that started it continues where it stopped", style="yellow")
-
-
-@contextmanager
-def _keyboard() -> Iterator[Callable[[float], list[str]]]:
-    """Keys as they are pressed, without echo. The terminal is as before at the end, also after an error or SIGTERM."""
-    stdin = sys.stdin.fileno()
-    before = termios.tcgetattr(stdin)
-
-    def leave(signum: int, stack: Any) -> None:
-        raise SystemExit(128 + signum)
-
-    def pressed(timeout_s: float) -> list[str]:
-        if not select.select([stdin], [], [], timeout_s)[0]:
-            return []
-        data = os.read(stdin, 1024)
-        if not data:  # the terminal is gone
-            raise SystemExit(128 + signal.SIGHUP)
-        keys, at = [], 0
-        while at < len(data):
-            size = 3 if data[at : at + 3] in _KEYS else 1
-            keys.append(_KEYS.get(data[at : at + size], data[at : at + 1].decode("ascii", "replace")))
-            at += size
-        return keys
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        tty.setcbreak(stdin)
-        silent = termios.tcgetattr(stdin)
-        silent[6][termios.VSUSP] = b"\x00"  # a suspended view would leave the terminal in this state
-        termios.tcsetattr(stdin, termios.TCSADRAIN, silent)
-        yield pressed
-    finally:
-        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGTERM, previous)
+def _trimmed(event: Logged) -> Logged:
+    """The event with the one training metric that the view shows: less to send from another machine."""
+    shown = {name: value for name, value in event.metrics.items() if name == "perf/pairs_per_second"}
+    return replace(event, metrics=shown)

@@ -34,10 +34,10 @@ from orpo_ray.data.dataset import Pair
 from orpo_ray.formatting import number
 from orpo_ray.models.loading import build_model, count_parameters, load_tokenizer
 from orpo_ray.models.logps import PairLogps
-from orpo_ray.models.packing import Batch, Counting, collate
-from orpo_ray.models.pair_model import Form, PairModel, pair_logps
-from orpo_ray.models.precision import product_type
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.packing import Batch, LossMask, collate
+from orpo_ray.models.pair_model import ForwardMode, PairModel, pair_logps
+from orpo_ray.models.precision import matmul_dtype
+from orpo_ray.models.probe import probe_forward_mode
 from orpo_ray.training import loss
 
 ORPO_PADDED = "ORPO, two padded sequences per pair (as the paper counts)"
@@ -129,9 +129,9 @@ def measure(
     lm = build_model(plain, seed)
     every, trained = count_parameters(lm)
 
-    def passes(form: Form) -> tuple[_Pass, _Pass, _Pass]:
+    def passes(form: ForwardMode) -> tuple[_Pass, _Pass, _Pass]:
         """ORPO's, the reference's, and DPO's given the reference."""
-        return _passes(PairModel(lm, form, product_type(precision)), pairs, pad_token_id)
+        return _passes(PairModel(lm, form, matmul_dtype(precision)), pairs, pad_token_id)
 
     def row(name: str, done: _Pass, reference_bytes: int = 0) -> Row:
         return Row(
@@ -147,7 +147,7 @@ def measure(
             optimizer_bytes=trained * _MOMENT_BYTES,
         )
 
-    ours = form_of(lm, "shared_prompt")
+    ours = probe_forward_mode(lm, "shared_prompt")
     # Padded rows first: the shared form leaves the model with an attention function that padded rows cannot use.
     orpo, reference, dpo = passes(replace(ours, shares_prompt=False))
     padded = row(ORPO_PADDED, orpo)
@@ -221,7 +221,9 @@ def _passes(model: PairModel, pairs: Sequence[Pair], pad_token_id: int) -> tuple
     # the prompt's log-probabilities, but the NLL that it reports does.
     orpo, dpo = LossConfig(name="orpo"), LossConfig(name="dpo")
     # Not `model.collate`, which fills rows up for some devices' kernels.
-    batch = collate(pairs, Counting(orpo.nll_scope), share_prompt=model.form.shares_prompt, pad_token_id=pad_token_id)
+    batch = collate(
+        pairs, LossMask(orpo.nll_scope), share_prompt=model.forward_mode.shares_prompt, pad_token_id=pad_token_id
+    )
     trained, _ = _run(model, batch, orpo)
     frozen, kept = _run(model, batch, None)
     reference_P2 = torch.stack([kept.chosen_logps_P, kept.rejected_logps_P], dim=1)

@@ -25,19 +25,20 @@ from orpo_ray.data.rows import Message
 from orpo_ray.errors import UserError
 from orpo_ray.files import write_atomically
 from orpo_ray.models.loading import load_tokenizer
-from orpo_ray.models.packing import Counting
+from orpo_ray.models.packing import LossMask
 from orpo_ray.models.reward_model import RewardModel
 from orpo_ray.orchestration import sweep
 from orpo_ray.orchestration.tasks import Task, run_all
+from orpo_ray.reports.live_state import about_sweep
 from orpo_ray.reports.progress import SweepProgress
 from orpo_ray.reproduction import flops, sampling, win_rate
 from orpo_ray.reproduction.diversity import Diversity, Embed, diversity, local_embedder
 from orpo_ray.reproduction.scales import LAMBDAS, MAIN_LAMBDA, SEEDS, Scale, base_pairs
 from orpo_ray.results import export
 from orpo_ray.results.bootstrap import LEVEL, RESAMPLES, draws
-from orpo_ray.storage.journal import read_events
 from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores
 from orpo_ray.storage.run_dir import EVENTS_FILE, write_results
+from orpo_ray.storage.sweep_state import read_state
 from orpo_ray.training import reference
 
 RESULT_FILE = "reproduction.json"
@@ -273,9 +274,8 @@ def _train(
         config = parse(as_given(tree) | {"sweep": {"space": space}}, source=role)
     elif params := next(iter(wanted.values())):
         config = config.trial(dict(params))
-    _, axes = config.as_sweep()
     console.print(f"{role}: {config.run_dir}", style="bold", soft_wrap=True)
-    with SweepProgress(console, axes.metric, axes.num_trials) as progress:
+    with SweepProgress(console, about_sweep(config, "", config.run_dir)) as progress:
         outcome = sweep.run(config, progress)
     if outcome.interrupted:
         raise KeyboardInterrupt
@@ -423,7 +423,7 @@ def _starting(place: Place) -> Task:
 def _logps_before(config: ExperimentConfig) -> Iterator[tuple[int, list[list[float]]]]:
     tokenizer = load_tokenizer(config.model)
     _, held_out = load_pairs(config.data, tokenizer)
-    counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
+    counting = LossMask.of(config.loss, int(tokenizer.eos_token_id))
     yield 1, reference.logps_of(config, held_out, counting, int(tokenizer.pad_token_id)).tolist()
 
 
@@ -433,10 +433,9 @@ def curves(place: Place, start_N2: np.ndarray) -> dict[str, list[dict[str, float
     found = {}
     for name, (run_dir, trial_id) in _trials(place).items():
         points = [{"step": 0.0, **start}]
-        for event in read_events(run_dir / EVENTS_FILE):
-            if event["event"] == "eval" and event["trial_id"] == trial_id:
-                sides = {side: event["metrics"][f"eval/{side}"] for side in SIDES}
-                points.append({"step": float(event["step"]), **sides, "log_odds": event["metrics"]["eval/log_odds"]})
+        for step, metrics in read_state(run_dir).trials[trial_id].metrics.items():
+            sides = {side: metrics[f"eval/{side}"] for side in SIDES}
+            points.append({"step": float(step), **sides, "log_odds": metrics["eval/log_odds"]})
         found[name] = points
     return found
 
@@ -503,7 +502,7 @@ def _account(config: ExperimentConfig) -> Iterator[tuple[int, dict[str, Any]]]:
 def _facts(place: Place) -> dict[str, Any]:
     """What trials told when they began: SFT and ORPO of their data, all of what `train.precision: auto` was there."""
     told = {
-        file.parent.name: [event["facts"] for event in read_events(file) if event["event"] == "started"]
+        file.parent.name: [start.facts for trial in read_state(file.parent).trials.values() for start in trial.starts]
         for file in place.folder.glob(f"*/{EVENTS_FILE}")
     }
     return {

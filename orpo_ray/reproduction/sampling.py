@@ -18,10 +18,11 @@ import torch
 from orpo_ray.config import DataConfig, ModelConfig
 from orpo_ray.data.rows import DataError, Message
 from orpo_ray.data.tokenizer import PairTokenizer
+from orpo_ray.models.answers import Prompts
 from orpo_ray.models.loading import build_model, load_tokenizer
-from orpo_ray.models.pair_model import PairModel, Prompts
-from orpo_ray.models.precision import product_type
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.pair_model import PairModel
+from orpo_ray.models.precision import matmul_dtype
+from orpo_ray.models.probe import probe_forward_mode
 
 Backend = Literal["vllm", "transformers"]
 _VLLM_PROMPTS = 512
@@ -137,7 +138,7 @@ def _by_transformers(
 ) -> Iterator[_Drawn]:
     lm = build_model(model, seed=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pairs = PairModel(lm, form_of(lm, model.attention), product_type("auto")).to(device).frozen()
+    pairs = PairModel(lm, probe_forward_mode(lm, model.attention), matmul_dtype("auto")).to(device).frozen()
     longest = max(map(len, prompts))
     if longest >= pairs.max_positions:
         raise DataError(

@@ -24,19 +24,19 @@ from orpo_ray.data.tokenizer import PairTokenizer
 from orpo_ray.errors import UserError
 from orpo_ray.files import read_json
 from orpo_ray.models.loading import build_model, build_reward_model, count_parameters, load_tokenizer
-from orpo_ray.models.precision import name_of, product_type
+from orpo_ray.models.precision import matmul_dtype, precision_name
 from orpo_ray.results import verify
 from orpo_ray.results.model_card import CardFacts, model_card
 from orpo_ray.storage import checkpoint_files
 from orpo_ray.storage.find import find_run_dir
-from orpo_ray.storage.journal import read_events
 from orpo_ray.storage.object_store import Storage
 from orpo_ray.storage.results import current
-from orpo_ray.storage.run_dir import EVENTS_FILE, SWEEP_FILE
+from orpo_ray.storage.run_dir import SWEEP_FILE
+from orpo_ray.storage.sweep_state import read_state
 from orpo_ray.tracking import registry
 from orpo_ray.tracking.read_runs import sweep_of_run
 from orpo_ray.tracking.uri import TrackingError, resolve_uri
-from orpo_ray.training import checkpoint
+from orpo_ray.training import engine_state
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -168,19 +168,12 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
             "set train.checkpoint_every to fewer steps and train it again, or export another trial"
         )
     manifest = checkpoint_files.read_manifest(taken)
+    products = precision_name(matmul_dtype(config.train.precision))
+    state = read_state(run_dir).trials.get(trial["trial_id"])
     logged: dict[str, float | None] = {}
-    products = name_of(product_type(config.train.precision))
-    of_others: dict[str, dict[str, float | None]] = {}
-    """At this checkpoint's step."""
-    for event in read_events(run_dir / EVENTS_FILE):
-        is_own, is_at = event["trial_id"] == trial["trial_id"], event.get("step") == manifest["step"]
-        if event["event"] == "eval" and is_at:
-            of_others[event["trial_id"]] = event["metrics"]
-            logged = event["metrics"] if is_own else logged
-        elif event["event"] == "forked" and is_own and is_at:
-            logged = of_others.get(event["donor"], {})  # the checkpoint is the donor's
-        elif event["event"] == "started" and is_own:
-            products = event.get("facts", {}).get("forward/products", products)
+    if state is not None:
+        logged |= state.metrics.get(manifest["step"], {})
+        products = state.starts[-1].facts.get("forward/products", products) if state.starts else products
     return Candidate(run_dir, known["sweep_id"], results, trial, config, taken, manifest, logged, products)
 
 
@@ -323,7 +316,7 @@ def trained_model(candidate: Candidate) -> PreTrainedModel:
     model = build(plain, config.train.seed)
     state = {
         name.removeprefix(_MODEL_PREFIX): tensor
-        for name, tensor in checkpoint.full_state_dict(candidate.checkpoint).items()
+        for name, tensor in engine_state.full_state_dict(candidate.checkpoint).items()
     }
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     unknown = model.load_state_dict(state, strict=False).unexpected_keys

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from orpo_ray.config.space import describe
+from orpo_ray.storage.sweep_state import SweepState
 
 LAMBDA, LR, SEED = "loss.orpo_lambda", "optim.lr", "train.seed"
 
@@ -32,9 +33,9 @@ def load_runs_frame(results: dict[str, Any]) -> pd.DataFrame:
     return frame.astype({c: float for c in map(str, frame) if "/" in c or c == "train_seconds"})
 
 
-def load_evaluations_frame(events: list[dict[str, Any]]) -> pd.DataFrame:
+def load_evaluations_frame(state: SweepState) -> pd.DataFrame:
     """One row per evaluation: `trial_id`, `step` and the held-out metrics; a repeated step counts once."""
-    rows = [{"trial_id": e["trial_id"], "step": e["step"]} | e["metrics"] for e in events if e["event"] == "eval"]
+    rows = [{"trial_id": e.trial_id, "step": e.step} | e.metrics for e in state.evaluations]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys(["trial_id", "step", *(key for row in rows for key in row)])))
     frame = frame.astype({column: float for column in map(str, frame) if "/" in column})
     return frame.drop_duplicates(["trial_id", "step"], keep="last")

@@ -16,11 +16,12 @@ from orpo_ray.config import METRIC_MODES, LossConfig
 from orpo_ray.config.flatten import NOT_SETTINGS, flat
 from orpo_ray.config.space import describe
 from orpo_ray.files import read_json
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.find import find_run_dir
-from orpo_ray.storage.journal import read_events
 from orpo_ray.storage.records import SEED, SPACE_PREFIX, SweepRecord, TrialRecord, choose, number, ordered
 from orpo_ray.storage.results import current
-from orpo_ray.storage.run_dir import EVENTS_FILE, FITTED_FILE, SWEEP_FILE
+from orpo_ray.storage.run_dir import FITTED_FILE, SWEEP_FILE
+from orpo_ray.storage.sweep_state import read_state
 from orpo_ray.tracking.read_runs import from_mlflow
 
 if TYPE_CHECKING:
@@ -114,39 +115,28 @@ def read_sweep(
 
 
 def _from_directory(run_dir: Path) -> SweepRecord:
-    results, events = current(run_dir), read_events(run_dir / EVENTS_FILE)
+    results, state = current(run_dir), read_state(run_dir)
     tree = _config_of(run_dir)
     sweep = tree.get("sweep") or {}
     space = sweep.get("space", {})
     axes = sorted(space) if tree else sorted({name for t in results["trials"] for name in t["params"]} - {SEED})
     bundle_axis = next((name for name, axis in space.items() if axis["type"] == "bundle"), None)
     common = flat({section: value for section, value in tree.items() if section not in NOT_SETTINGS})
-    facts: dict[str, dict[str, Any]] = {}
-    submitted: dict[str, int] = {}
-    ended: dict[str, int] = {}
-    for event in events:
-        trial_id = event["trial_id"]
-        match event["event"]:
-            case "submitted":
-                submitted.setdefault(trial_id, event["time"])
-            case "started":
-                found = {key.replace("/", "."): value for key, value in event.get("facts", {}).items()}
-                facts[trial_id] = found | facts.get(trial_id, {})  # MLflow keeps the first, too
-            case "finished":
-                ended[trial_id] = event["time"]
     labels = space[bundle_axis]["values"] if bundle_axis else {}
     trials = []
     for trial in results["trials"]:
         trial_id, params = trial["trial_id"], trial["params"]
+        known = state.trials.get(trial_id)
+        facts = {} if known is None else {key.replace("/", "."): value for key, value in known.facts.items()}
         applied = labels.get(trial["bundle"], {}) | params
         trials.append(
             TrialRecord(
                 trial_id=trial_id,
                 bundle=trial["bundle"],
                 purpose=trial.get("purpose", "search"),
-                status="unfinished" if events and trial_id not in ended else trial["status"],
+                status=Status.UNFINISHED if state.trials and not (known and known.end) else Status(trial["status"]),
                 params=ordered(params),
-                settings=_with_implied(common | applied, common, applied) | facts.get(trial_id, {}),
+                settings=_with_implied(common | applied, common, applied) | facts,
                 steps=trial["steps"],
                 attempts=trial["attempts"],
                 train_seconds=trial["train_seconds"],
@@ -154,8 +144,8 @@ def _from_directory(run_dir: Path) -> SweepRecord:
                 checkpoint=trial["checkpoint"],
                 mlflow_run_id=trial["mlflow_run_id"],
                 reused_from=trial.get("reused_from"),
-                submitted_ms=submitted.get(trial_id),
-                ended_ms=ended.get(trial_id),
+                submitted_ms=known.submitted_ms if known else None,
+                ended_ms=known.end.time if known and known.end else None,
             )
         )
     swept = {*axes, *(path for settings in labels.values() for path in settings)}

@@ -21,8 +21,8 @@ from transformers import (
 from orpo_ray.config import ExperimentConfig, LossConfig
 from orpo_ray.data.dataset import PairDataset, load_pairs
 from orpo_ray.models.loading import load_tokenizer
-from orpo_ray.models.packing import Counting
-from orpo_ray.models.pair_model import Form, PairModel
+from orpo_ray.models.packing import LossMask
+from orpo_ray.models.pair_model import ForwardMode, PairModel
 from orpo_ray.results.model_card import Pairs
 from orpo_ray.storage.pair_scores import PairScores
 from orpo_ray.training import loss
@@ -117,7 +117,9 @@ def check(
     # Of rounded weights too: what is checked are the weights, not the arithmetic of whoever loads them.
     kind = AutoModelForSequenceClassification if config.loss.is_reward else AutoModelForCausalLM
     lm = kind.from_pretrained(folder, trust_remote_code=remote, dtype=torch.float32)
-    model = _Alone(lm, Form(shares_prompt=False, chunks_head=False)).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = _Alone(lm, ForwardMode(shares_prompt=False, chunks_head=False)).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     scores, metrics = _evaluated(model, held_out, config, tokenizer, step)
     nats = BF16_NATS if rounded else FP32_NATS
     rows = [
@@ -134,7 +136,7 @@ def _evaluated(
     # Its numbers are the same for every loss that counts the same tokens, and this one needs no reference model.
     counted = config.loss.model_dump(include={"nll_scope", "nll_reduction", "nll_eos", "answer_padding"})
     objective = LossConfig(name="reward" if config.loss.is_reward else "orpo", **counted)
-    counting = Counting.of(objective, int(tokenizer.eos_token_id))
+    counting = LossMask.of(objective, int(tokenizer.eos_token_id))
     alike = config.model_copy(update={"loss": objective})
     with _process_group_of_one():
         found = evaluate(model, pairs, alike, loss.from_config(objective), counting, int(tokenizer.pad_token_id))

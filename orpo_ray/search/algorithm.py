@@ -9,6 +9,7 @@ from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_par
 from ray.tune.search import SearchAlgorithm
 
 from orpo_ray.search.scheduler import SweepScheduler
+from orpo_ray.storage.events import Submitted
 
 
 class SweepSearch(SearchAlgorithm):
@@ -50,8 +51,8 @@ class SweepSearch(SearchAlgorithm):
                 continue
             if proposal.trial_id not in proposals.history.trials:
                 bundle = proposals.sweep.bundle_of(proposal.params)
-                event = {"event": "submitted", "trial_id": proposal.trial_id, "params": proposal.params}
-                proposals.history.apply(event | {"bundle": bundle, "purpose": proposal.purpose})
+                trial_id, params, purpose = proposal.trial_id, proposal.params, proposal.purpose
+                proposals.history.apply(Submitted(trial_id=trial_id, params=params, bundle=bundle, purpose=purpose))
                 # Known before it has reported, so that its cost counts from the start.
                 proposals.history.trials[proposal.trial_id].max_steps = proposals.max_steps
             trial = _create_trial_from_spec(

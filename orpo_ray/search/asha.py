@@ -15,7 +15,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler as Decision
 
 from orpo_ray.config import AshaConfig, SweepConfig
-from orpo_ray.storage.history import History
+from orpo_ray.storage.events import Evaluated, Event, Finished, Logged, Started, Status, Submitted
+from orpo_ray.storage.sweep_state import SweepState
 
 
 @dataclass(slots=True)
@@ -148,8 +149,8 @@ class Asha:
         self,
         sweep: SweepConfig,
         trials: dict[str, Trial],
-        events: list[dict[str, Any]],
-        history: History,
+        events: list[Event],
+        history: SweepState,
         more_to_come: Callable[[], bool],
     ) -> None:
         self._sweep, self._trials, self._history = sweep, trials, history
@@ -158,7 +159,7 @@ class Asha:
         self._answers: tuple[bool, str | None, list[str]] | None = None
         """(more to come, next promotion, eliminated ones), until something changes: Tune asks many times a second."""
         self._events = events
-        if max_steps := next((e["max_steps"] for e in events if e["event"] == "started"), None):
+        if max_steps := next((e.max_steps for e in events if isinstance(e, Started)), None):
             self._start(max_steps)
 
     def _start(self, max_steps: int) -> Rungs:
@@ -173,17 +174,19 @@ class Asha:
             depth_last=not self._sweep.is_model_based,
         )
         for event in self._events:
-            trial_id = event["trial_id"]
-            if event["event"] in ("started", "log", "eval") and trial_id in rungs.waiting:
+            trial_id = event.trial_id
+            if isinstance(event, Started | Logged | Evaluated) and trial_id in rungs.waiting:
                 rungs.promote(trial_id)  # it went on
-            if event["event"] == "submitted":
-                rungs.add(trial_id)
-            elif event["event"] == "eval" and self._sweep.metric in event["metrics"]:
-                rungs.report(trial_id, event["step"], event["metrics"][self._sweep.metric], more_to_come=True)
-            elif event["event"] == "finished":
-                rungs.remove(trial_id)
+            match event:
+                case Submitted():
+                    rungs.add(trial_id)
+                case Evaluated() if self._sweep.metric in event.metrics:
+                    rungs.report(trial_id, event.step, event.metrics[self._sweep.metric], more_to_come=True)
+                case Finished():
+                    rungs.remove(trial_id)
         for trial_id in rungs.waiting:
-            self._history.trials[trial_id].paused = True  # a crash came between its evaluation and the word to pause
+            # A crash came between its evaluation and the decision to pause it.
+            self._history.trials[trial_id].status = Status.PAUSED
         self._events = []
         return rungs
 

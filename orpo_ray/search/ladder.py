@@ -25,6 +25,7 @@ from orpo_ray.config import LadderConfig, SweepConfig
 from orpo_ray.config.space import LogUniform, Uniform
 from orpo_ray.errors import UserError
 from orpo_ray.planning.cost import CostModel
+from orpo_ray.search.searcher import Exhausted
 from orpo_ray.search.surrogate import (
     Array,
     Expected,
@@ -35,7 +36,8 @@ from orpo_ray.search.surrogate import (
     step_coordinate,
     winsorised,
 )
-from orpo_ray.storage.history import Exhausted, History, TrialHistory
+from orpo_ray.storage.events import Status
+from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 GIVE_UP_BELOW = 0.05
 """A trial goes on while its chance of beating the best of its size is at least this."""
@@ -118,7 +120,7 @@ class Ladder:
         self._spread_ND = sobol.random(max(64, 2 ** math.ceil(math.log2(self._startup))))
         self._fitted: tuple[bytes, Surrogate] | None = None
 
-    def propose(self, index: int, history: History) -> dict[str, Any] | None:
+    def propose(self, index: int, history: SweepState) -> dict[str, Any] | None:
         """The next trial's params, the bundle axis among them; None: wait, a trial in training will tell more.
 
         None is returned only while a trial is in training.
@@ -144,19 +146,19 @@ class Ladder:
         worthwhile = self._within_share(history, affordable)
         return self._choose(index, history, data, worthwhile) if worthwhile else None
 
-    def gives_up(self, trial: TrialHistory, history: History) -> str | None:
+    def gives_up(self, trial: TrialState, history: SweepState) -> str | None:
         """Why a trial should be stopped at its last evaluation; None: it should go on.
 
         The rest of its curve is predicted from what the finished trials of its size gained from this step on: their
         mean, with Student's t (the predictive distribution of a further normal draw). No other size is looked at.
         """
-        metric, step = self._sweep.metric, trial.step
+        metric, step = self._sweep.metric, trial.evaluated_step
         value = trial.value(metric)
         if value is None or not step or trial.purpose == "confirm":
             return None
         gains, finals = [], []
         for other in history.trials.values():
-            if other.bundle == trial.bundle and other.status == "finished" and other.trial_id != trial.trial_id:
+            if other.bundle == trial.bundle and other.status is Status.FINISHED and other.trial_id != trial.trial_id:
                 final, here = other.value(metric), other.metrics.get(step, {}).get(metric, math.nan)
                 if final is not None:
                     finals.append(self._sign * final)
@@ -175,7 +177,7 @@ class Ladder:
             f"{self._sign * best:.4g}"
         )
 
-    def expectations(self, history: History) -> list[dict[str, Any]]:
+    def expectations(self, history: SweepState) -> list[dict[str, Any]]:
         """What to expect of every size, smallest first.
 
         Returns:
@@ -186,7 +188,7 @@ class Ladder:
         """
         data = self._evaluations(history)
         finished = {
-            b: sum(t.bundle == b and t.status == "finished" for t in history.trials.values()) for b in self._sizes
+            b: sum(t.bundle == b and t.status is Status.FINISHED for t in history.trials.values()) for b in self._sizes
         }
         surrogate = self._surrogate(data) if len(data.places) else None
         return [self._expectation(bundle, finished, surrogate) for bundle in self._sizes]
@@ -240,7 +242,7 @@ class Ladder:
         prior = float(weight_N @ surrogate.prior_covariance(places) @ weight_N)
         return math.sqrt(max(posterior, 0.0) / prior)
 
-    def _affordable(self, history: History) -> dict[str, float]:
+    def _affordable(self, history: SweepState) -> dict[str, float]:
         """Bundle -> expected device-seconds, of those that a trial may be started of; empty: wait."""
         costs = {b: self._cost.device_seconds(b, self._max_steps, history) for b in self._sizes}
         largest = costs[self._largest]
@@ -268,7 +270,7 @@ class Ladder:
             )
         return found
 
-    def _within_share(self, history: History, affordable: dict[str, float]) -> dict[str, float]:
+    def _within_share(self, history: SweepState, affordable: dict[str, float]) -> dict[str, float]:
         """Without the smaller sizes once they have had their share; empty: wait for the largest one in training."""
         step_seconds = {}
         for bundle in self._sizes:
@@ -279,7 +281,7 @@ class Ladder:
         for trial in history.trials.values():
             used[trial.bundle] += trial.device_seconds
         for trial in _running(history):
-            used[trial.bundle] += step_seconds[trial.bundle] * (self._max_steps - trial.step)
+            used[trial.bundle] += step_seconds[trial.bundle] * (self._max_steps - trial.evaluated_step)
         small = sum(seconds for bundle, seconds in used.items() if bundle != self._largest)
         share = _SMALL_TRIALS * step_seconds[self._largest] * self._max_steps + _SMALL_RATIO * used[self._largest]
         found = {b: seconds for b, seconds in affordable.items() if b == self._largest or small + seconds <= share}
@@ -287,14 +289,14 @@ class Ladder:
             return {}
         return found if found or _running(history) else affordable
 
-    def _lanes_are_full(self, history: History) -> bool:
+    def _lanes_are_full(self, history: SweepState) -> bool:
         """Whether another trial of the largest size should wait for what those in training will say."""
         running = sum(t.bundle == self._largest for t in _running(history))
         finished = self._num_finished(history, self._largest)
         return running >= 1 + finished // _TRIALS_PER_LANE
 
     def _choose(
-        self, index: int, history: History, data: _Evaluations, affordable: dict[str, float]
+        self, index: int, history: SweepState, data: _Evaluations, affordable: dict[str, float]
     ) -> dict[str, Any] | None:
         """The setting and size that tell most per device-second, the ends of running trials taken as expected."""
         rng = np.random.default_rng([self._sweep.seed, index])
@@ -356,14 +358,14 @@ class Ladder:
             self._fitted = key, Surrogate.fit(places, value_N)
         return self._fitted[1].on(data.places, data.value_N)
 
-    def _evaluations(self, history: History) -> _Evaluations:
+    def _evaluations(self, history: SweepState) -> _Evaluations:
         """A few evaluations of each trial; a diverged one counts as the worst value seen, at its end."""
         metric, rows, values = self._sweep.metric, [], []
         diverged = []
         for number, trial in enumerate(history.trials.values()):
-            if trial.status == "diverged":
+            if trial.status is Status.DIVERGED:
                 diverged.append((number, trial, self._max_steps, True))
-            elif trial.status != "failed":
+            elif trial.status is not Status.FAILED:
                 found = {s: m[metric] for s, m in trial.metrics.items() if math.isfinite(m.get(metric, math.nan))}
                 for step in _kept(sorted(found), self._max_steps):
                     rows.append((number, trial, step, step == max(found)))
@@ -377,10 +379,10 @@ class Ladder:
         step_N = np.array([step_coordinate(min(step, self._max_steps), self._max_steps) for _, _, step, _ in rows])
         places = Places(x_ND, size_N, step_N, np.array([number for number, _, _, _ in rows], dtype=np.int64))
         last_N = np.array([last for _, _, _, last in rows], dtype=bool)
-        ended_N = np.array([trial.status is not None for _, trial, _, _ in rows], dtype=bool)
+        ended_N = np.array([trial.status.has_ended for _, trial, _, _ in rows], dtype=bool)
         return _Evaluations(places, value_N, last_N, ended_N)
 
-    def _pending(self, history: History) -> Places:
+    def _pending(self, history: SweepState) -> Places:
         """Ends of the trials in training."""
         numbers = {trial_id: number for number, trial_id in enumerate(history.trials)}
         running = _running(history)
@@ -395,8 +397,8 @@ class Ladder:
         """Ends of trials that have not begun."""
         return Places(x_ND, np.full(len(x_ND), self._coordinate[bundle]), np.zeros(len(x_ND)), np.full(len(x_ND), -1))
 
-    def _num_finished(self, history: History, bundle: str) -> int:
-        return sum(trial.bundle == bundle and trial.status == "finished" for trial in history.trials.values())
+    def _num_finished(self, history: SweepState, bundle: str) -> int:
+        return sum(trial.bundle == bundle and trial.status is Status.FINISHED for trial in history.trials.values())
 
     def _scaled(self, params: dict[str, Any]) -> list[float]:
         return [_to_unit(axis, params[name]) for name, axis in self._axes.items()]
@@ -406,9 +408,9 @@ class Ladder:
         return {name: bundle if name == self._axis else values[name] for name in self._sweep.space}
 
 
-def _running(history: History) -> list[TrialHistory]:
+def _running(history: SweepState) -> list[TrialState]:
     """Trials in training, or about to be."""
-    return [trial for trial in history.trials.values() if trial.status is None and not trial.paused]
+    return [trial for trial in history.trials.values() if not trial.status.has_ended and not trial.paused]
 
 
 def _kept(steps: list[int], max_steps: int) -> list[int]:

@@ -15,14 +15,14 @@ from ray.tune.schedulers import PopulationBasedTraining
 from orpo_ray.config import Pb2Config, PbtConfig, SweepConfig
 from orpo_ray.config.space import Choice, LogUniform, Uniform
 from orpo_ray.search.rules import PruningRule
-from orpo_ray.storage.history import TrialHistory
+from orpo_ray.storage.sweep_state import TrialState
 
 
 class _Population:
     """What population-based schedulers share: an exploit copies the donor's checkpoint, a restart is made up for."""
 
     _exploited: Callable[[Trial, Trial], None]
-    _population: dict[str, TrialHistory]
+    _population: dict[str, TrialState]
 
     def _exploit(self, controller: Any, trial: Trial, donor: Trial) -> None:
         super()._exploit(controller, trial, donor)  # type: ignore[misc]
@@ -46,15 +46,15 @@ class _Population:
         """The state that a trial of a continued sweep had."""
         past = self._population.get(trial.trial_id)
         interval = self._perturbation_interval  # type: ignore[attr-defined]
-        alive = [t.step for t in self._population.values() if t.status is None]
+        alive = [t.evaluated_step for t in self._population.values() if not t.status.has_ended]
         if alive:
             self._next_perturbation_sync = (min(alive) // interval + 1) * interval
         if past is None or (value := past.value(self._metric)) is None:  # type: ignore[attr-defined]
             return
         state = self._trial_state[trial]  # type: ignore[attr-defined]
         state.last_score = self._metric_op * value  # type: ignore[attr-defined]
-        state.last_train_time = past.step
-        state.last_perturbation_time = past.step // interval * interval
+        state.last_train_time = past.evaluated_step
+        state.last_perturbation_time = past.evaluated_step // interval * interval
 
 
 class Pbt(_Population, PopulationBasedTraining):
@@ -65,7 +65,7 @@ class Pbt(_Population, PopulationBasedTraining):
         scheduler: PbtConfig,
         sweep: SweepConfig,
         exploited: Callable[[Trial, Trial], None],
-        population: dict[str, TrialHistory],
+        population: dict[str, TrialState],
     ) -> None:
         from ray import tune
 
@@ -122,7 +122,7 @@ def pb2(
     scheduler: Pb2Config,
     sweep: SweepConfig,
     exploited: Callable[[Trial, Trial], None],
-    population: dict[str, TrialHistory],
+    population: dict[str, TrialState],
 ) -> PruningRule:
     """Tune's PB2, in step. Its libraries are loaded only for it."""
     from ray.tune.schedulers.pb2 import PB2

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from orpo_ray.config import ExperimentConfig, SweepConfig
-from orpo_ray.search.searchers import Searcher, key
-from orpo_ray.storage.history import Exhausted, History, TrialHistory, trial_id_of
+from orpo_ray.search.searcher import Exhausted, Searcher, trial_id_of
+from orpo_ray.search.searchers import key
+from orpo_ray.storage.events import Purpose, Status
+from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 _SEED = "train.seed"
 CONFIRMATIONS = "c"
@@ -22,8 +24,8 @@ class Proposal:
 
     trial_id: str
     params: dict[str, Any]
-    purpose: Literal["search", "confirm"]
-    known: TrialHistory | None = None
+    purpose: Purpose
+    known: TrialState | None = None
     """A finished trial of a warm start that had the same settings: take its result, do not train."""
 
 
@@ -33,25 +35,27 @@ class Proposals:
     def __init__(
         self,
         config: ExperimentConfig,
+        sweep: SweepConfig,
         source: Searcher,
-        history: History,
-        earlier: dict[str, TrialHistory],
-        committed_hours: Callable[[History], float],
+        history: SweepState,
+        earlier: dict[str, TrialState],
+        committed_hours: Callable[[SweepState], float],
     ) -> None:
         """Take up a sweep where its history ends.
 
         Args:
-            config: the experiment with its sweep.
+            config: the experiment.
+            sweep: its sweep.
             source: of the search.
             history: of the sweep itself; whoever owns it keeps it up to date.
             earlier: finished trials of a warm start, by an id of their own.
             committed_hours: device-hours that running trials are expected to need still.
         """
-        _, self._sweep = config.as_sweep()
+        self._sweep = sweep
         self._config, self._source, self.history = config, source, history
         self._earlier, self._committed_hours = earlier, committed_hours
         # A trial that was submitted but had not ended is given out again, under its id.
-        self._again = [t for t in history.trials.values() if t.status is None]
+        self._again = [t for t in history.trials.values() if not t.status.has_ended]
         self._next_index = 0
         self._confirmations: list[dict[str, Any]] | None = None
         self.why_over: str | None = None
@@ -100,7 +104,7 @@ class Proposals:
                     return self._search()
                 except Exhausted as reason:
                     self.why_over = str(reason)
-        if any(t.status is None for t in self.history.trials.values() if t.purpose == "search"):
+        if any(not t.status.has_ended for t in self.history.trials.values() if t.purpose == "search"):
             return None
         return self._confirm()
 
@@ -117,14 +121,14 @@ class Proposals:
         # The first that is missing: drivers submit in any order, and a crash may have come between two of them.
         while (trial_id := trial_id_of(self._next_index)) in self.history.trials:
             self._next_index += 1
-        everything = History()
+        everything = SweepState()
         everything.trials = {**self._earlier, **self.history.trials}
         params = self._source.propose(self._next_index, everything)
         if params is None:
             return None
         return Proposal(trial_id, params, "search", self._known(params))
 
-    def _known(self, params: dict[str, Any]) -> TrialHistory | None:
+    def _known(self, params: dict[str, Any]) -> TrialState | None:
         return next((t for t in self._earlier.values() if key(t.params) == key(params)), None)
 
     def _confirm(self) -> Proposal | None:
@@ -146,18 +150,21 @@ class Proposals:
         finalists = self.finalists()
         return [{**t.params, _SEED: first + n} for n in range(1, confirm.seeds) for t in finalists]
 
-    def finalists(self) -> list[TrialHistory]:
+    def finalists(self) -> list[TrialState]:
         """The search's best finished trials, best first, at most `sweep.confirm.top`."""
         assert self._sweep.confirm is not None
         finished = [
             (value, t)
-            for t in self.history.trials.values()
-            if t.purpose == "search" and t.status == "finished" and (value := t.value(self._sweep.metric)) is not None
+            for t in self._finished()
+            if t.purpose == "search" and (value := t.value(self._sweep.metric)) is not None
         ]
         finished.sort(key=lambda pair: pair[0], reverse=self._sweep.mode == "max")
         return [trial for _, trial in finished[: self._sweep.confirm.top]]
 
+    def _finished(self) -> list[TrialState]:
+        return [t for t in self.history.trials.values() if t.status is Status.FINISHED]
+
     def _confirmation_hours(self) -> float:
         """What confirmation will need, by the longest trials so far."""
-        longest = max((t.device_seconds for t in self.history.trials.values() if t.status == "finished"), default=0.0)
+        longest = max((t.device_seconds for t in self._finished()), default=0.0)
         return self._sweep.num_confirmations * longest / 3600.0

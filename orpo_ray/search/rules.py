@@ -9,6 +9,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import HyperBandForBOHB, MedianStoppingRule
 from ray.tune.schedulers import TrialScheduler as Decision
 
+from orpo_ray.storage.events import Evaluated, Event
+
 
 class PruningRule(Protocol):
     """How trials of one bundle are compared. Confirmation trials are not shown to it."""
@@ -67,13 +69,13 @@ class Fifo:
 class Median(Fifo):
     """Tune's median rule, which learns again what trials before a restart had reported."""
 
-    def __init__(self, rule: MedianStoppingRule, metric: str, events: list[dict[str, Any]]) -> None:
+    def __init__(self, rule: MedianStoppingRule, metric: str, events: list[Event]) -> None:
         self._rule = rule
         self._earlier: dict[str, list[dict[str, Any]]] = {}
         for event in events:
-            if event["event"] == "eval" and metric in event["metrics"]:
-                result = {"step": event["step"], metric: event["metrics"][metric]}
-                self._earlier.setdefault(event["trial_id"], []).append(result)
+            if isinstance(event, Evaluated) and metric in event.metrics:
+                result = {"step": event.step, metric: event.metrics[metric]}
+                self._earlier.setdefault(event.trial_id, []).append(result)
 
     def on_trial_add(self, controller: Any, trial: Trial) -> None:
         # Asked about a result, the rule may want to stop; told of an end, it only takes note.

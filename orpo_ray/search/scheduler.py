@@ -23,7 +23,8 @@ from orpo_ray.search.asha import Asha
 from orpo_ray.search.population import Pbt, pb2
 from orpo_ray.search.proposals import Proposals
 from orpo_ray.search.rules import BundleView, Fifo, HyperBand, Median, PruningRule
-from orpo_ray.storage.history import History, TrialHistory
+from orpo_ray.storage.events import Evaluated, Event, Finished, Forked, Status, Submitted
+from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 _log = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ class SweepScheduler(FIFOScheduler):
         broker: Any,
         slots: int,
         lookahead: int,
-        gives_up: Callable[[TrialHistory, History], str | None] | None,
-        events: list[dict[str, Any]],
+        gives_up: Callable[[TrialState, SweepState], str | None] | None,
+        events: list[Event],
     ) -> None:
         """Take up a sweep.
 
@@ -72,7 +73,7 @@ class SweepScheduler(FIFOScheduler):
         return (FIFOScheduler, ())
 
     @property
-    def _history(self) -> History:
+    def _history(self) -> SweepState:
         return self.proposals.history
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
@@ -99,17 +100,22 @@ class SweepScheduler(FIFOScheduler):
     def _is_population(self) -> bool:
         return isinstance(self._sweep.scheduler, PbtConfig | Pb2Config)
 
-    def add_known(self, trial_id: str, params: dict[str, Any], known: TrialHistory) -> None:
+    def add_known(self, trial_id: str, params: dict[str, Any], known: TrialState) -> None:
         """Take over a result instead of training: it is submitted and finished at once."""
         bundle = self._sweep.bundle_of(params)
-        step, metrics = known.step, known.metrics[known.step]
+        step, metrics = known.evaluated_step, known.last_metrics
         ray.get(self._broker.adopt.remote(trial_id, params, bundle, step, metrics, known.reused_from))
+        self._history.apply(Submitted(trial_id=trial_id, params=params, bundle=bundle))
+        self._history.apply(Evaluated(trial_id=trial_id, step=step, metrics=metrics))
         self._history.apply(
-            {"event": "submitted", "trial_id": trial_id, "params": params, "bundle": bundle, "purpose": "search"}
+            Finished(
+                trial_id=trial_id,
+                status=Status.FINISHED,
+                steps=step,
+                train_seconds=0.0,
+                reused_from=known.reused_from,
+            )
         )
-        self._history.apply({"event": "eval", "trial_id": trial_id, "step": step, "metrics": metrics})
-        end = {"status": "finished", "steps": step, "train_seconds": 0.0, "reused_from": known.reused_from}
-        self._history.apply({"event": "finished", "trial_id": trial_id, **end})
 
     # ---- what Tune tells
 
@@ -131,7 +137,7 @@ class SweepScheduler(FIFOScheduler):
         """Continue, pause or stop."""
         report = json.loads(result["report"])
         history = self._history.trials[trial.trial_id]
-        is_repeated = report["step"] <= history.step
+        is_repeated = report["step"] <= history.evaluated_step
         self._note(trial, report)
         if report["max_steps"] is not None and report["step"] >= report["max_steps"]:
             return str(Decision.CONTINUE)  # its end is on its way
@@ -143,7 +149,7 @@ class SweepScheduler(FIFOScheduler):
             return self._stop(trial, why)
         decision = self._rule_of(trial).on_trial_result(self._view(tune_controller, trial), trial, result)
         if decision in (Decision.PAUSE, Decision.NOOP):
-            history.paused = True
+            history.status = Status.PAUSED
             ray.get(self._broker.pause.remote(trial.trial_id))
         return str(decision)
 
@@ -151,14 +157,14 @@ class SweepScheduler(FIFOScheduler):
         """The trial has ended by itself, or was stopped while it trained."""
         report = json.loads(result["report"])
         self._note(trial, report)
-        self._end(trial, report["status"] or "stopped_early", report["seconds"])
+        self._end(trial, Status(report["status"] or Status.STOPPED_EARLY), report["seconds"])
         if self._history.trials[trial.trial_id].purpose == "search":
             self._rule_of(trial).on_trial_complete(self._view(tune_controller, trial), trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         """The trial was ended while it waited."""
         history = self._history.trials[trial.trial_id]
-        self._end(trial, "stopped_early", max(history.seconds.values(), default=0.0) + history.seconds_taken_over)
+        self._end(trial, Status.STOPPED_EARLY, history.clock_seconds)
         if history.purpose == "search":
             self._rule_of(trial).on_trial_remove(self._view(tune_controller, trial), trial)
 
@@ -200,7 +206,7 @@ class SweepScheduler(FIFOScheduler):
 
     def _begin(self, trial: Trial) -> Trial:
         self._ready.pop(trial.trial_id, None)
-        self._history.trials[trial.trial_id].paused = False
+        self._history.trials[trial.trial_id].status = Status.WAITING
         if isinstance(rule := self._rules.get(self._bundle_of(trial)), Asha):
             rule.begin(trial)
         return trial
@@ -209,14 +215,13 @@ class SweepScheduler(FIFOScheduler):
         """Into the history, as the journal has it."""
         history = self._history.trials[trial.trial_id]
         history.max_steps, history.devices = report["max_steps"], report["devices"]
-        if report["step"] > history.step and report["metrics"]:
-            event = {"event": "eval", "trial_id": trial.trial_id, "step": report["step"]}
-            self._history.apply(event | {"metrics": report["metrics"], "seconds": report["seconds"]})
+        if report["step"] > history.evaluated_step and report["metrics"]:
+            found = {"step": report["step"], "metrics": report["metrics"], "seconds": report["seconds"]}
+            self._history.apply(Evaluated(trial_id=trial.trial_id, **found))
 
-    def _end(self, trial: Trial, status: str, seconds: float) -> None:
-        step = self._history.trials[trial.trial_id].step
-        event = {"event": "finished", "trial_id": trial.trial_id, "status": status}
-        self._history.apply(event | {"steps": step, "train_seconds": seconds})
+    def _end(self, trial: Trial, status: Status, seconds: float) -> None:
+        step = self._history.trials[trial.trial_id].evaluated_step
+        self._history.apply(Finished(trial_id=trial.trial_id, status=status, steps=step, train_seconds=seconds))
         self._ready.pop(trial.trial_id, None)
         self._live.pop(trial.trial_id, None)
 
@@ -273,7 +278,7 @@ class SweepScheduler(FIFOScheduler):
     def _build(self, bundle: str) -> PruningRule:
         sweep, scheduler = self._sweep, self._sweep.scheduler
         known = {"metric": sweep.metric, "mode": sweep.mode}
-        earlier = [e for e in self._events if self._is_search_of(e["trial_id"], bundle)]
+        earlier = [e for e in self._events if self._is_search_of(e.trial_id, bundle)]
         match scheduler:
             case FifoConfig():
                 return Fifo()
@@ -304,14 +309,13 @@ class SweepScheduler(FIFOScheduler):
         trial = self._history.trials[trial_id]
         return trial.bundle == bundle and trial.purpose == "search"
 
-    def _restored_population(self, bundle: str) -> dict[str, TrialHistory]:
+    def _restored_population(self, bundle: str) -> dict[str, TrialState]:
         return {t.trial_id: t for t in self._history.trials.values() if t.bundle == bundle and t.metrics}
 
     def _exploited(self, trial: Trial, donor: Trial) -> None:
         """Tune has decided that a trial goes on from another's state, with the settings now in its config."""
         params = plain(trial.config)
         step = ray.get(self._broker.fork.remote(trial.trial_id, donor.trial_id, params))
-        forked = {"event": "forked", "trial_id": trial.trial_id, "donor": donor.trial_id}
-        self._history.apply(forked | {"step": step, "params": params})
-        self._history.trials[trial.trial_id].paused = True
+        self._history.apply(Forked(trial_id=trial.trial_id, donor=donor.trial_id, step=step, params=params))
+        self._history.trials[trial.trial_id].status = Status.PAUSED
         _log.info("trial %s goes on from %s: %s", trial.trial_id, donor.trial_id, describe(params))

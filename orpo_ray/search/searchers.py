@@ -10,9 +10,8 @@ import json
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,41 +24,15 @@ from orpo_ray.config import (
     SweepConfig,
 )
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform, grid_cells, to_optuna
-from orpo_ray.errors import MissingExtraError, UserError
+from orpo_ray.errors import MissingExtraError
 from orpo_ray.search.ladder import Ladder
-from orpo_ray.storage.history import LOST, Exhausted, History, TrialHistory, trial_id_of
+from orpo_ray.search.searcher import Exhausted, Searcher, SearcherError, Size, trial_id_of
+from orpo_ray.storage.events import Status
+from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 OPTUNA_FILE = "optuna.journal"
 _MAX_REPEATS = 50
 """Proposals in a row that were tried before, until a space of discrete axes counts as exhausted."""
-
-
-class SearcherError(UserError, RuntimeError):
-    """The searcher cannot propose with these settings; the message says what to set."""
-
-
-class Searcher(Protocol):
-    """What a searcher is asked."""
-
-    def propose(self, index: int, history: History) -> dict[str, Any] | None:
-        """Params of the search's next trial, or None: wait for results.
-
-        Args:
-            index: its number, from 0; `history.trial_id_of` makes its id of it.
-            history: all trials so far, and those of a warm start.
-
-        Raises:
-            Exhausted: there is nothing left to propose.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """A bundle, as a search over sizes needs it."""
-
-    parameters: int
-    devices: int
-    """Workers of a trial."""
 
 
 def build(sweep: SweepConfig, run_dir: Path, sizes: dict[str, Size], max_steps: int | None) -> Searcher:
@@ -117,7 +90,7 @@ class RandomSearcher:
         self._cells = grid_cells(sweep.space)
         self._sampled = {n: axis for n, axis in sweep.space.items() if not isinstance(axis, Grid | Bundle)}
 
-    def propose(self, index: int, history: History) -> dict[str, Any] | None:
+    def propose(self, index: int, history: SweepState) -> dict[str, Any] | None:
         """See `Searcher`."""
         if index >= self._sweep.num_trials:
             raise Exhausted(f"all {self._sweep.num_trials} trials have been proposed")
@@ -151,7 +124,7 @@ class OptunaSearcher:
         )
         self._study.sampler = self._sampler(seed=sweep.seed + len(self._study.get_trials(deepcopy=False)))
 
-    def propose(self, index: int, history: History) -> dict[str, Any] | None:
+    def propose(self, index: int, history: SweepState) -> dict[str, Any] | None:
         """See `Searcher`."""
         from optuna.trial import TrialState
 
@@ -173,7 +146,7 @@ class OptunaSearcher:
                 self._study.tell(trial, values)
         raise Exhausted(f"{_MAX_REPEATS} proposals in a row had been tried before: the space seems exhausted")
 
-    def _tell(self, history: History) -> None:
+    def _tell(self, history: SweepState) -> None:
         """Bring the study up to date: what ended, what a warm start brings, what a crash lost."""
         import optuna
         from optuna.trial import TrialState
@@ -189,11 +162,11 @@ class OptunaSearcher:
                 self._study.tell(
                     frozen.number, state=TrialState.FAIL
                 )  # asked, but a crash came before it was submitted
-            elif ours.status is not None:
+            elif ours.status.has_ended:
                 self._tell_end(frozen, ours, history)
         for trial_id, ours in history.trials.items():
             # Of a warm start, or of a sweep that was begun by an earlier version.
-            if trial_id in known or ours.status is None or (values := self._values(ours, history)) is None:
+            if trial_id in known or not ours.status.has_ended or (values := self._values(ours, history)) is None:
                 continue
             if ours.purpose != "search" or set(self._distributions) - set(ours.params):
                 continue
@@ -206,23 +179,23 @@ class OptunaSearcher:
                 )
             )
 
-    def _tell_end(self, frozen: Any, ours: TrialHistory, history: History) -> None:
+    def _tell_end(self, frozen: Any, ours: TrialState, history: SweepState) -> None:
         import optuna
         from optuna.trial import TrialState
 
         values = self._values(ours, history)
         if values is None:
             self._study.tell(frozen.number, state=TrialState.FAIL)
-        elif ours.status == "stopped_early" and len(values) == 1:
-            optuna.Trial(self._study, frozen._trial_id).report(values[0], ours.step)
+        elif ours.status is Status.STOPPED_EARLY and len(values) == 1:
+            optuna.Trial(self._study, frozen._trial_id).report(values[0], ours.evaluated_step)
             self._study.tell(frozen.number, state=TrialState.PRUNED)
         else:
             self._study.tell(frozen.number, values)
 
-    def _values(self, trial: TrialHistory, history: History) -> list[float] | None:
+    def _values(self, trial: TrialState, history: SweepState) -> list[float] | None:
         """One value per objective; of a diverged trial the worst that any trial had; None where there is none."""
         values = [trial.value(metric) for metric in self._metrics]
-        if trial.status == "diverged":
+        if trial.status is Status.DIVERGED:
             values = [worst(metric, history) for metric in self._metrics]
         return None if any(value is None for value in values) else [float(v) for v in values if v is not None]
 
@@ -278,7 +251,7 @@ class HyperOptSearcher:
         self._sweep, self._startup = sweep, sweep.searcher.startup_trials
         self._domain = Domain(lambda _: 0.0, {name: convert(name, axis) for name, axis in sweep.space.items()})
 
-    def propose(self, index: int, history: History) -> dict[str, Any] | None:
+    def propose(self, index: int, history: SweepState) -> dict[str, Any] | None:
         """See `Searcher`."""
         import hyperopt
 
@@ -321,19 +294,19 @@ class HyperOptSearcher:
         return float(value) if isinstance(axis, Uniform | LogUniform) else axis.candidates()[int(value)]
 
 
-def observations(sweep: SweepConfig, history: History) -> Iterable[tuple[dict[str, Any], float]]:
+def observations(sweep: SweepConfig, history: SweepState) -> Iterable[tuple[dict[str, Any], float]]:
     """(params, metric) of what ended, a diverged trial with the worst metric that any had."""
     for trial in history.trials.values():
-        if trial.status is None or trial.purpose != "search" or set(sweep.space) - set(trial.params):
+        if not trial.status.has_ended or trial.purpose != "search" or set(sweep.space) - set(trial.params):
             continue
-        value = worst(sweep.metric, history) if trial.status == "diverged" else trial.value(sweep.metric)
+        value = worst(sweep.metric, history) if trial.status is Status.DIVERGED else trial.value(sweep.metric)
         if value is not None:
             yield {name: trial.params[name] for name in sweep.space}, value
 
 
-def worst(metric: str, history: History) -> float | None:
+def worst(metric: str, history: SweepState) -> float | None:
     """The worst last value of any trial that did not get lost; None while there is none."""
-    values = [v for t in history.trials.values() if t.status not in LOST and (v := t.value(metric)) is not None]
+    values = [v for t in history.trials.values() if not t.status.is_lost and (v := t.value(metric)) is not None]
     if not values:
         return None
     return min(values) if METRIC_MODES[metric] == "max" else max(values)

@@ -10,22 +10,52 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.config import METRIC_MODES
+from orpo_ray.config import METRIC_MODES, CheckpointConfig
 from orpo_ray.storage.object_store import Storage
 
 MANIFEST = "manifest.json"
-"""Makes a folder a checkpoint (`checkpoint`, which imports too much for an actor that only passes things on)."""
-MANIFEST = "manifest.json"
+"""Written last, it makes a folder a checkpoint; it names every file with its size in bytes and SHA-256."""
 STEP_NAME = re.compile(r"step-\d{8}")
+_PARTIAL = ".partial"
 _OF_A_RANK = re.compile(r"(?:zero_pp_rank_|random-rank-|/rank)0*(\d+)")
 
 
-def below(remote: Storage, uri: str) -> str:
+def exists(checkpoint: str, remote: Storage | None) -> bool:
+    """Whether a checkpoint is where its address says, on this machine or in the sweep's folder of an object store."""
+    if remote is None:
+        return Path(checkpoint).is_dir()
+    return remote.read(f"{_below(remote, checkpoint)}/{MANIFEST}") is not None
+
+
+def copy_to_trial(checkpoint: str, trial_id: str, run_dir: Path, remote: Storage | None) -> str:
+    """Make a copy of another trial's checkpoint the only one that a trial has. Returns its address.
+
+    Files are linked, not copied: checkpoints are never changed, only replaced.
+
+    Args:
+        checkpoint: address of the other trial's.
+        trial_id: of the trial that gets it.
+        run_dir: of the sweep.
+        remote: the sweep's folder in an object store, if checkpoints are there.
+    """
+    if remote is None:
+        return str(_link_checkpoint(Path(checkpoint), run_dir / "trials" / trial_id))
+    source, folder = _below(remote, checkpoint), f"trials/{trial_id}"
+    target = f"{folder}/{checkpoint.rpartition('/')[2]}"
+    # The files first and the manifest last; then the older checkpoints can go.
+    remote.delete(f"{target}/{MANIFEST}")
+    remote.copy(source, target, last=MANIFEST)
+    names = {name.split("/")[2] for name in remote.list(folder) if name.split("/")[2].startswith("step-")}
+    for name in names - {target.rpartition("/")[2]}:
+        remote.delete(f"{folder}/{name}")
+    return f"{remote}/{target}"
+
+
+def _below(remote: Storage, uri: str) -> str:
     return uri.removeprefix(f"{remote}/")
 
 
-def link_checkpoint(source: Path, folder: Path) -> Path:
-    """Make a copy of `source` the only checkpoint in a trial's folder; returns it."""
+def _link_checkpoint(source: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     incoming, target = folder / f".fork-{source.name}", folder / source.name
     shutil.rmtree(incoming, ignore_errors=True)
@@ -58,7 +88,7 @@ def chosen(folder: Path, metric: str | None = None, remote: Storage | None = Non
         there = {name.partition("/")[0] for name in remote.list() if name.endswith(f"/{MANIFEST}")}
         manifests = {name: remote.read(f"{name}/{MANIFEST}") or b"" for name in there if STEP_NAME.fullmatch(name)}
     names = sorted(manifests, reverse=True)
-    best = best_step({int(name[5:]): manifest_metrics(content) for name, content in manifests.items()}, metric)
+    best = best_step({step_of(name): manifest_metrics(content) for name, content in manifests.items()}, metric)
     if best is not None:
         names.insert(0, step_name(best))
     for name in names:
@@ -82,7 +112,80 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def step_name(step: int) -> str:
+    """Name of a checkpoint's folder."""
     return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """Optimizer steps done at the checkpoint of this name."""
+    return int(name.removeprefix("step-"))
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where the files of a checkpoint are written before it gets its name."""
+    return folder / f"{step_name(step)}{_PARTIAL}"
+
+
+def tidy_and_list(folder: Path, remote: Storage | None = None) -> dict[str, dict[str, float]]:
+    """Prepare a trial's folder for resuming: remove unfinished checkpoints and list the others, damaged ones included.
+
+    With an object store, the trial's files beside its checkpoints are downloaded too, unless they are here.
+
+    Returns:
+        Held-out metrics by checkpoint name; empty where the manifest is damaged.
+
+    Raises:
+        StorageError: the store cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"step-*{_PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if remote is None:
+        manifests = {p.name: p / MANIFEST for p in folder.glob("step-*") if STEP_NAME.fullmatch(p.name)}
+        return {name: manifest_metrics(m.read_bytes() if m.exists() else b"") for name, m in manifests.items()}
+    names = remote.list()
+    stored = {name for n in names if STEP_NAME.fullmatch(name := n.partition("/")[0])}
+    complete = {name for name in stored if f"{name}/{MANIFEST}" in names}
+    for name in stored - complete:
+        remote.delete(name)  # an upload that a crash interrupted
+    for name, file in ((n, folder / n) for n in names if "/" not in n):
+        if not file.exists():
+            remote.download(name, file)  # the resumed trial appends to it
+    return {name: manifest_metrics(remote.read(f"{name}/{MANIFEST}") or b"") for name in complete}
+
+
+def steps_to_keep(metrics: dict[int, dict[str, float]], keep: CheckpointConfig) -> set[int]:
+    """The newest `keep.keep_last` steps, and the step where `keep.keep_best` was best.
+
+    Args:
+        metrics: held-out metrics by step.
+        keep: the `checkpoint` section.
+    """
+    best = best_step(metrics, keep.keep_best)
+    return set(sorted(metrics)[-keep.keep_last :]) | (set() if best is None else {best})
+
+
+def remove_others(folder: Path, keep: set[int], before: int) -> None:
+    """Remove the checkpoints in a trial's folder that are older than step `before` and not to be kept."""
+    for path in folder.glob("step-*"):
+        if _is_outdated(path.name, keep, before):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_others_from_store(remote: Storage, keep: set[int], before: int) -> None:
+    """Do the same in the trial's folder in an object store.
+
+    Raises:
+        StorageError: the store cannot be read or written.
+    """
+    for name in {name.partition("/")[0] for name in remote.list()}:
+        if _is_outdated(name, keep, before):
+            remote.delete(f"{name}/{MANIFEST}")  # first: a half-deleted folder must not look like a checkpoint
+            remote.delete(name)
+
+
+def _is_outdated(name: str, keep: set[int], before: int) -> bool:
+    return STEP_NAME.fullmatch(name) is not None and step_of(name) < before and step_of(name) not in keep
 
 
 def owner_rank(name: str) -> int:

@@ -13,9 +13,9 @@ import os
 import re
 import threading
 from pathlib import Path
-from typing import Any
 
 from orpo_ray.errors import UserError
+from orpo_ray.storage.events import Event, from_json
 from orpo_ray.storage.object_store import Storage, StorageError
 
 FOLDER = "journal"
@@ -47,24 +47,24 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         self._changed = threading.Condition()
-        self._new: list[tuple[str, dict[str, Any]]] = []
-        self._safe: list[dict[str, Any]] = []
+        self._new: list[tuple[str, Event]] = []
+        self._safe: list[Event] = []
         self._appended = self._flushed = 0
         self._waiting: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._segments = _segments(remote) if remote else []
         threading.Thread(target=self._run, name="journal", daemon=True).start()
 
-    def append(self, entry: dict[str, Any]) -> None:
+    def append(self, event: Event) -> None:
         """Write one event down. It survives this process at once, and the machine when it is `flushed`."""
-        line = json.dumps(entry) + "\n"
+        line = json.dumps(event.to_json()) + "\n"
         self._file.write(line)
         self._file.flush()
         with self._changed:
-            self._new.append((line, entry))
+            self._new.append((line, event))
             self._appended += 1
             self._changed.notify()
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[Event]:
         """Events that have become safe since the last call, in order."""
         with self._changed:
             safe, self._safe = self._safe, []
@@ -92,7 +92,7 @@ class Journal:
             if self._remote is not None:
                 self._ship(self._remote, "".join(line for line, _ in batch))
             with self._changed:
-                self._safe += [entry for _, entry in batch]
+                self._safe += [event for _, event in batch]
                 self._flushed += len(batch)
                 ready = [w for w in self._waiting if w[0] <= self._flushed]
                 self._waiting = [w for w in self._waiting if w[0] > self._flushed]
@@ -153,7 +153,7 @@ def _name(first: int, last: int) -> str:
     return f"{FOLDER}/{first:010d}-{last:010d}.jsonl"
 
 
-def read_events(path: str | Path) -> list[dict[str, Any]]:
+def read_events(path: str | Path) -> list[Event]:
     """Events of a sweep in the order they were written; an empty list where the journal does not exist yet.
 
     The last line may be torn (the process died while writing it) and is then left out.
@@ -168,12 +168,10 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines()
     while lines and not lines[-1].strip():
         lines.pop()
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     for number, line in enumerate(lines, start=1):
         try:
-            event = json.loads(line)
-            if not isinstance(event, dict) or "event" not in event:
-                raise ValueError("not a JSON object with an `event` key")
+            events.append(from_json(json.loads(line)))
         except ValueError as error:
             if number == len(lines):
                 break
@@ -181,7 +179,6 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
                 f"{path}, line {number}: {error}. Only the last line may be torn; this file was damaged otherwise: "
                 "restore it, or delete that line and lose what it recorded"
             ) from None
-        events.append(event)
     return events
 
 

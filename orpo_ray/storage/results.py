@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from orpo_ray.config import METRIC_MODES
 from orpo_ray.errors import NoSuchRunError
 from orpo_ray.files import read_json
-from orpo_ray.storage.journal import read_events
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, finite
+from orpo_ray.storage.sweep_state import SweepState, TrialState, read_state
 
 _NO_END = "did not finish"
 
@@ -19,7 +19,7 @@ def summarize(
     name: str,
     metric: str,
     mode: Literal["max", "min"],
-    events: Iterable[dict[str, Any]],
+    state: SweepState,
     mlflow_run_ids: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of results.json.
@@ -28,7 +28,7 @@ def summarize(
         name: of the sweep.
         metric: key of a held-out metric; `best` is the trial with its best value.
         mode: whether `max` or `min` is better.
-        events: the journal, in order.
+        state: the sweep, folded from its journal.
         mlflow_run_ids: trial id -> MLflow run id.
 
     Returns:
@@ -42,45 +42,13 @@ def summarize(
         was.
 
     Raises:
-        ValueError: mode is neither max nor min, or an event precedes the submission of its trial.
+        ValueError: mode is neither max nor min.
     """
     if mode not in ("max", "min"):
         raise ValueError(f"mode must be max or min, got {mode!r}")
-    trials: dict[str, dict[str, Any]] = {}
-    attempts: dict[str, set[int]] = {}
-    for event in events:
-        trial_id = event["trial_id"]
-        if event["event"] == "submitted":
-            trials.setdefault(trial_id, _submitted(event, (mlflow_run_ids or {}).get(trial_id)))
-            attempts.setdefault(trial_id, set())
-            continue
-        if trial_id not in trials:
-            raise ValueError(f"event {event['event']!r} of trial {trial_id} comes before its submission")
-        trial = trials[trial_id]
-        match event["event"]:
-            case "started":
-                # A pause and a resume share an attempt; a restart after a crash counts as another.
-                attempts[trial_id].add(event["attempt"])
-                trial["steps"] = max(trial["steps"], event["step"])
-            case "log":
-                trial["steps"] = max(trial["steps"], event["step"])
-            case "eval":
-                trial["steps"] = max(trial["steps"], event["step"])
-                trial["metrics"] = event["metrics"]
-                trial["checkpoint"] = event["checkpoint"] or trial["checkpoint"]
-            case "forked":
-                trial["forks"].append({key: event[key] for key in ("step", "donor", "params")})
-                trial["params"], trial["steps"] = event["params"], event["step"]
-                trial["metrics"], trial["checkpoint"] = trials[event["donor"]]["metrics"], None
-            case "finished":
-                trial["reused_from"] = event.get("reused_from")
-                trial.update(
-                    {k: event[k] for k in ("status", "steps", "metrics", "checkpoint", "train_seconds", "error")}
-                )
-    for trial_id, trial in trials.items():
-        trial["attempts"] = len(attempts[trial_id])
-    ordered = [finite(trial) for trial in trials.values()]
-    return {"name": name, "metric": metric, "mode": mode, "best": _best(ordered, metric, mode), "trials": ordered}
+    run_ids = mlflow_run_ids or {}
+    trials = [finite(_row(trial, run_ids.get(trial.trial_id))) for trial in state.trials.values()]
+    return {"name": name, "metric": metric, "mode": mode, "best": _best(trials, metric, mode), "trials": trials}
 
 
 def load_results(run_dir: str | Path) -> dict[str, Any]:
@@ -119,10 +87,11 @@ def current(run_dir: str | Path) -> dict[str, Any]:
     # The dump, not an ExperimentConfig: to look at a sweep, its config need not be one that this version would run.
     config = read_json(run_dir / SWEEP_FILE)["config"]
     metric = config["sweep"]["metric"]
-    results = summarize(config["name"], metric, METRIC_MODES[metric], read_events(run_dir / EVENTS_FILE))
+    state = read_state(run_dir)
+    results = summarize(config["name"], metric, METRIC_MODES[metric], state)
     for trial in results["trials"]:
-        if trial["error"] == _NO_END:
-            trial |= {"status": "unfinished", "error": None}
+        if not state.trials[trial["trial_id"]].status.has_ended:
+            trial |= {"status": Status.UNFINISHED.value, "error": None}
     return results
 
 
@@ -135,27 +104,28 @@ def is_open(run_dir: Path) -> bool:
     return not results.exists() or (journal.exists() and journal.stat().st_mtime_ns > results.stat().st_mtime_ns)
 
 
-def _submitted(event: dict[str, Any], mlflow_run_id: str | None) -> dict[str, Any]:
+def _row(trial: TrialState, mlflow_run_id: str | None) -> dict[str, Any]:
+    end = trial.end
     return {
-        "trial_id": event["trial_id"],
-        "bundle": event["bundle"],
-        "params": event["params"],
-        "purpose": event.get("purpose", "search"),  # journals of before there was another
-        "status": "failed",  # until its finished event says otherwise
-        "attempts": 0,
-        "forks": [],
-        "reused_from": None,
-        "steps": 0,
-        "metrics": {},
-        "checkpoint": None,
+        "trial_id": trial.trial_id,
+        "bundle": trial.bundle,
+        "params": trial.params,
+        "purpose": trial.purpose,
+        "status": (end.status if end else Status.FAILED).value,
+        "attempts": len({start.attempt for start in trial.starts}),
+        "forks": [{"step": fork.step, "donor": fork.donor, "params": fork.params} for fork in trial.forks],
+        "reused_from": trial.reused_from,
+        "steps": end.steps if end else trial.furthest_step,
+        "metrics": end.metrics if end else trial.last_metrics,
+        "checkpoint": trial.checkpoint,
         "mlflow_run_id": mlflow_run_id,
-        "train_seconds": None,
-        "error": _NO_END,
+        "train_seconds": end.train_seconds if end else None,
+        "error": end.error if end else _NO_END,
     }
 
 
 def _best(trials: list[dict[str, Any]], metric: str, mode: str) -> dict[str, Any] | None:
-    for status in ("finished", "stopped_early"):
+    for status in (Status.FINISHED, Status.STOPPED_EARLY):
         candidates = [t for t in trials if t["status"] == status and t["metrics"].get(metric) is not None]
         if candidates:
             better = max if mode == "max" else min

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Generic, TypeVar
 
+from mlflow.exceptions import MlflowException
+
 log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 30.0
@@ -158,3 +160,11 @@ class Delivery(Generic[Item]):
                 self._failed_at = time.monotonic()
                 self._again_at = self._failed_at + next(self._waits)
             self._changed.notify_all()
+
+
+def is_temporary(error: Exception) -> bool:
+    """Whether a request is worth another try: no connection, no time or no permission yet, but not a refusal."""
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+        return status >= 500 or status in (401, 403, 408, 429)
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)

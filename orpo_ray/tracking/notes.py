@@ -11,6 +11,7 @@ from typing import Any
 from orpo_ray.config import METRIC_MODES, ExperimentConfig
 from orpo_ray.config.space import describe
 from orpo_ray.formatting import markdown_table, number
+from orpo_ray.storage.events import Finished, Status
 
 _BEST_ROWS = 10
 _MAX_ROWS = 40
@@ -20,11 +21,11 @@ _MAX_TEXT = 1500
 """Characters of an error or a command: a note may have 8000 bytes in all (MLflow refuses longer tags)."""
 
 _STATUS = {
-    "finished": "finished",
-    "stopped_early": "stopped early",
-    "diverged": "diverged",
-    "failed": "failed",
-    "unfinished": "did not finish",
+    Status.FINISHED: "finished",
+    Status.STOPPED_EARLY: "stopped early",
+    Status.DIVERGED: "diverged",
+    Status.FAILED: "failed",
+    Status.UNFINISHED: "did not finish",
 }
 
 
@@ -87,7 +88,7 @@ def trial_note(
     parent: str,
     command: str | None,
     purpose: str = "search",
-    end: Mapping[str, Any] | None = None,
+    end: Finished | None = None,
 ) -> str:
     """What a trial is: its settings, how it ended, where its checkpoint is, how to train it again.
 
@@ -161,17 +162,17 @@ def _best_sentence(best: Mapping[str, Any], results: Mapping[str, Any], links: M
     return text + "."
 
 
-def _end(end: Mapping[str, Any]) -> list[str]:
-    parts = [f"**{_STATUS[end['status']].capitalize()}** after {end['steps']} steps, {end['train_seconds']:.1f} s."]
-    if end.get("reused_from"):
-        parts = [f"**Not trained**: the result is that of MLflow run `{end['reused_from']}`, an earlier sweep's."]
-    if end["error"]:
-        parts.append(f"```\n{end['error'][:_MAX_TEXT]}\n```")
-    if end["metrics"]:
-        rows = [[f"`{name}`", number(value, ".6g")] for name, value in sorted(end["metrics"].items())]
+def _end(end: Finished) -> list[str]:
+    parts = [f"**{_STATUS[end.status].capitalize()}** after {end.steps} steps, {end.train_seconds:.1f} s."]
+    if end.reused_from:
+        parts = [f"**Not trained**: the result is that of MLflow run `{end.reused_from}`, an earlier sweep's."]
+    if end.error:
+        parts.append(f"```\n{end.error[:_MAX_TEXT]}\n```")
+    if end.metrics:
+        rows = [[f"`{name}`", number(value, ".6g")] for name, value in sorted(end.metrics.items())]
         parts.append(markdown_table(["last evaluation", ""], rows[:_MAX_ROWS]))
-    if end["checkpoint"]:
-        parts.append(f"Checkpoint: `{end['checkpoint']}`")
+    if end.checkpoint:
+        parts.append(f"Checkpoint: `{end.checkpoint}`")
     return parts
 
 

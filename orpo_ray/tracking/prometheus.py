@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter as Tally
-from dataclasses import dataclass
-from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from orpo_ray.orchestration.broker import Load
+from orpo_ray.storage.events import ENDS, Evaluated, Event, Finished, Forked, Retried, Started, Status
+from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 REFRESH_S = 5.0
 """Gauges are set this often; Ray reports every 10 s."""
-STATES = ("waiting", "training", "paused", "finished", "stopped_early", "diverged", "failed")
+STATES = (Status.WAITING, Status.TRAINING, Status.PAUSED, *ENDS)
 _DURATIONS = [10.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 24 * 3600.0]
 
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -54,14 +53,6 @@ _TRIAL_METRICS = {
 }
 
 
-@dataclass(slots=True)
-class _Trial:
-    state: str = "waiting"
-    values: dict[str, float] | None = None
-    """Gauge -> value, while in training."""
-    metric: float | None = None
-
-
 class SweepMetrics:
     """Follows the journal's events and keeps Ray's metrics up to date. Not thread-safe; needs a Ray connection.
 
@@ -76,83 +67,73 @@ class SweepMetrics:
         """
         self._label = {"sweep": sweep}
         self._metric, self._better = metric, min if mode == "min" else max
-        self._trials: dict[str, _Trial] = {}
+        self._state = SweepState()
         self._best: float | None = None
         self._gauges = {name: Gauge(name, text, labels) for name, (text, labels) in GAUGES.items()}
         self._counters = {name: Counter(name, text, ("sweep",)) for name, text in COUNTERS.items()}
         self._seconds = Histogram(HISTOGRAM, "Training time of ended trials", _DURATIONS, ("sweep", "state"))
         self._due_at = 0.0
 
-    def handle(self, events: list[dict[str, Any]]) -> None:
+    def handle(self, events: list[Event]) -> None:
         """Take note of events, in order. The first ones of a sweep that is continued are its journal."""
-        resumed = not self._trials and any(event["event"] == "started" for event in events)
+        is_resumed = not self._state.trials and any(isinstance(event, Started) for event in events)
         for event in events:
-            self._take(event)
-        if resumed:  # nobody trains yet
-            for trial in self._trials.values():
-                if trial.state in ("training", "paused"):
-                    trial.state, trial.values = "waiting", None
+            self._count(event)
+        if is_resumed:
+            self._state.restart()
 
-    def _take(self, event: dict[str, Any]) -> None:
-        trial = self._trials.setdefault(event["trial_id"], _Trial())
-        match event["event"]:
-            case "started":
-                trial.state = "training"
-                trial.values = {"orpo_ray_trial_step": event["step"], "orpo_ray_trial_max_steps": event["max_steps"]}
-            case "log" if trial.values is not None:
-                trial.values["orpo_ray_trial_step"] = event["step"]
-                for name, (gauge, factor) in _TRIAL_METRICS.items():
-                    if (value := event["metrics"].get(name)) is not None:
-                        trial.values[gauge] = factor * value
-            case "eval":
+    def _count(self, event: Event) -> None:
+        self._state.apply(event)
+        match event:
+            case Evaluated():
                 self._counters["orpo_ray_evaluations"].inc(1.0, self._label)
-                value = event["metrics"].get(self._metric)
+                value = event.metrics.get(self._metric)
                 if value is not None and math.isfinite(value):
-                    trial.metric = value
                     self._best = value if self._best is None else self._better(self._best, value)
-            case "paused":
-                trial.state, trial.values = "paused", None
-            case "preempted":
-                trial.state, trial.values = "waiting", None
-            case "forked":
+            case Forked():
                 self._counters["orpo_ray_forks"].inc(1.0, self._label)
-            case "retry":
+            case Retried():
                 self._counters["orpo_ray_retries"].inc(1.0, self._label)
-                trial.state, trial.values = "waiting", None
-            case "finished":
-                trial.state, trial.values = event["status"], None
+            case Finished():
                 self._due_at = 0.0  # at once: after the last trial there may be no other occasion
-                self._seconds.observe(event["train_seconds"], {**self._label, "state": trial.state})
+                self._seconds.observe(event.train_seconds, {**self._label, "state": event.status.value})
 
     @property
     def is_due(self) -> bool:
         """Whether it is time for `refresh`."""
         return time.monotonic() >= self._due_at
 
-    def refresh(self, load: Load, backlog: int) -> None:
+    def refresh(self, busy: int, idle: int, queued: int, backlog: int) -> None:
         """Set every gauge.
 
         Args:
-            load: the broker's.
+            busy: worker groups that train.
+            idle: worker groups that wait.
+            queued: trials that wait for a worker group.
             backlog: events that MLflow has not taken yet.
         """
         self._due_at = time.monotonic() + REFRESH_S
-        states = Tally(trial.state for trial in self._trials.values())
+        states = Tally(trial.status for trial in self._state.trials.values())
         for state in STATES:
-            self._set("orpo_ray_trials", states[state], state=state)
-        self._set("orpo_ray_worker_groups", len(load.busy), state="busy")
-        self._set("orpo_ray_worker_groups", len(load.idle_seconds), state="idle")
-        self._set("orpo_ray_trials_queued", sum(load.queued.values()))
+            self._set("orpo_ray_trials", states[state], state=state.value)
+        self._set("orpo_ray_worker_groups", busy, state="busy")
+        self._set("orpo_ray_worker_groups", idle, state="idle")
+        self._set("orpo_ray_trials_queued", queued)
         self._set("orpo_ray_mlflow_backlog", backlog)
         if self._best is not None:
             self._set("orpo_ray_best", self._best, metric=self._metric)
-        for trial_id, trial in self._trials.items():
-            if trial.values is None:
-                continue
-            for gauge, value in trial.values.items():
-                self._set(gauge, value, trial=trial_id)
-            if trial.metric is not None:
-                self._set("orpo_ray_trial_metric", trial.metric, trial=trial_id, metric=self._metric)
+        for trial in self._state.trials.values():
+            if trial.status is Status.TRAINING:
+                self._set_trial(trial)
+
+    def _set_trial(self, trial: TrialState) -> None:
+        self._set("orpo_ray_trial_step", trial.step, trial=trial.trial_id)
+        self._set("orpo_ray_trial_max_steps", trial.max_steps or 0, trial=trial.trial_id)
+        for name, (gauge, factor) in _TRIAL_METRICS.items():
+            if (value := trial.logged.get(name)) is not None:
+                self._set(gauge, factor * value, trial=trial.trial_id)
+        if (value := trial.value(self._metric)) is not None:
+            self._set("orpo_ray_trial_metric", value, trial=trial.trial_id, metric=self._metric)
 
     def _set(self, gauge: str, value: float, **labels: str) -> None:
         if math.isfinite(value):  # a diverging loss has no place on an axis

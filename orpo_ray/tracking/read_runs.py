@@ -168,15 +168,18 @@ def _parents(client: MlflowClient, experiments: list[str], name: str | None = No
     if name is not None and "'" in name:
         return []
     where = "tags.`orpo_ray.sweep_id` LIKE '%'" + (f" AND attributes.run_name = '{name}'" if name else "")
-    return _search(client, experiments, where, "attributes.start_time DESC")
+    return search_all_runs(client, experiments, where, "attributes.start_time DESC")
 
 
-def _search(client: MlflowClient, experiments: list[str], where: str, order: str) -> list[Run]:
+def search_all_runs(
+    client: MlflowClient, experiment_ids: list[str], where: str, order: str = "attributes.start_time ASC"
+) -> list[Run]:
+    """Every run that matches a filter, page by page."""
     runs: list[Run] = []
     token: str | None = None
     while True:
         page = client.search_runs(
-            experiments, filter_string=where, max_results=1000, order_by=[order], page_token=token
+            experiment_ids, filter_string=where, max_results=1000, order_by=[order], page_token=token
         )
         runs += page
         token = page.token
@@ -188,7 +191,7 @@ def _parent_record(client: MlflowClient, parent: Run, uri: str, output_dir: Path
     params = {key: _value(text) for key, text in parent.data.params.items()}
     space = {key.removeprefix(SPACE_PREFIX): axis for key, axis in params.items() if key.startswith(SPACE_PREFIX)}
     where = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    children = _search(client, [parent.info.experiment_id], where, "attributes.start_time ASC")
+    children = search_all_runs(client, [parent.info.experiment_id], where, "attributes.start_time ASC")
     if "sweep.metric" not in params:
         from orpo_ray.tracking.uri import TrackingError
 

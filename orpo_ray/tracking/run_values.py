@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Run
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_SOURCE_NAME
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_DATASET_CONTEXT,
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_LOGGED_ARTIFACTS,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+)
 
 from orpo_ray.config import DataConfig
+from orpo_ray.config.flatten import as_text
+from orpo_ray.provenance import without_password
+from orpo_ray.storage.events import Evaluated, Finished, Logged, Status
 
-_KIND = {"train": "log", "perf": "log", "eval": "eval"}
+_KIND = {"train": Logged.kind, "perf": Logged.kind, "eval": Evaluated.kind}
 """Prefix of a metric -> the event it comes with."""
 _MAX_TAG_BYTES = 7900  # MLflow refuses tags over 8000
 GENERATIONS_ARTIFACT = "generations.json"
@@ -76,18 +86,21 @@ def final_name(metric: str) -> str:
     return f"final/{metric.removeprefix('eval/')}"
 
 
-def final_metrics(trial: dict[str, Any]) -> dict[str, float | None]:
+def final_metrics(
+    metrics: Mapping[str, float | None], steps: int, train_seconds: float | None
+) -> dict[str, float | None]:
     """One number per trial and held-out metric, for MLflow's tables and parallel coordinates."""
-    final = {final_name(k): v for k, v in trial["metrics"].items() if k.startswith("eval/")}
-    return final | {"final/steps": trial["steps"], "final/train_seconds": trial["train_seconds"]}
+    final = {final_name(k): v for k, v in metrics.items() if k.startswith("eval/")}
+    return final | {"final/steps": steps, "final/train_seconds": train_seconds}
 
 
-def end_tags(end: dict[str, Any]) -> dict[str, str]:
-    tags = {"orpo_ray.status": end["status"]}
-    tags |= {"orpo_ray.error": end["error"]} if end["error"] else {}
-    tags |= {"orpo_ray.diverged": "true"} if end["status"] == "diverged" else {}
-    tags |= {"orpo_ray.reused_from": end["reused_from"]} if end.get("reused_from") else {}
-    tags |= {"orpo_ray.checkpoint": end["checkpoint"]} if end["checkpoint"] else {}
+def end_tags(end: Finished) -> dict[str, str]:
+    """Tags of a trial's run that tell how it ended."""
+    tags = {"orpo_ray.status": end.status.value}
+    tags |= {"orpo_ray.error": end.error} if end.error else {}
+    tags |= {"orpo_ray.diverged": "true"} if end.status is Status.DIVERGED else {}
+    tags |= {"orpo_ray.reused_from": end.reused_from} if end.reused_from else {}
+    tags |= {"orpo_ray.checkpoint": end.checkpoint} if end.checkpoint else {}
     return tags
 
 
@@ -126,3 +139,25 @@ def _source(path: str) -> tuple[str, dict[str, Any]]:
     if Path(path).is_absolute():  # `config` makes the paths of local files absolute
         return "local", {"uri": path}
     return "hugging_face", {"path": path}
+
+
+def origin_tags(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of every run of a sweep: versions, command, commit and user.
+
+    Args:
+        provenance: from `provenance.collect`.
+    """
+    git = provenance["git"] or {}
+    tags = {
+        "orpo_ray.version": str(provenance["packages"]["orpo-ray"]),
+        MLFLOW_SOURCE_NAME: without_password(provenance["command"]),
+        MLFLOW_SOURCE_TYPE: "LOCAL",
+    }
+    if git.get("commit"):
+        tags |= {MLFLOW_GIT_COMMIT: git["commit"], "orpo_ray.git_dirty": as_text(git["dirty"])}
+    return {key: str(value) for key, value in resolve_tags(tags).items()}  # adds the user
+
+
+def run_address(experiment_id: str, run_id: str) -> str:
+    """Address of a run's page, for links from another page of MLflow's UI."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}"

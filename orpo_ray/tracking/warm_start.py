@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from orpo_ray.config import ExperimentConfig, SweepConfig
 from orpo_ray.config.flatten import SPEED_ONLY, as_text, settings_of
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
 from orpo_ray.files import read_json, write_atomically
-from orpo_ray.storage.history import TrialHistory
+from orpo_ray.storage.events import Evaluated, Finished, Status
+from orpo_ray.storage.sweep_state import TrialState
+from orpo_ray.tracking.read_runs import search_all_runs
 from orpo_ray.tracking.uri import TrackingError
 
 WARM_START_FILE = "warm_start.json"
@@ -26,24 +28,24 @@ WARM_START_FILE = "warm_start.json"
 class WarmStart:
     """What was found."""
 
-    trials: dict[str, TrialHistory]
+    trials: dict[str, TrialState]
     """By an id of their own, `mlflow:RUN`."""
     message: str
     """How many, of how many; where none fits, in what they differ."""
 
 
-def load(config: ExperimentConfig, uri: str, parent_id: str) -> WarmStart:
+def load(config: ExperimentConfig, sweep: SweepConfig, uri: str, parent_id: str) -> WarmStart:
     """Finished trials of the MLflow experiment `sweep.warm_start` that this sweep can learn from.
 
     Args:
-        config: the experiment; its sweep names the experiment to read.
+        config: the experiment.
+        sweep: its sweep, which names the MLflow experiment to read.
         uri: tracking URI.
         parent_id: this sweep's own parent run, whose trials are not earlier ones.
 
     Raises:
         TrackingError: there is no such experiment.
     """
-    _, sweep = config.as_sweep()
     assert sweep.warm_start is not None
     file = config.run_dir / WARM_START_FILE
     if file.exists():
@@ -55,10 +57,10 @@ def load(config: ExperimentConfig, uri: str, parent_id: str) -> WarmStart:
             f"sweep.warm_start {sweep.warm_start}: no MLflow experiment of this name at the tracking URI; correct it, "
             "or drop it to start from nothing"
         )
-    trials: dict[str, TrialHistory] = {}
+    trials: dict[str, TrialState] = {}
     differences: Counter[str] = Counter()
     seen = 0
-    for run in _finished_trials(client, experiment.experiment_id):
+    for run in search_all_runs(client, [experiment.experiment_id], "tags.`orpo_ray.status` = 'finished'"):
         if run.data.tags.get("mlflow.parentRunId") == parent_id or "orpo_ray.reused_from" in run.data.tags:
             continue
         seen += 1
@@ -71,25 +73,8 @@ def load(config: ExperimentConfig, uri: str, parent_id: str) -> WarmStart:
     if seen and not trials:
         message += "; most differ in " + ", ".join(name for name, _ in differences.most_common(3))
     found = WarmStart(trials, message)
-    write_atomically(file, json.dumps(asdict(found), indent=1))
+    _write(file, found)
     return found
-
-
-def _finished_trials(client: MlflowClient, experiment_id: str) -> list[Run]:
-    runs: list[Run] = []
-    token: str | None = None
-    while True:
-        page = client.search_runs(
-            [experiment_id],
-            filter_string="tags.`orpo_ray.status` = 'finished'",
-            max_results=1000,
-            order_by=["attributes.start_time ASC"],
-            page_token=token,
-        )
-        runs += page
-        token = page.token
-        if not token:
-            return runs
 
 
 def _params_of(run: Run, config: ExperimentConfig, sweep: SweepConfig) -> tuple[dict[str, Any] | None, list[str]]:
@@ -131,26 +116,52 @@ def _value_on(axis: Axis, name: str, theirs: dict[str, str]) -> Any:
     return None
 
 
-def _trial(run: Run, params: dict[str, Any], sweep: SweepConfig) -> TrialHistory:
+def _trial(run: Run, params: dict[str, Any], sweep: SweepConfig) -> TrialState:
     final = {k.removeprefix("final/"): v for k, v in run.data.metrics.items() if k.startswith("final/")}
     step = int(final.pop("steps"))
     final.pop("train_seconds", None)
-    return TrialHistory(
-        trial_id=f"mlflow:{run.info.run_id}",
-        params=params,
-        bundle=sweep.bundle_of(params),
-        max_steps=step,
-        metrics={step: {f"eval/{name}": value for name, value in final.items()}},
-        status="finished",
-        reused_from=run.info.run_id,
+    metrics = {f"eval/{name}": value for name, value in final.items()}
+    return _finished(f"mlflow:{run.info.run_id}", params, sweep.bundle_of(params), step, metrics, run.info.run_id)
+
+
+def _finished(
+    trial_id: str, params: dict[str, Any], bundle: str, step: int, metrics: dict[str, float], run_id: str
+) -> TrialState:
+    """A trial that an earlier MLflow run trained to its end."""
+    trial = TrialState(trial_id, params, bundle, max_steps=step)
+    trial.apply(Evaluated(trial_id=trial_id, step=step, metrics=metrics))
+    trial.apply(
+        Finished(
+            trial_id=trial_id,
+            status=Status.FINISHED,
+            steps=step,
+            metrics=metrics,
+            train_seconds=0.0,
+            reused_from=run_id,
+        )
     )
+    return trial
+
+
+def _write(file: Path, found: WarmStart) -> None:
+    trials = {
+        trial.trial_id: {
+            "params": trial.params,
+            "bundle": trial.bundle,
+            "max_steps": trial.max_steps,
+            "metrics": trial.metrics,
+            "reused_from": trial.reused_from,
+        }
+        for trial in found.trials.values()
+    }
+    write_atomically(file, json.dumps({"trials": trials, "message": found.message}, indent=1))
 
 
 def _read(file: Path) -> WarmStart:
     tree = read_json(file)
     trials = {}
-    for trial_id, fields in tree["trials"].items():
-        fields["metrics"] = {int(step): metrics for step, metrics in fields["metrics"].items()}
-        fields["seconds"] = {}
-        trials[trial_id] = TrialHistory(**fields)
+    for trial_id, known in tree["trials"].items():
+        ((step, metrics),) = known["metrics"].items()
+        arguments = (known["params"], known["bundle"], int(step), metrics, known["reused_from"])
+        trials[trial_id] = _finished(trial_id, *arguments)
     return WarmStart(trials, tree["message"])

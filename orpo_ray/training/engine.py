@@ -1,4 +1,4 @@
-"""Typed config to a DeepSpeed ZeRO engine, and one optimizer step on it."""
+"""A DeepSpeed ZeRO engine: built from the typed config, stepped, and freed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from orpo_ray.config import DeepSpeedConfig, ExperimentConfig, OptimConfig
 from orpo_ray.models.pair_model import PairModel
 
 _COMMUNICATION_OP = "ShareMemCommBuilder"
-"""DeepSpeed compiles it on every CPU start; other accelerators have none."""
+"""DeepSpeed compiles it at every start on a CPU; other accelerators have none."""
 _LONGEST_BUILD_S = 180
-"""A build's guard file older than this was left by a process that was killed."""
+"""A build's guard file that is older than this was left by a killed process."""
 
 
 def init_process_group() -> None:
-    """Join the process group that the launcher's environment describes, unless that has happened already."""
+    """Join the process group that the launcher's environment describes, unless this process is in one already."""
     _prebuild(_COMMUNICATION_OP)
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
@@ -36,9 +36,9 @@ def init_process_group() -> None:
 def _prebuild(op_builder: str) -> None:
     """Compile one of DeepSpeed's ops, once for all processes of this machine.
 
-    PyTorch guards a build by a plain file, which stays when the builder is killed; every later process then waits for
-    ever (pytorch/pytorch#189245). Here processes take turns under a lock that dies with its owner, and an old guard
-    file is removed.
+    PyTorch guards a build with a plain file, which remains when the builder is killed; every later process then waits
+    for ever (pytorch/pytorch#189245). Here processes take turns under a lock that the system releases with its owner,
+    and an old guard file is removed.
     """
     builder = get_accelerator().create_op_builder(op_builder)
     if builder is None or not builder.is_compatible(verbose=False):
@@ -56,13 +56,13 @@ def _prebuild(op_builder: str) -> None:
 def build_engine(model: PairModel, config: ExperimentConfig) -> deepspeed.DeepSpeedEngine:
     """Wrap a model for training. The process group must exist; every rank calls this with the same weights.
 
-    Weights and gradients are fp32 at every ZeRO stage and `train.precision` acts through autocast (inside the model:
-    on CUDA, DeepSpeed switches off one that it finds around its engine), so that the stage changes memory and speed
-    but never the numbers.
+    Weights and gradients are fp32 at every ZeRO stage, and `train.precision` acts through autocast, so that the stage
+    changes memory and speed but never the numbers. Autocast is inside the model because on CUDA DeepSpeed disables an
+    autocast region around its engine.
     """
     _quiet()
     _prebuild(_COMMUNICATION_OP)
-    get_accelerator().reset_peak_memory_stats()  # a warm worker had other models before
+    get_accelerator().reset_peak_memory_stats()  # a warm worker has trained other models before
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = _parameter_groups(trainable, config.optim)
     ds_config = deepspeed_config(config)
@@ -75,7 +75,7 @@ def build_engine(model: PairModel, config: ExperimentConfig) -> deepspeed.DeepSp
         ds_config["optimizer"] = {"type": "AdamW", "params": _adam(config.optim)}
     engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False, **arguments)
     if config.deepspeed.zero_stage == 0 and dist.get_world_size() == 1:
-        engine.enable_backward_allreduce = False  # with nobody to reduce with, it would copy all gradients twice
+        engine.enable_backward_allreduce = False  # a single rank needs none, and it would copy all gradients twice
     if config.deepspeed.zero_stage == 3:
         for parameter in model.outside_parameters:
             deepspeed.zero.register_external_parameter(model, parameter)
@@ -83,10 +83,10 @@ def build_engine(model: PairModel, config: ExperimentConfig) -> deepspeed.DeepSp
 
 
 def deepspeed_config(config: ExperimentConfig) -> dict[str, Any]:
-    """The DeepSpeed configuration that an experiment stands for."""
+    """The DeepSpeed configuration of an experiment."""
     stage = config.deepspeed.zero_stage
     return {
-        # Nominal: the loop packs micro-batches by tokens and marks the last one of a step itself; 2 stands for several.
+        # Nominal values: the loop packs micro-batches by tokens and marks a step's last one itself; 2 means several.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,
         # Stage 0 has no DeepSpeed optimizer to report the norm it clipped to: `step` clips there.
@@ -98,10 +98,10 @@ def deepspeed_config(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def step(engine: deepspeed.DeepSpeedEngine, lr: float, max_grad_norm: float | None) -> float:
-    """Clip, update, clear. Call on every rank after the last micro-batch's backward.
+    """Clip the gradient, update the weights, clear the gradient. Call on every rank after the last backward pass.
 
     Returns:
-        Norm of the global gradient before clipping, the same on every rank. Not finite if any rank's gradient was not.
+        Norm of the global gradient before clipping, the same on every rank; not finite if any rank's gradient is not.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -116,13 +116,13 @@ def step(engine: deepspeed.DeepSpeedEngine, lr: float, max_grad_norm: float | No
 
 
 def destroy(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Free what the engine holds; the process group stays for the next one."""
+    """Free the engine's memory; the process group remains for the next engine."""
     optimizers = (engine.basic_optimizer, engine.optimizer)
     modules, parameters = list(engine.module.modules()), list(engine.module.parameters())
     engine.destroy()
-    # ZeRO-3 leaves hooks in autograd's nodes, where Python's collector cannot see that they and what they refer to
-    # form cycles. So everything is taken from what they reach, the modules' own hooks and DeepSpeed's classes of
-    # autograd functions included: otherwise every engine leaves all of its state behind.
+    # ZeRO-3 leaves hooks in autograd's nodes, where Python's collector cannot see that they form cycles with the
+    # objects that they refer to. So these objects are emptied, the modules' own hooks and DeepSpeed's classes of
+    # autograd functions included: otherwise every engine leaks all of its state.
     for optimizer in optimizers:
         vars(optimizer).clear()
     for parameter in parameters:
@@ -131,7 +131,7 @@ def destroy(engine: deepspeed.DeepSpeedEngine) -> None:
         parameter.grad = None
     for module in (*modules, engine):
         vars(module).clear()
-    gc.collect()  # what remains refers to each other in cycles
+    gc.collect()  # the remaining objects form cycles
     get_accelerator().empty_cache()
 
 
@@ -140,7 +140,7 @@ def _adam(optim: OptimConfig) -> dict[str, Any]:
 
 
 def _parameter_groups(trainable: list[torch.nn.Parameter], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices decay, biases and norms do not. A group without parameters would break ZeRO's flat buffers."""
+    """Weight decay for matrices only, not for biases and norms. An empty group would break ZeRO's flat buffers."""
     decayed = [p for p in trainable if p.dim() >= 2]
     plain = [p for p in trainable if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -163,7 +163,7 @@ def _zero(config: DeepSpeedConfig) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """DeepSpeed logs dozens of INFO lines per engine; a warm worker starts one engine per trial."""
+    """Hide INFO lines: DeepSpeed logs dozens per engine, and a warm worker starts one engine per trial."""
     import logging
 
     from deepspeed.utils import logger

@@ -1,4 +1,4 @@
-"""The held-out pass: metrics that λ cannot move, and what they are averages of, pair by pair."""
+"""The held-out pass: metrics over all held-out pairs, and the scores of each pair that they average."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from orpo_ray.config import ExperimentConfig, LossConfig
 from orpo_ray.data.dataset import Pair, PairDataset
 from orpo_ray.models.logps import PairLogps
-from orpo_ray.models.packing import Counting, micro_batches
+from orpo_ray.models.packing import LossMask, micro_batches
 from orpo_ray.models.pair_model import pair_logps
 from orpo_ray.storage.pair_scores import PairScores
 from orpo_ray.training.loss import BatchCounts, LossFn, LossTerms
@@ -27,10 +27,10 @@ class Evaluation:
     metrics: dict[str, float]
     """Averages over the pairs."""
     columns_NC: np.ndarray
-    """fp64: what was measured on each pair; `pair_scores` names it."""
+    """fp64: the scores of each pair; `pair_scores` names the columns."""
 
     def pair_scores(self, step: int, pairs: PairDataset, loss: LossConfig) -> PairScores:
-        """The columns with their names, and what is needed to make the metrics of them.
+        """The columns with their names, and the settings needed to compute the metrics from them.
 
         Args:
             step: optimizer steps done.
@@ -43,7 +43,7 @@ class Evaluation:
         return PairScores(
             step=step,
             pair_ids_N=_pair_ids(pairs),
-            # Measured in fp32: nothing is lost.
+            # Computed in fp32, so nothing is lost.
             chosen_logp_N=chosen.astype(np.float32),
             rejected_logp_N=rejected.astype(np.float32),
             log_odds_N=log_odds.astype(np.float32),
@@ -60,14 +60,14 @@ class Evaluation:
 
 @dataclass(slots=True)
 class _Columns:
-    """Rows of `Evaluation.columns_NC` that this rank has measured; on the device until `gathered`."""
+    """This rank's rows of `Evaluation.columns_NC`; they stay on the device until `gathered`."""
 
     indices: list[np.ndarray] = field(default_factory=list)
     measured: list[torch.Tensor] = field(default_factory=list)
     num_bytes: list[int] = field(default_factory=list)
 
     def add(self, indices_P: np.ndarray, members: list[Pair], logps: PairLogps, terms: LossTerms) -> None:
-        """Keep the pairs of a micro-batch."""
+        """Append the pairs of a micro-batch."""
         nats_P = -logps.chosen_logps_P.double() * logps.chosen_tokens_P
         rest = (terms.log_odds_P, terms.odds_ratio_loss_P, terms.preference_loss_P, logps.nll_sums_P)
         columns = (logps.chosen_logps_P, logps.rejected_logps_P, *rest, logps.nll_tokens_P, nats_P)
@@ -76,7 +76,7 @@ class _Columns:
         self.num_bytes += [pair.chosen_bytes for pair in members]
 
     def gathered(self, num_pairs: int, device: torch.device) -> np.ndarray:
-        """The rows of all ranks, fp64 [N, C]. A collective: one message, and the only wait for the device."""
+        """The rows of all ranks, fp64 [N, C]. A collective, with one message and the only wait for the device."""
         rows_NC = torch.zeros(num_pairs, 9, dtype=torch.float64, device=device)
         if self.measured:
             num_bytes_M = torch.tensor(self.num_bytes, dtype=torch.float64, device=device)
@@ -93,31 +93,31 @@ def evaluate(
     pairs: PairDataset,
     config: ExperimentConfig,
     loss_fn: LossFn,
-    counting: Counting,
+    loss_mask: LossMask,
     pad_token_id: int,
     reference_N2: np.ndarray | None = None,
 ) -> Evaluation:
-    """Metrics over all held-out pairs and what each pair gave, the same on every rank. A collective.
+    """Metrics over all held-out pairs and the scores of each pair, the same on every rank. A collective.
 
     Args:
         engine: around a `PairModel`.
         pairs: the held-out pairs.
         config: the trial's.
-        loss_fn: its objective.
-        counting: which tokens that counts.
-        pad_token_id: fills rows up.
-        reference_N2: the reference model's means of chosen and rejected, where the loss compares with them.
+        loss_fn: the objective.
+        loss_mask: which tokens it counts.
+        pad_token_id: pads rows.
+        reference_N2: the reference model's means of chosen and rejected, if the loss compares with them.
 
     Returns:
         Metrics: `eval/loss`, `eval/nll` (the objective's own scope and reduction), `eval/odds_ratio_loss`,
         `eval/log_odds`, `eval/chosen_logp`, `eval/rejected_logp`, `eval/preference_accuracy` (share of pairs whose
         chosen answer has the higher length-normalised log-probability, ties half), and `eval/nll_per_byte`: nats per
-        UTF-8 byte of the chosen answers, comparable across tokenizers and NLL scopes. Of a reward model: `eval/loss`,
+        UTF-8 byte of the chosen answers, comparable across tokenizers and NLL scopes. A reward model has `eval/loss`,
         `eval/chosen_reward`, `eval/rejected_reward`, `eval/reward_margin`, and as accuracy the share of pairs whose
-        chosen answer has the higher reward. Of rloo no `eval/loss`: its loss is of sampled answers.
+        chosen answer has the higher reward. rloo has no `eval/loss`, as its loss needs sampled answers.
     """
     everyone = np.arange(len(pairs))
-    counts = BatchCounts(pairs=len(pairs), nll_tokens=counting.nll_tokens(pairs, everyone))
+    counts = BatchCounts(pairs=len(pairs), nll_tokens=loss_mask.nll_tokens(pairs, everyone))
     sums = PairSums.zeros(engine.device, held_out_kind_of(config.loss))
     answer_sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats, bytes
     columns = _Columns()
@@ -127,13 +127,13 @@ def evaluate(
         dist.get_world_size(),
         max_pairs=config.train.micro_batch_size,
         max_tokens=config.train.max_tokens_per_micro_batch,
-        share_prompt=engine.module.form.shares_prompt,
+        share_prompt=engine.module.forward_mode.shares_prompt,
     ):
         mine = ranks[dist.get_rank()]
-        # A rank without pairs in this round runs one anyway, uncounted: ZeRO-3 gathers parameters in every pass.
+        # A rank without pairs in this round makes a dummy pass: ZeRO-3 gathers parameters in every pass.
         chosen = mine if len(mine) else everyone[:1]
         members = [pairs[int(i)] for i in chosen]
-        batch = engine.module.collate(members, counting, pad_token_id)
+        batch = engine.module.collate(members, loss_mask, pad_token_id)
         if reference_N2 is not None:
             batch = replace(batch, reference_P2=torch.from_numpy(reference_N2[chosen]))
         logps = pair_logps(engine, batch.to(engine.device))
@@ -155,7 +155,7 @@ def evaluate(
 
 
 def _loss_weights(loss: LossConfig) -> tuple[float, float]:
-    """How much of the NLL and of the mean preference term the objective is (`loss.py`)."""
+    """Weights of the NLL and of the mean preference term in the objective (`training.loss`)."""
     match loss.name:
         case "orpo" | "sft":
             assert loss.orpo_lambda is not None
@@ -171,5 +171,5 @@ def _loss_weights(loss: LossConfig) -> tuple[float, float]:
 
 @lru_cache(maxsize=2)
 def _pair_ids(pairs: PairDataset) -> np.ndarray:
-    """UTF-8 ids in order. Kept, like the pairs themselves, between the trials of a warm worker."""
+    """UTF-8 ids in order. Cached, like the pairs themselves, between the trials of a warm worker."""
     return np.array([pairs[index].pair_id.encode() for index in range(len(pairs))])

@@ -1,4 +1,4 @@
-"""What a model in training answers to a few held-out prompts: greedily, and to the same prompts at every evaluation."""
+"""Greedy answers of the model in training to a few held-out prompts, the same prompts at every evaluation."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ import torch.distributed as dist
 
 from orpo_ray.config import GenerationConfig
 from orpo_ray.data.dataset import PairDataset
-from orpo_ray.models.pair_model import Prompts
+from orpo_ray.models.answers import Prompts
+from orpo_ray.training.collectives import gather
 
 
 @torch.no_grad()
 def generate(
     engine: Any, pairs: PairDataset, config: GenerationConfig, tokenizer: Any, step: int, group: Any = None
 ) -> list[dict[str, Any]]:
-    """Answers to the first `config.prompts` held-out prompts, the same list on every rank. A collective.
+    """Answer the first `config.prompts` held-out prompts. A collective; every rank gets the same list.
 
     Args:
         engine: around a `PairModel`.
         pairs: the held-out pairs.
-        config: how many prompts, how long an answer.
-        tokenizer: of the model; its EOS ends an answer.
+        config: number of prompts and longest answer.
+        tokenizer: the model's; its EOS ends an answer.
         step: optimizer steps done.
         group: process group for small host-side messages; the default group if None.
 
     Returns:
-        Rows `step`, `pair_id`, `prompt` (as the chat template writes it), `chosen`, `rejected` (as trained on: cut
-        where the config cuts them) and `generated`, without special tokens; none where the longest of the prompts
-        leaves no room for an answer.
+        Rows `step`, `pair_id`, `prompt` (as the chat template writes it), `chosen`, `rejected` (as trained on, with the
+        config's truncation) and `generated`, without special tokens. No rows if the longest prompt leaves no room for
+        an answer.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     wanted = range(min(config.prompts, len(pairs)))
-    # Behind a long prompt a model may have few positions left, or none.
+    # After a long prompt, the model may have few positions left, or none.
     room = engine.module.max_positions - max((len(pairs[index].prompt_ids) for index in wanted), default=0)
     if min(room, len(wanted)) <= 0:
         return []
-    # ZeRO-3 gathers parameters in every pass, so a rank without a prompt answers one too, for nobody.
+    # ZeRO-3 gathers parameters in every pass, so a rank without a prompt answers one too, and drops the answer.
     mine = list(wanted[rank::world])
     members = [pairs[index] for index in mine or [0]]
     prompts = Prompts.padded(
@@ -65,6 +66,5 @@ def generate(
         }
         for index, pair, answer_T in zip(mine, members, answers_RT, strict=False)
     ]
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, rows, group=group)
-    return [everyone[index % world][index // world] for index in wanted]
+    rows_by_rank = gather(rows, group)
+    return [rows_by_rank[index % world][index // world] for index in wanted]

@@ -17,12 +17,12 @@ from orpo_ray.config import LossConfig
 from orpo_ray.models.logps import PairLogps, at_least_fp32
 
 LOGP_CEILING = -1.0e-6
-"""log(1 - P) and its gradient are finite in fp32 below this; a mean log-probability nearer to 0 is held here."""
+"""log(1 - P) and its gradient are finite in fp32 below this; mean log-probabilities nearer to 0 are clamped to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchCounts:
-    """Size of the whole global batch, over all micro-batches and workers."""
+    """Size of the global batch, over all micro-batches and workers."""
 
     pairs: int
     nll_tokens: int
@@ -30,14 +30,14 @@ class BatchCounts:
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """One micro-batch's share of the global batch's loss: shares of all micro-batches add up to the loss (law 2).
+    """One micro-batch's share of the global batch's loss: the shares of all micro-batches add up to the loss (law 2).
 
-    NLL and odds ratio are reported for every loss, also where its objective has none: held-out values of them can be
-    compared between losses.
+    Every loss reports NLL and odds ratio, even if its objective has neither, so that held-out values can be compared
+    between losses.
     """
 
     loss: torch.Tensor
-    """Scalar, carries the gradient."""
+    """Scalar, with gradient."""
     nll: torch.Tensor
     """Scalar share of the NLL, detached."""
     odds_ratio_loss_P: torch.Tensor
@@ -49,13 +49,13 @@ class LossTerms:
 
 
 LossFn = Callable[[PairLogps, BatchCounts], LossTerms]
-"""The seam: any function of this type can be trained with."""
+"""The extension point: the loop can train with any function of this type."""
 
 
 def log_odds_ratio(chosen_logps_P: torch.Tensor, rejected_logps_P: torch.Tensor) -> torch.Tensor:
     """log [odds(y_w|x) / odds(y_l|x)] with odds = P / (1 - P) (paper eq. 4-5).
 
-    log(1 - e^x) is taken as log(-expm1(x)), which keeps fp32 accuracy where e^x rounds to 1. Value and gradient are
+    log(1 - e^x) is computed as log(-expm1(x)), which keeps fp32 accuracy where e^x rounds to 1. Value and gradient are
     finite for all log-probabilities in [-100, 0].
 
     Args:
@@ -85,7 +85,7 @@ def orpo(
         orpo_lambda: λ.
         nll_reduction: `token` divides the summed NLL by the global batch's tokens; `pair` averages each pair's
             token mean over the global batch's pairs.
-        ratio: `odds` is the paper's objective; `probability` puts P(y_w|x) / P(y_l|x) in its place (section 7.1).
+        ratio: `odds` is the paper's objective; `probability` uses P(y_w|x) / P(y_l|x) instead (section 7.1).
         temperature: b, 1 in the paper (Gorbatovski et al. 2025, arXiv 2502.01237).
     """
     log_odds_P = log_odds_ratio(logps.chosen_logps_P, logps.rejected_logps_P)
@@ -94,7 +94,7 @@ def orpo(
     )
     preference_loss_P = F.softplus(-temperature * log_ratio_P)
     nll = _nll(logps, counts, nll_reduction)
-    # At λ = 0 the odds ratio is left out rather than multiplied by 0: the gradient is then SFT's to the last bit.
+    # At λ = 0 the odds ratio is left out rather than multiplied by 0: the gradient is then bitwise that of SFT.
     loss = nll if orpo_lambda == 0 else nll + orpo_lambda * preference_loss_P.sum() / counts.pairs
     return _terms(loss, nll, log_odds_P, preference_loss_P)
 
@@ -105,8 +105,8 @@ def dpo(logps: PairLogps, counts: BatchCounts, *, beta: float, nll_reduction: st
     Args:
         logps: this micro-batch, with its reference.
         counts: the global batch it belongs to.
-        beta: β, how dearly it pays to leave the reference.
-        nll_reduction: of the reported NLL; the objective has none.
+        beta: β, strength of the pull towards the reference.
+        nll_reduction: for the reported NLL only; the objective has none.
 
     Raises:
         ValueError: no reference is given.
@@ -117,15 +117,15 @@ def dpo(logps: PairLogps, counts: BatchCounts, *, beta: float, nll_reduction: st
 
 
 def ipo(logps: PairLogps, counts: BatchCounts, *, beta: float, nll_reduction: str) -> LossTerms:
-    """(h - 1 / (2β))², h the difference of the answers' log-ratios to the reference (Azar et al. 2023, eq. 17).
+    """(h - 1 / (2β))², h being the difference of the answers' log-ratios to the reference (Azar et al. 2023, eq. 17).
 
-    As in TRL, h is of means over the answers' tokens: with sums, the target 1 / (2β) would ask less of longer answers.
+    As in TRL, h uses means over the answers' tokens: with sums, the target 1 / (2β) would ask less of longer answers.
 
     Args:
         logps: this micro-batch, with its reference.
         counts: the global batch it belongs to.
-        beta: the paper's τ: the larger, the nearer to the reference.
-        nll_reduction: of the reported NLL; the objective has none.
+        beta: the paper's τ; a larger value keeps the model closer to the reference.
+        nll_reduction: for the reported NLL only; the objective has none.
 
     Raises:
         ValueError: no reference is given.
@@ -141,9 +141,9 @@ def simpo(logps: PairLogps, counts: BatchCounts, *, beta: float, simpo_gamma: fl
         logps: this micro-batch.
         counts: the global batch it belongs to.
         beta: β, scale of the reward.
-        simpo_gamma: γ, the margin that the rewards should keep. TRL gives it the same name; SimPO's own code asks for
-            γ / β instead.
-        nll_reduction: of the reported NLL; the objective has none.
+        simpo_gamma: γ, the target margin between the rewards. TRL has the same name; SimPO's own code takes γ / β
+            instead.
+        nll_reduction: for the reported NLL only; the objective has none.
     """
     margin_P = at_least_fp32(logps.chosen_logps_P) - at_least_fp32(logps.rejected_logps_P)
     return _preference_only(logps, counts, nll_reduction, F.softplus(simpo_gamma - beta * margin_P))
@@ -156,7 +156,7 @@ def cpo(logps: PairLogps, counts: BatchCounts, *, beta: float, nll_weight: float
         logps: this micro-batch.
         counts: the global batch it belongs to.
         beta: β.
-        nll_weight: TRL's `cpo_alpha`. TRL's NLL counts the response only, as a token mean.
+        nll_weight: TRL's `cpo_alpha`. In TRL the NLL is a token mean of the response only.
         nll_reduction: as for `orpo`.
     """
     chosen_P = at_least_fp32(logps.chosen_logps_P) * logps.chosen_tokens_P
@@ -173,10 +173,10 @@ def bradley_terry(rewards: PairLogps, counts: BatchCounts, *, nll_reduction: str
     The margin is the log odds, under Bradley and Terry's model (1952), of the chosen answer being preferred.
 
     Args:
-        rewards: this micro-batch; a `forward.PairModel` around a reward model gives rewards where a language model
-            gives mean log-probabilities.
+        rewards: this micro-batch; a `PairModel` around a reward model returns rewards in place of mean
+            log-probabilities.
         counts: the global batch it belongs to.
-        nll_reduction: not read: there is no NLL.
+        nll_reduction: ignored, as there is no NLL.
     """
     margin_P = at_least_fp32(rewards.chosen_logps_P) - at_least_fp32(rewards.rejected_logps_P)
     preference_loss_P = F.softplus(-margin_P)
@@ -196,15 +196,15 @@ def rloo(
     """REINFORCE with the other answer's return as baseline: RLOO (Ahmadian et al. 2024, arXiv 2402.14740) with k = 2.
 
     Each pair is two answers that the model itself has just sampled to one prompt. With returns
-    R_i = r(x, y_i) - β · [log p(y_i) - log p_ref(y_i)], held fixed, the estimate of the gradient that raises them is
-    ½ · (R_1 - R_2) · ∇[log p(y_1) - log p(y_2)], and the loss is minus what has that gradient.
+    R_i = r(x, y_i) - β · [log p(y_i) - log p_ref(y_i)], treated as constants, the gradient of the expected return is
+    estimated as ½ · (R_1 - R_2) · ∇[log p(y_1) - log p(y_2)]. The loss is minus a term with that gradient.
 
     Args:
         logps: this micro-batch, with its reference and rewards.
         counts: the global batch it belongs to.
-        beta: what a nat of divergence from the reference costs, in units of reward.
-        nll_reduction: not read: the NLL of one's own answers says nothing.
-        reward_model, max_new_tokens: read where the answers are made (`online`).
+        beta: cost of one nat of divergence from the reference, in units of reward.
+        nll_reduction: ignored: the NLL of the model's own answers has no meaning.
+        reward_model, max_new_tokens: ignored here; `rollouts` uses them.
 
     Raises:
         ValueError: no reference or no rewards are given.
@@ -242,14 +242,14 @@ def from_config(config: LossConfig) -> LossFn:
 
 
 def held_out_from_config(config: LossConfig) -> LossFn:
-    """What held-out pairs are measured with: the loss itself, but for rloo, whose loss is of sampled answers only."""
+    """The loss for held-out pairs: the training loss, except for rloo, whose loss needs sampled answers."""
     if config.name == "rloo":
         return partial(orpo, orpo_lambda=0.0, nll_reduction=config.nll_reduction)
     return from_config(config)
 
 
 def _nll(logps: PairLogps, counts: BatchCounts, reduction: str) -> torch.Tensor:
-    """This micro-batch's share of the NLL; of no tokens at all it is 0."""
+    """This micro-batch's share of the NLL; 0 if no token is counted."""
     if reduction == "token":
         return logps.nll_sums_P.sum() / max(counts.nll_tokens, 1)
     return (logps.nll_sums_P / logps.nll_tokens_P.clamp(min=1)).sum() / counts.pairs
@@ -271,7 +271,7 @@ def _mean_log_ratios(name: str, logps: PairLogps) -> tuple[torch.Tensor, torch.T
 def _preference_only(
     logps: PairLogps, counts: BatchCounts, nll_reduction: str, preference_loss_P: torch.Tensor
 ) -> LossTerms:
-    """The terms of an objective without NLL: it is reported, and carries no gradient."""
+    """The terms of an objective without NLL, which is still reported, without gradient."""
     loss = preference_loss_P.sum() / counts.pairs
     log_odds_P = log_odds_ratio(logps.chosen_logps_P, logps.rejected_logps_P)
     return _terms(loss, _nll(logps, counts, nll_reduction), log_odds_P, preference_loss_P)

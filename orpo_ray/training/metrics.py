@@ -1,4 +1,4 @@
-"""Sums over pairs, reduced over ranks once per report; speed and memory."""
+"""Training and held-out metrics: sums over pairs, reduced over ranks once per report; speed and memory."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from orpo_ray.models.logps import PairLogps
 from orpo_ray.training.loss import LossTerms
 
 Kind = Literal["answers", "rewards", "samples"]
-"""What pairs are measured: log-probabilities of given answers, a reward model's rewards of them, or a model's own
-sampled answers."""
+"""Which metrics pairs have: log-probabilities of given answers, a reward model's rewards of them, or statistics of a
+model's own sampled answers."""
 
 _PER_PAIR: dict[Kind, tuple[str, ...]] = {
     "answers": ("odds_ratio_loss", "log_odds", "chosen_logp", "rejected_logp", "preference_accuracy"),
     "rewards": ("chosen_reward", "rejected_reward", "reward_margin", "preference_accuracy"),
     "samples": ("reward", "kl", "answer_tokens"),
 }
-"""What is averaged over pairs."""
+"""Metrics that are averaged over pairs."""
 
 
 def kind_of(loss: LossConfig) -> Kind:
-    """What the training pairs of an experiment are measured for; its held-out pairs are never samples."""
+    """The kind of an experiment's training metrics."""
     return "rewards" if loss.is_reward else "samples" if loss.name == "rloo" else "answers"
 
 
 def held_out_kind_of(loss: LossConfig) -> Kind:
-    """The same of its held-out pairs."""
+    """The kind of an experiment's held-out metrics; never `samples`."""
     return "rewards" if loss.is_reward else "answers"
 
 
 @dataclass(slots=True)
 class PairSums:
-    """Running sums of what is averaged over pairs, and of loss shares; stays on the device until reported.
+    """Running sums of per-pair metrics and loss shares; they stay on the device until reported.
 
     `sums` holds, in order: loss shares, NLL shares, the per-pair quantities.
     """
@@ -46,11 +46,11 @@ class PairSums:
     sums: torch.Tensor
     kind: Kind = "answers"
     pairs: int = 0
-    """Counted on the host: a number sent to the device for each micro-batch would make both wait."""
+    """Counted on the host: sending a number to the device for each micro-batch would make both wait."""
 
     @classmethod
     def zeros(cls, device: torch.device, kind: Kind = "answers") -> PairSums:
-        """Nothing counted yet. fp64, so that long evaluations do not round."""
+        """Empty sums, in fp64 so that long evaluations do not lose precision."""
         return cls(torch.zeros(len(_PER_PAIR[kind]) + 2, dtype=torch.float64, device=device), kind)
 
     def add(self, logps: PairLogps, terms: LossTerms) -> None:
@@ -79,7 +79,7 @@ class PairSums:
 
     @classmethod
     def restored(cls, device: torch.device, totals: list[float], kind: Kind = "answers") -> PairSums:
-        """What `totals` gave, kept by rank 0 alone."""
+        """Sums that continue from earlier `totals`. Rank 0 holds them, the other ranks start at zero."""
         counted = cls.zeros(device, kind)
         if totals and dist.get_rank() == 0:
             counted.sums += counted.sums.new_tensor(totals[:-1])
@@ -87,18 +87,18 @@ class PairSums:
         return counted
 
     def totals(self) -> list[float]:
-        """The sums over all ranks and the number of pairs, as they stand; a collective, called by every rank."""
+        """The current sums over all ranks, and the number of pairs. A collective."""
         everything = torch.cat([self.sums, self.sums.new_tensor([self.pairs])])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(everything)
         return [float(number) for number in everything.tolist()]
 
     def averages(self, prefix: str, steps: int = 1) -> dict[str, float]:
-        """Averages over all ranks since the start; a collective, called by every rank. Resets the sums.
+        """Averages over all ranks since the last reset. A collective. Resets the sums.
 
         Args:
             prefix: `train` or `eval`.
-            steps: optimizer steps that the loss shares span; each step's shares add up to one loss.
+            steps: number of optimizer steps in the sums; each step's shares add up to one loss.
         """
         loss, nll, *per_pair, pairs = self.totals()
         self.sums.zero_()
@@ -113,7 +113,7 @@ class PairSums:
 
 @dataclass(slots=True)
 class Throughput:
-    """Pairs and tokens of the global batch per second of training, evaluation and saving left out."""
+    """Pairs and tokens of the global batch per second of training, without evaluation and saving."""
 
     pairs: int = 0
     tokens: int = 0
@@ -121,17 +121,17 @@ class Throughput:
     _started: float = field(default_factory=time.perf_counter)
 
     def start(self) -> None:
-        """The clock runs from here."""
+        """Start the clock."""
         self._started = time.perf_counter()
 
     def stop(self, pairs: int, tokens: int) -> None:
-        """Count one optimizer step."""
+        """Stop the clock and count one optimizer step."""
         self.seconds += time.perf_counter() - self._started
         self.pairs += pairs
         self.tokens += tokens
 
     def averages(self, device: torch.device) -> dict[str, float]:
-        """Rates since the last call, and this rank's memory. Resets the counts."""
+        """Rates since the last call, and this rank's memory in GiB. Resets the counts."""
         seconds = max(self.seconds, 1e-9)
         rates = {
             "perf/pairs_per_second": self.pairs / seconds,
@@ -143,7 +143,7 @@ class Throughput:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak of allocated device memory since the trial began; on CPU the process's resident memory now, in GiB."""
+    """Peak device memory allocated since the trial began, in GiB; on a CPU the process's current resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return float(psutil.Process().memory_info().rss) / 2**30

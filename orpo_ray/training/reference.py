@@ -1,6 +1,6 @@
-"""Log-probabilities that the reference model gives the pairs: computed once per model and data set, kept on disk.
+"""The reference model's log-probabilities of the pairs: computed once per model and data set, cached on disk.
 
-The reference of dpo and ipo is the model that training starts from, without adapters.
+The reference model of dpo and ipo is the model that training starts from, without adapters.
 """
 
 from __future__ import annotations
@@ -25,62 +25,66 @@ from orpo_ray.config import ExperimentConfig, ModelConfig
 from orpo_ray.data.dataset import Pair, PairDataset
 from orpo_ray.models.loading import build_model
 from orpo_ray.models.logps import PairLogps
-from orpo_ray.models.packing import Counting, micro_batches
+from orpo_ray.models.packing import LossMask, micro_batches
 from orpo_ray.models.pair_model import PairModel, pair_logps
-from orpo_ray.models.precision import name_of, product_type
+from orpo_ray.models.precision import matmul_dtype, precision_name
 from orpo_ray.models.presets import PRESETS
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.probe import frozen_model
 
-_FORMAT_VERSION = 2  # raise it whenever the same model and pairs would get other numbers
+_FORMAT_VERSION = 2  # increment it whenever the same model and pairs would get other numbers
 
 
 class ReferenceLogpsError(ArithmeticError):
-    """The reference model's log-probabilities cannot be trained against; the message names the pairs or the file."""
+    """The reference model's log-probabilities cannot be used; the message names the pairs or the file."""
 
 
-def identity_of(config: ExperimentConfig, products: str) -> dict[str, Any]:
-    """What of an experiment decides on the reference's log-probabilities, but for the pairs; JSON values.
+def identity_of(config: ExperimentConfig, precision: str) -> dict[str, Any]:
+    """All settings that the reference's log-probabilities depend on, besides the pairs; JSON values.
 
-    Weights count by the commit of a hub model, by names, sizes and times of a folder's files, and by seed and versions
-    of a preset, which is initialised at random. Adapters, attention kernel and batch sizes do not count.
+    Weights are identified by the commit of a hub model; by names, sizes and times of a folder's files; and by seed and
+    library versions for a preset, which is initialised at random. Adapters, attention kernel and batch sizes do not
+    matter.
 
     Args:
         config: the trial's.
-        products: what matrix products really run in (`auto` is something else on another device).
+        precision: of the matrix products, `fp32` or `bf16` (what `auto` means depends on the device).
 
     Raises:
-        OSError: a hub model that cannot be found.
+        OSError: a hub model cannot be found.
     """
     model = config.model.model_dump(mode="json", include={"path", "gguf_file", "revision"})
     return {
         "model": model | {"weights": _weights(config.model, config.train.seed)},
         "answer_padding": config.loss.answer_padding,
-        "products": products,
+        "products": precision,
     }
 
 
-def logps_of(config: ExperimentConfig, pairs: PairDataset, counting: Counting, pad_token_id: int) -> np.ndarray:
-    """The reference's mean log-probabilities of an experiment's pairs, from the cache or by the model itself.
+def logps_of(config: ExperimentConfig, pairs: PairDataset, loss_mask: LossMask, pad_token_id: int) -> np.ndarray:
+    """The reference model's mean log-probabilities of an experiment's pairs, from the cache or computed now.
 
     Returns:
-        float32 [N, 2]; see `load_or_compute`, which says what is raised too.
+        float32 [N, 2], see `load_or_compute`.
+
+    Raises:
+        ReferenceLogpsError: see `load_or_compute`.
+        ModelError: the reference model cannot be loaded.
     """
-    products = product_type(config.train.precision)
+    dtype = matmul_dtype(config.train.precision)
 
     @lru_cache(maxsize=1)
     def model() -> PairModel:
         lm = build_model(config.model.model_copy(update={"lora": None}), config.train.seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return PairModel(lm, form_of(lm, config.model.attention), products).to(device).frozen()
+        return frozen_model(lm, config.model.attention, dtype)
 
     def compute(members: Sequence[Pair]) -> PairLogps:
-        batch = model().collate(members, counting, pad_token_id)
-        return pair_logps(model(), batch.to(next(model().parameters()).device))
+        batch = model().collate(members, loss_mask, pad_token_id)
+        return pair_logps(model(), batch.to(model().device))
 
     return load_or_compute(
         pairs,
         compute,
-        identity_of(config, name_of(products)),
+        identity_of(config, precision_name(dtype)),
         cache_dir=config.data.cache_dir,
         max_tokens=config.train.max_tokens_per_micro_batch,
         max_pairs=config.train.micro_batch_size,
@@ -96,27 +100,27 @@ def load_or_compute(
     max_tokens: int,
     max_pairs: int | None = None,
 ) -> np.ndarray:
-    """The reference's mean log-probabilities, computed at the first call and read from the cache after that.
+    """The reference model's mean log-probabilities, computed by the first call and read from the cache by later ones.
 
-    Many processes may call this at once: one computes, the others wait at a file lock. It is no collective, so
-    `compute` must not be one either (a model partitioned by ZeRO-3 would wait for ever). The random state after a call
-    is the one before it, whether or not anything was computed.
+    Many processes may call this at once: one computes, the others wait at a file lock. It is not a collective, so
+    `compute` must not be one either (a model partitioned by ZeRO-3 would wait for ever). A call leaves the random state
+    unchanged, whether or not it computes.
 
     Args:
         pairs: N pairs.
-        compute: pairs of a micro-batch to log-probabilities under the reference model, in evaluation mode. Called
-            under `no_grad`, longest pairs first, and only where the cache has nothing: load the model in it.
+        compute: from the pairs of a micro-batch to log-probabilities under the reference model, in evaluation mode. It
+            is called under `no_grad`, longest pairs first, and only if the cache has no numbers: load the model in it.
         identity: what the numbers depend on besides the pairs.
         cache_dir: `data.cache_dir`.
-        max_tokens: tokens per call of `compute` at most, two padded sequences for each pair; a longer pair goes alone.
-        max_pairs: pairs per call of `compute` at most; None for any number.
+        max_tokens: most tokens per call of `compute`, two padded sequences for each pair; a longer pair gets a call of
+            its own.
+        max_pairs: most pairs per call of `compute`; None for no limit.
 
     Returns:
         float32 [N, 2], in the order of `pairs`: mean token log-probability of the chosen and of the rejected answer.
 
     Raises:
-        ReferenceLogpsError: the model gives log-probabilities that are not finite, or the cached file is not of these
-            pairs.
+        ReferenceLogpsError: log-probabilities are not finite, or the cached file does not fit these pairs.
     """
     parts = {"version": _FORMAT_VERSION, "pairs": pairs.digest, "identity": identity}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -143,7 +147,7 @@ def _compute(
 ) -> np.ndarray:
     means_N2 = np.empty((len(pairs), 2), dtype=np.float32)
     console = Console(stderr=True)
-    # Loading a model reseeds: were the state not put back, a run that found the cache filled would train differently.
+    # Loading a model reseeds. If the state were not restored, a run with a filled cache would train differently.
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         cut = micro_batches(pairs.lengths_N3, 1, max_pairs=max_pairs, max_tokens=max_tokens, share_prompt=False)
@@ -166,7 +170,7 @@ def _compute(
 
 
 def _write(file: Path, means_N2: np.ndarray) -> None:
-    """Whole or not at all, whenever the process is killed. The lock is held, so the scratch name is free."""
+    """Write a file atomically: a killed process leaves no partial file. The caller holds the lock."""
     scratch = file.with_suffix(".writing")
     with scratch.open("wb") as stream:
         np.save(stream, means_N2)

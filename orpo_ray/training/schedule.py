@@ -8,7 +8,7 @@ from orpo_ray.config import ExperimentConfig, OptimConfig
 
 
 def num_steps(config: ExperimentConfig, num_pairs: int) -> int:
-    """Optimizer steps of a trial: `max_steps`, or `epochs` over so many pairs, rounded up."""
+    """Optimizer steps of a trial: `max_steps`, or `epochs` over `num_pairs` pairs, rounded up."""
     if config.train.max_steps is not None:
         return config.train.max_steps
     assert config.train.epochs is not None
@@ -18,7 +18,7 @@ def num_steps(config: ExperimentConfig, num_pairs: int) -> int:
 def learning_rate(optim: OptimConfig, at: int, max_steps: int) -> float:
     """Learning rate of optimizer step `at` (from 1). Linear warm-up reaches `lr` at its last step.
 
-    After it: cosine and linear fall to 0 one step past the end, inverse_sqrt is lr · sqrt(warmup / step).
+    After the warm-up, cosine and linear fall to 0 one step past the end, and inverse_sqrt is lr · sqrt(warmup / step).
     """
     warmup = optim.warmup_steps if optim.warmup_steps is not None else round(optim.warmup_ratio * max_steps)
     if at <= warmup:

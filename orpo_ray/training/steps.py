@@ -1,4 +1,4 @@
-"""One optimizer step: its pairs, its passes, and what the ranks agree on."""
+"""One trial on one rank: its model, pairs and engine, and the optimizer steps and evaluations it makes with them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ import torch.distributed as dist
 from orpo_ray.config import DataConfig, ExperimentConfig, ModelConfig
 from orpo_ray.data.dataset import Pair, PairDataset, batch_indices, load_pairs
 from orpo_ray.models.loading import build_model, build_reward_model, count_parameters, load_tokenizer
-from orpo_ray.models.packing import Batch, Counting, micro_batches
-from orpo_ray.models.pair_model import Form, PairModel, pair_logps
-from orpo_ray.models.precision import name_of, product_type
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.packing import Batch, LossMask, micro_batches
+from orpo_ray.models.pair_model import ForwardMode, PairModel, pair_logps
+from orpo_ray.models.precision import matmul_dtype, precision_name
+from orpo_ray.models.probe import probe_forward_mode
 from orpo_ray.storage.generations import keep
 from orpo_ray.storage.pair_scores import PAIRS_FILE
 from orpo_ray.training import loss, reference
+from orpo_ray.training.collectives import gather
 from orpo_ray.training.engine import build_engine, step
 from orpo_ray.training.evaluate import evaluate
 from orpo_ray.training.generate import generate
 from orpo_ray.training.metrics import PairSums
-from orpo_ray.training.rollouts import OnlineAnswers
+from orpo_ray.training.rollouts import Rollouts
 from orpo_ray.training.trial import Diverged, RankContext
 
 _log = logging.getLogger(__name__)
@@ -39,10 +40,10 @@ class Pass:
     """One forward pass of this rank within a global batch."""
 
     members: list[Pair]
-    counts: bool
-    """Whether they count: a rank that ran out of pairs keeps the others company with one of theirs."""
+    is_counted: bool
+    """False for a dummy pass: a rank without pairs must still join the collectives."""
     batch: Batch | None
-    """Laid out on the host; None where the answers are sampled in the step."""
+    """The pairs as tensors on the host; None where the step itself samples the answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,53 +51,62 @@ class GlobalBatch:
     """One optimizer step's pairs, and this rank's share of them as tensors on the host."""
 
     indices: np.ndarray
-    """Which training pairs, over all ranks."""
+    """Indices of the training pairs, over all ranks."""
     counts: loss.BatchCounts
     passes: list[Pass]
 
 
 @dataclass(frozen=True, slots=True)
 class TrialRun:
-    """What one trial works with on this rank."""
+    """Everything that one trial uses on this rank."""
 
     config: ExperimentConfig
     engine: Any
+    """A DeepSpeed engine around a `PairModel`."""
     loss_fn: loss.LossFn
     train_pairs: PairDataset
     eval_pairs: PairDataset
     reference_logps: tuple[np.ndarray, np.ndarray] | None
-    """Of the training and of the held-out pairs, fp32 [N, 2], where the loss compares with a reference model."""
-    counting: Counting
+    """The reference model's means for the training and the held-out pairs, fp32 [N, 2]; None if the loss needs none."""
+    loss_mask: LossMask
     pad_token_id: int
-    online: OnlineAnswers | None
-    """Where the loss is of answers that the model samples itself."""
+    rollouts: Rollouts | None
+    """For a loss of answers that the model samples itself."""
     facts: dict[str, Any]
+    """Facts about the trial for the tracker, such as the model's number of parameters."""
 
     @classmethod
     def build(cls, config: ExperimentConfig) -> TrialRun:
+        """Load data and model and start an engine. A collective.
+
+        Raises:
+            ValueError: the process group has another size than `scaling.num_workers`.
+            DataError, ModelError: the trial's data or model cannot be used.
+            ReferenceLogpsError: the reference model's log-probabilities cannot be used.
+        """
         world = dist.get_world_size()
         if world != config.scaling.num_workers:
             raise ValueError(
                 f"scaling.num_workers ({config.scaling.num_workers}) must equal the size of the process group ({world})"
             )
         tokenizer = load_tokenizer(config.model)
-        counting = Counting.of(config.loss, int(tokenizer.eos_token_id))
+        pad_token_id = int(tokenizer.pad_token_id)
+        loss_mask = LossMask.of(config.loss, int(tokenizer.eos_token_id))
         train_pairs, eval_pairs = _pairs(config.data, config.model)
         reference_logps = None
         if config.loss.needs_reference:
-            train_reference, eval_reference = (
-                reference.logps_of(config, pairs, counting, int(tokenizer.pad_token_id))
-                for pairs in (train_pairs, eval_pairs)
+            reference_logps = (
+                reference.logps_of(config, train_pairs, loss_mask, pad_token_id),
+                reference.logps_of(config, eval_pairs, loss_mask, pad_token_id),
             )
-            reference_logps = train_reference, eval_reference
         build = build_reward_model if config.loss.is_reward else build_model
         lm = build(config.model, config.train.seed)
         parameters, trainable = count_parameters(lm)
-        form, products = _agreed(form_of(lm, config.model.attention), product_type(config.train.precision))
-        fallback = form.reason if config.model.attention == "shared_prompt" else ""
+        mode, dtype = _agreed(probe_forward_mode(lm, config.model.attention), matmul_dtype(config.train.precision))
+        fallback = mode.reason if config.model.attention == "shared_prompt" else ""
         if fallback and dist.get_rank() == 0:
-            _log.warning("%s runs in a slower form: %s", config.model.path, fallback)
-        model = PairModel(lm, form, products)
+            _log.warning("%s trains in a slower mode: %s", config.model.path, fallback)
+        model = PairModel(lm, mode, dtype)
         torch.manual_seed(config.train.seed + dist.get_rank())  # dropout differs between ranks
         engine = build_engine(model, config)
         engine.train()
@@ -107,9 +117,9 @@ class TrialRun:
             train_pairs=train_pairs,
             eval_pairs=eval_pairs,
             reference_logps=reference_logps,
-            counting=counting,
-            pad_token_id=int(tokenizer.pad_token_id),
-            online=OnlineAnswers.of(engine, config, products) if config.loss.name == "rloo" else None,
+            loss_mask=loss_mask,
+            pad_token_id=pad_token_id,
+            rollouts=Rollouts.of(engine, config, dtype) if config.loss.name == "rloo" else None,
             facts={
                 "model/parameters": parameters,
                 "model/trainable_parameters": trainable,
@@ -117,16 +127,16 @@ class TrialRun:
                 "data/train_digest": train_pairs.digest,
                 "data/eval_pairs": len(eval_pairs),
                 "data/eval_digest": eval_pairs.digest,
-                "forward/rows": "shared prompt" if form.shares_prompt else "padded",
-                "forward/logits": "in chunks" if form.chunks_head else "all at once",
-                "forward/products": name_of(products),
+                "forward/rows": "shared prompt" if mode.shares_prompt else "padded",
+                "forward/logits": "in chunks" if mode.chunks_head else "all at once",
+                "forward/products": precision_name(dtype),
                 "worker/threads": torch.get_num_threads(),
             }
             | ({"forward/fallback": fallback} if fallback else {}),
         )
 
     def batches(self, first: int, last: int) -> Iterator[tuple[int, GlobalBatch]]:
-        """(step, batch) of the steps first..last. The next one is prepared while the caller trains on this one."""
+        """(step, batch) of the steps first..last. A thread prepares the next batch while the caller trains on this."""
         pairs, train = self.train_pairs, self.config.train
 
         def prepare(at: int) -> GlobalBatch:
@@ -142,24 +152,24 @@ class TrialRun:
                 yield at, batch
 
     def prepare(self, indices: np.ndarray) -> GlobalBatch:
-        """Cut a global batch into micro-batches, and lay this rank's ones out."""
+        """Cut a global batch into micro-batches, and lay out those of this rank."""
         pairs, model = self.train_pairs, self.engine.module
         # Every rank knows the lengths of the whole global batch, so neither its counts nor its cut need communication.
-        counts = loss.BatchCounts(pairs=len(indices), nll_tokens=self.counting.nll_tokens(pairs, indices))
+        counts = loss.BatchCounts(pairs=len(indices), nll_tokens=self.loss_mask.nll_tokens(pairs, indices))
         passes = []
         for ranks in micro_batches(
             pairs.lengths_N3[indices],
             dist.get_world_size(),
             max_pairs=self.config.train.micro_batch_size,
             max_tokens=self.config.train.max_tokens_per_micro_batch,
-            share_prompt=model.form.shares_prompt,
+            share_prompt=model.forward_mode.shares_prompt,
         ):
             mine = indices[ranks[dist.get_rank()]]
             chosen = mine if len(mine) else indices[:1]
             members = [pairs[int(i)] for i in chosen]
             batch = None
-            if self.online is None:
-                batch = model.collate(members, self.counting, self.pad_token_id)
+            if self.rollouts is None:
+                batch = model.collate(members, self.loss_mask, self.pad_token_id)
                 if self.reference_logps is not None:
                     batch = replace(batch, reference_P2=torch.from_numpy(self.reference_logps[0][chosen]))
                 if self.engine.device.type == "cuda":
@@ -168,27 +178,34 @@ class TrialRun:
         return GlobalBatch(indices, counts, passes)
 
     def step(self, batch: GlobalBatch, lr: float, sums: PairSums, at: int) -> float:
-        """One optimizer step; returns the gradient norm before clipping.
+        """Make one optimizer step. A collective.
 
-        Reading that norm is the only time in a step that the host waits for the device.
+        Args:
+            batch: the pairs.
+            lr: learning rate.
+            sums: counts the step's pairs.
+            at: number of the step, from 1.
+
+        Returns:
+            The gradient norm before clipping. Only here does the host wait for the device within a step.
 
         Raises:
-            Diverged: that norm is not finite. It is the norm of the global gradient, so every rank raises.
+            Diverged: the norm is not finite. It is the norm of the global gradient, so every rank raises.
         """
         finite: list[tuple[list[str], torch.Tensor]] = []
         for number, each in enumerate(batch.passes, start=1):
             here = each.batch
             if here is None:
-                assert self.online is not None
-                here = self.online.batch(each.members, at, number)
+                assert self.rollouts is not None
+                here = self.rollouts.batch(each.members, at, number)
             self.engine.set_gradient_accumulation_boundary(number == len(batch.passes))
             logps = pair_logps(self.engine, here.to(self.engine.device))
             terms = self.loss_fn(logps, batch.counts)
-            # Shares add up over micro-batches and ranks; DeepSpeed averages over ranks, so each share is scaled up by
-            # their number, and told not to divide by the accumulation steps.
-            share = dist.get_world_size() if each.counts else 0.0
+            # Shares add up over micro-batches and ranks. DeepSpeed averages over ranks, so each share is multiplied by
+            # their number; it would also divide by the accumulation steps, which is turned off.
+            share = dist.get_world_size() if each.is_counted else 0.0
             self.engine.backward(terms.loss * share, scale_wrt_gas=False)
-            if each.counts:
+            if each.is_counted:
                 sums.add(logps, terms)
                 pair_ids = [pair.pair_id for pair in each.members]
                 finite.append((pair_ids, (logps.chosen_logps_P + logps.rejected_logps_P + logps.nll_sums_P).isfinite()))
@@ -199,16 +216,16 @@ class TrialRun:
         return grad_norm
 
     def evaluate(self, at: int, ctx: RankContext) -> dict[str, float]:
-        """Held-out metrics after step `at`.
+        """Held-out metrics after step `at`. A collective.
 
-        Rank 0 leaves in the trial's directory the pairs that they are averages of, and answers to some prompts.
+        Rank 0 writes the scores of every pair, and answers to some prompts, to the trial's directory.
         """
         found = evaluate(
             self.engine,
             self.eval_pairs,
             self.config,
             loss.held_out_from_config(self.config.loss),
-            self.counting,
+            self.loss_mask,
             self.pad_token_id,
             None if self.reference_logps is None else self.reference_logps[1],
         )
@@ -222,21 +239,19 @@ class TrialRun:
         return found.metrics
 
     def num_tokens(self, indices: np.ndarray) -> int:
-        """Tokens of the two sequences of each pair: prompts counted twice, padding not."""
+        """Tokens in the two sequences of each pair: prompts counted twice, padding not."""
         return int((self.train_pairs.lengths_N3[indices] * [2, 1, 1]).sum())
 
 
 @lru_cache(maxsize=2)
 def _pairs(data: DataConfig, model: ModelConfig) -> tuple[PairDataset, PairDataset]:
-    """Kept between the trials of a warm worker."""
+    """Training and held-out pairs, cached between the trials of a warm worker."""
     return load_pairs(data, load_tokenizer(model))
 
 
-def _agreed(form: Form, products: torch.dtype | None) -> tuple[Form, torch.dtype | None]:
-    """What all ranks can do: were one alone to pad, it would cut the batch differently from the others."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (form, products))
-    forms, types = zip(*everyone, strict=True)
-    reason = "; ".join(dict.fromkeys(f.reason for f in forms if f.reason))
-    agreed = Form(all(f.shares_prompt for f in forms), all(f.chunks_head for f in forms), reason)
-    return agreed, None if None in types else products
+def _agreed(mode: ForwardMode, dtype: torch.dtype | None) -> tuple[ForwardMode, torch.dtype | None]:
+    """The fastest mode and dtype that all ranks support: in different modes they would cut a batch differently."""
+    modes, dtypes = zip(*gather((mode, dtype)), strict=True)
+    reason = "; ".join(dict.fromkeys(m.reason for m in modes if m.reason))
+    agreed = ForwardMode(all(m.shares_prompt for m in modes), all(m.chunks_head for m in modes), reason)
+    return agreed, None if None in dtypes else dtype

@@ -1,4 +1,4 @@
-"""What a trial is given and what it returns: context, progress, decisions and result."""
+"""Input and output of a trial: context, progress, decisions and result."""
 
 from __future__ import annotations
 
@@ -8,49 +8,37 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.object_store import Storage
 
 
 class Decision(StrEnum):
-    """What the trial's owner says after an evaluation."""
+    """The answer of the trial's owner after an evaluation."""
 
     CONTINUE = "continue"
     PAUSE = "pause"
-    """Give the process back and go on later from a checkpoint of this step."""
+    """Release the process and continue later from a checkpoint of this step."""
     STOP = "stop"
-
-
-class Status(StrEnum):
-    """How an assignment ended, in the words of results.json."""
-
-    FINISHED = "finished"
-    STOPPED_EARLY = "stopped_early"
-    PAUSED = "paused"
-    """Not an end: there is a checkpoint to go on from."""
-    PREEMPTED = "preempted"
-    """Not an end either: the process is about to be taken away."""
-    DIVERGED = "diverged"
-    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
 class RankContext:
-    """What the loop needs from whoever runs it. The callables are called on rank 0 only."""
+    """What the loop needs from its caller. The callables are called on rank 0 only unless said otherwise."""
 
     trial_dir: Path
-    """Checkpoints are kept here; if there is one, the trial continues from it."""
+    """Folder of the trial's checkpoints; if it holds one, the trial continues from it."""
     remote: Storage | None = None
     """The trial's folder in an object store: `trial_dir` is then on this node's own disk."""
     on_start: Callable[[int, int, dict[str, Any]], None] = lambda step, max_steps, facts: None
-    """(steps already done, steps in all, facts such as the model's parameters) when training begins."""
+    """(steps already done, total steps, facts such as the model's number of parameters), when training begins."""
     on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     """(step, training metrics)."""
     on_eval: Callable[[int, dict[str, float], str | None, float], Decision] = lambda step, metrics, path, seconds: (
         Decision.CONTINUE
     )
-    """(step, held-out metrics, last checkpoint, seconds of training so far) -> whether to go on."""
+    """(step, held-out metrics, last checkpoint, seconds of training so far) -> how to continue."""
     on_commit: Callable[[], None] = lambda: None
-    """Returns when all that was told so far is written down; asked before a checkpoint counts, in another thread."""
+    """Returns once all earlier reports are on disk. Called in another thread before a checkpoint is committed."""
     on_problem: Callable[[str], None] = lambda message: None
     """Something went wrong that does not end the trial. Also called in another thread."""
     is_preempted: Callable[[], bool] = lambda: False
@@ -74,14 +62,14 @@ class TrialResult:
 
 @dataclass(slots=True)
 class Progress:
-    """What a checkpoint remembers of the loop; the sampler is a function of the step, so nothing of it is kept."""
+    """State of the loop in a checkpoint. The sampler needs none, as it is a function of the step."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     logged: int = 0
     """Step of the last report of training metrics."""
     sums: list[float] = field(default_factory=list)
-    """What has been counted since (`PairSums.totals`), so that the next report is that of an undisturbed run."""
+    """Sums since then (`PairSums.totals`), so that the next report equals that of an uninterrupted run."""
 
 
 class Diverged(ArithmeticError):
@@ -89,7 +77,7 @@ class Diverged(ArithmeticError):
 
     Attributes:
         step: the optimizer step.
-        pair_ids: pairs of the global batch whose log-probabilities this rank found not finite.
+        pair_ids: pairs of the global batch whose log-probabilities were not finite on this rank.
         batch_ids: all pairs of the global batch.
     """
 

@@ -28,6 +28,7 @@ from orpo_ray.results.runs import read_sweep
 from orpo_ray.storage.results import summarize
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from orpo_ray.tracking.uri import TrackingError
+from tests.support.events import as_event, as_state
 from tests.support.run_dirs import BEGAN_MS, experiment, life, write_run
 from tests.support.sweeps import pair_scores
 
@@ -61,7 +62,8 @@ def delivered(output_dir: Path, name: str, gain: float, sweep_id: str, **setting
         scores |= {} if one is None else {trial_id: one}
     forked = {"size": "2m", "optim.lr": 0.005, "loss.orpo_lambda": 0.1}
     fork = {"event": "forked", "trial_id": "00001", "step": 10, "donor": "00000", "params": forked}
-    retry = {"event": "retry", "trial_id": "00000", "attempt": 1, "error": "worker died", "time": BEGAN_MS + 50}
+    retry = {"event": "retry", "trial_id": "00000", "attempt": 1, "failures": 1, "error": "worker died"}
+    retry["time"] = BEGAN_MS + 50
     again = events[1] | {"attempt": 1, "time": BEGAN_MS + 60}
     end = next(i for i, e in enumerate(events) if e["trial_id"] == "00001" and e["event"] == "eval")
     events[end + 1 : end + 1] = [fork | {"time": BEGAN_MS + 102}]
@@ -69,10 +71,10 @@ def delivered(output_dir: Path, name: str, gain: float, sweep_id: str, **setting
     write_run(config, events, scores, sweep_id=sweep_id, ended=False)
     tracker = SweepTracker(config, sweep_id, PROVENANCE)
     tracker.start()
-    tracker.handle(events)
+    tracker.handle(map(as_event, events))
     assert tracker.flush() == 0
     write_run(config, events, scores, tracker.run_ids, sweep_id=sweep_id)
-    assert tracker.close(summarize(name, config.sweep.metric, "max", events, tracker.run_ids)) == 0
+    assert tracker.close(summarize(name, config.sweep.metric, "max", as_state(events), tracker.run_ids)) == 0
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from orpo_ray.results import export
 from orpo_ray.storage.results import summarize
 from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, write_results
 from orpo_ray.tracking.sweep_tracker import SweepTracker
-from orpo_ray.training import checkpoint
+from orpo_ray.training import engine_state
+from tests.support.events import as_event, as_state
 from tests.support.ranks import Job, Record, experiment, train_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
@@ -86,9 +87,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     (config.run_dir / EVENTS_FILE).write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
     tracker = SweepTracker(config, "zoo-id", provenance.collect())
     tracker.start()
-    tracker.handle(events)
+    tracker.handle(map(as_event, events))
     tracker.flush()
-    results = summarize("zoo", "eval/nll", "min", events, tracker.run_ids)
+    results = summarize("zoo", "eval/nll", "min", as_state(events), tracker.run_ids)
     write_results(config.run_dir / RESULTS_FILE, results)
     assert tracker.close(results, interrupted=False) == 0
     return Zoo(config.run_dir, config, records, dict(tracker.run_ids), tracker.parent_id, tracker.uri)
@@ -178,7 +179,7 @@ def test_the_folder_gives_the_numbers_of_the_run(zoo: Zoo, kind: str, tmp_path: 
 
 
 def test_weights_are_those_of_the_checkpoint_at_every_stage(zoo: Zoo) -> None:
-    states = {kind: checkpoint.full_state_dict(export.find(zoo.trial_dir(kind)).checkpoint) for kind in SIZES}
+    states = {kind: engine_state.full_state_dict(export.find(zoo.trial_dir(kind)).checkpoint) for kind in SIZES}
     # The same training cut differently: what differs is the order of sums.
     for kind in ("tied-zero3", "zero2"):
         assert states[kind].keys() == states["tied"].keys()

@@ -76,6 +76,6 @@ def test_an_architecture_that_cannot_share_pads_and_says_so(tmp_path: Path, toke
     for record in records:
         assert record.facts["forward/rows"] == "padded"
         assert record.facts["forward/logits"] == "in chunks"
-        assert "BloomForCausalLM does its attention itself" in record.facts["forward/fallback"]
+        assert "BloomForCausalLM implements its attention itself" in record.facts["forward/fallback"]
     whole, cut_up = (record.curve("train/loss") for record in records)
     assert cut_up == pytest.approx(whole, rel=1e-5)

@@ -28,6 +28,7 @@ from orpo_ray.tracking import delivery
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from orpo_ray.tracking.uri import TrackingError
 from tests.integration.conftest import Sweeps
+from tests.support.events import as_event, as_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -238,7 +239,7 @@ def test_64_trials_at_once_lose_and_double_nothing_though_the_server_is_killed(
         """As a worker does, step by step over some seconds."""
         for event in lives[number]:
             began = time.monotonic()
-            tracker.handle([event])
+            tracker.handle([as_event(event)])
             slowest[number] = max(slowest[number], time.monotonic() - began)
             time.sleep(0.15)
 
@@ -257,7 +258,7 @@ def test_64_trials_at_once_lose_and_double_nothing_though_the_server_is_killed(
     delivered_s = time.monotonic() - back
     assert caplog.text.count("MLflow cannot be reached") == caplog.text.count("MLflow is back") >= 1
     events = [event for one in lives for event in one]
-    assert tracker.close(summarize("many", METRIC, "max", events, tracker.run_ids)) == 0
+    assert tracker.close(summarize("many", METRIC, "max", as_state(events), tracker.run_ids)) == 0
     print(f"{TRIALS * METRICS * STEPS} points: the last {delivered_s:.1f} s after the server was back")
 
     client = MlflowClient(server.uri)
@@ -311,10 +312,10 @@ def test_basic_auth_takes_the_right_password_names_the_wrong_one_and_shows_neith
     tracker = SweepTracker(config, "secret-1", PROVENANCE)
     parent_id = tracker.start()
     events = life(1)
-    tracker.handle(events)
+    tracker.handle(map(as_event, events))
     tracker.handle_system({"system/node_0/cpu_utilization_percentage": 12.5})
     assert tracker.flush(60) == 0
-    assert tracker.close(summarize("secret", METRIC, "max", events, tracker.run_ids)) == 0
+    assert tracker.close(summarize("secret", METRIC, "max", as_state(events), tracker.run_ids)) == 0
     client = MlflowClient(server.uri)
     parent, child = client.get_run(parent_id), client.get_run(tracker.run_ids["00001"])
     assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")

@@ -16,6 +16,7 @@ from orpo_ray.config import parse
 from orpo_ray.storage.results import summarize
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from tests.support.browser import BrowserMissing, chromium, mlflow_server
+from tests.support.events import as_event, as_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -110,9 +111,9 @@ def _sweep(folder: Path, url: str) -> list[str]:
     provenance = {"command": "orpo-ray sweep which.yaml", "packages": {"orpo-ray": "0"}, "git": None}
     tracker = SweepTracker(config, "sweep-ui", provenance)
     tracker.start()
-    tracker.handle(events)
+    tracker.handle(map(as_event, events))
     assert tracker.flush() == 0
-    assert tracker.close(summarize("which-lambda", METRIC, "max", events, tracker.run_ids)) == 0
+    assert tracker.close(summarize("which-lambda", METRIC, "max", as_state(events), tracker.run_ids)) == 0
     client = MlflowClient(url)
     return [client.get_run(run_id).info.run_name for run_id in tracker.run_ids.values()]
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from orpo_ray.models.precision import name_of, product_type
+from orpo_ray.models.precision import matmul_dtype, precision_name
 from tests.integration.conftest import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -20,7 +20,7 @@ def test_reproduce_ends_in_a_page_and_is_not_done_twice(sweeps: Sweeps) -> None:
     result = json.loads((folder / "reproduction.json").read_text(encoding="utf-8"))
     assert set(result["win_rates"]) == {"sft", "dpo", "rlhf"}
     assert result["pairs"] == {"train": 320, "held_out": 96}
-    assert result["products"] == [name_of(product_type("auto"))]
+    assert result["products"] == [precision_name(matmul_dtype("auto"))]
     assert result["control"]["low"] <= 0.5 <= result["control"]["high"]
     assert [point["step"] for point in result["curves"]["sft"]] == [0, 10, 20, 30]
     starts = {points[0]["rejected_logp"] for points in result["curves"].values()}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.models.loading import build_model, build_reward_model, load_tokenizer
 from orpo_ray.models.reward_model import RewardModel
-from orpo_ray.training import checkpoint
+from orpo_ray.training import engine_state
 from tests.support.ranks import Job, Record, experiment, train_all
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def _experiment(tmp_path: Path, data: str, **settings: Any) -> ExperimentConfig:
 def _folder(record: Record, config: ExperimentConfig, folder: Path, build: Any) -> str:
     """What `orpo-ray export` writes, without a sweep around it."""
     model: PreTrainedModel = build(config.model, config.train.seed)
-    state = checkpoint.full_state_dict(Path(record.result.checkpoint))
+    state = engine_state.full_state_dict(Path(record.result.checkpoint))
     model.load_state_dict({name.removeprefix("lm."): tensor for name, tensor in state.items()})
     model.save_pretrained(folder)
     tokenizer = load_tokenizer(config.model)

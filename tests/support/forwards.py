@@ -8,22 +8,22 @@ import torch
 
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models.logps import PairLogps
-from orpo_ray.models.packing import Counting, collate
-from orpo_ray.models.pair_model import Form, PairModel, pair_logps
+from orpo_ray.models.packing import LossMask, collate
+from orpo_ray.models.pair_model import ForwardMode, PairModel, pair_logps
 
-PLAIN = Form(shares_prompt=False, chunks_head=False)
+PLAIN = ForwardMode(shares_prompt=False, chunks_head=False)
 """Padded rows, all logits: what every other code does."""
-CHUNKED = Form(shares_prompt=False, chunks_head=True)
-FAST = Form(shares_prompt=True, chunks_head=True)
+CHUNKED = ForwardMode(shares_prompt=False, chunks_head=True)
+FAST = ForwardMode(shares_prompt=True, chunks_head=True)
 FORMS = {"plain": PLAIN, "chunked": CHUNKED, "shared": FAST}
-ALL = Counting("prompt_and_response")
+ALL = LossMask("prompt_and_response")
 
 
 def logps(
     model: torch.nn.Module,
     pairs: Sequence[Pair],
-    counting: Counting = ALL,
-    form: Form = FAST,
+    counting: LossMask = ALL,
+    form: ForwardMode = FAST,
     autocast: torch.dtype | None = None,
     pad_token_id: int = 0,
 ) -> PairLogps:

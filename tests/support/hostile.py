@@ -870,7 +870,7 @@ def _checkpoint(folder: Path, contents: dict[str, object], stage: int = 0) -> Pa
 
 def _weights_of_checkpoint(stage: int, *names: str) -> Make:
     def make(folder: Path) -> Feed:
-        from orpo_ray.training.checkpoint import full_state_dict
+        from orpo_ray.training.engine_state import full_state_dict
 
         path = _checkpoint(folder, {f"engine/{name}": {"module": _RunsCode(folder)} for name in names}, stage)
         return lambda: full_state_dict(path)

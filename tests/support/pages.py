@@ -13,6 +13,7 @@ from orpo_ray.config import METRIC_MODES, parse
 from orpo_ray.results.winners import summarize_winners
 from orpo_ray.storage.results import summarize
 from orpo_ray.storage.run_dir import write_results
+from tests.support.events import as_state
 from tests.support.sweeps import pair_scores, write_pairs
 
 METRIC = "eval/preference_accuracy"
@@ -107,7 +108,7 @@ def write_sweep(run_dir: Path, num_trials: int, num_pairs: int = 96) -> dict[str
     (run_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     sweep = {"sweep_id": "made-up", "created": 1_700_000_000_000, "config": config_tree(run_dir.name)}
     write_results(run_dir / "sweep.json", sweep)
-    results = summarize(run_dir.name, METRIC, "max", events)
+    results = summarize(run_dir.name, METRIC, "max", as_state(events))
     results["winners"] = summarize_winners(results, run_dir)
     write_results(run_dir / "results.json", results)
     return results

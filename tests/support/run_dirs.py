@@ -11,6 +11,7 @@ from orpo_ray.results.winners import summarize_winners
 from orpo_ray.storage.pair_scores import PairScores
 from orpo_ray.storage.results import summarize
 from orpo_ray.storage.run_dir import write_results
+from tests.support.events import as_state
 from tests.support.sweeps import write_pairs
 
 BEGAN_MS = 1_700_000_000_000
@@ -86,7 +87,7 @@ def write_run(
     for trial_id, one in (scores or {}).items():
         write_pairs(run_dir, trial_id, one)
     if ended:
-        results = summarize(config.name, sweep.metric, sweep.mode, events, run_ids)
+        results = summarize(config.name, sweep.metric, sweep.mode, as_state(events), run_ids)
         results["winners"] = summarize_winners(results, run_dir)
         write_results(run_dir / "results.json", results)
     return run_dir

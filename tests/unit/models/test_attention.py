@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import attention
 from orpo_ray.models.attention import shared_prompt_attention
-from orpo_ray.models.packing import Counting, SharedPrompt, collate
+from orpo_ray.models.packing import LossMask, SharedPrompt, collate
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 LENGTHS = [(7, 5, 9), (1, 6, 2), (12, 1, 1), (1, 1, 1)]
@@ -20,7 +20,7 @@ WINDOWS = [None, 4, 100]
 @pytest.fixture(scope="module")
 def layout() -> SharedPrompt:
     pairs = [Pair("t:1", *(np.ones(n, dtype=np.int32) for n in lengths), chosen_bytes=1) for lengths in LENGTHS]
-    found = collate(pairs, Counting("response"), share_prompt=True, multiple_of=16).layout
+    found = collate(pairs, LossMask("response"), share_prompt=True, multiple_of=16).layout
     assert found is not None
     assert (found.pair_T == -1).any()  # filling takes part
     return found

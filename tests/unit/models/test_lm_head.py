@@ -106,7 +106,7 @@ def test_lora_on_and_off_the_head(on_head: bool) -> None:
 
 @pytest.mark.parametrize("has_units", [False, True])
 def test_autocast_is_within_its_rounding(has_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orpo_ray.models.lm_head.has_bf16_units", lambda: has_units)
+    monkeypatch.setattr("orpo_ray.models.precision.has_bf16_units", lambda: has_units)
     module = linear(False, torch.float32)
     hidden_ND, target_N, upstream_N = inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

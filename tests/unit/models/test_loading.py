@@ -38,7 +38,7 @@ from orpo_ray.models.loading import (
     load_tokenizer,
 )
 from orpo_ray.models.presets import PRESETS
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.probe import probe_forward_mode
 from orpo_ray.training.loss import BatchCounts, orpo
 from tests.support.forwards import FAST, PLAIN, logps
 
@@ -174,7 +174,7 @@ def test_architecture_on_disk_equals_the_definition(
     assert count_parameters(model)[0] == count_parameters_of(config)
 
     expected = naive_logps(model, PAIRS, "prompt_and_response")
-    form = form_of(model, config.attention)
+    form = probe_forward_mode(model, config.attention)
     assert form == FAST
     for result in (logps(model, PAIRS, form=form), logps(model, PAIRS, form=PLAIN)):
         torch.testing.assert_close(result.chosen_logps_P.double(), expected["chosen"], rtol=1e-4, atol=1e-4)
@@ -248,7 +248,7 @@ def write_gguf(path: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrained
 
 def test_a_single_run_does_not_hold_its_weights_twice(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     config = save(ARCHITECTURES["llama"], tmp_path, tokenizer)
-    kept = model_module._kept
+    kept = model_module._cached
     before = kept.cache_info()
     first = build_model(config, seed=0)
     assert kept.cache_info() == before

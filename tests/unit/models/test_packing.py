@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orpo_ray.config import DataConfig, LossConfig
 from orpo_ray.data.dataset import Pair, load_pairs
-from orpo_ray.models.packing import Counting, collate, micro_batches
+from orpo_ray.models.packing import LossMask, collate, micro_batches
 
 
 def make_pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
@@ -19,7 +19,7 @@ PAIRS = [make_pair([5, 6], [7, 8], [9]), make_pair([4], [3], [2, 1, 2])]
 
 
 def test_a_shared_row_by_hand() -> None:
-    batch = collate(PAIRS, Counting("prompt_and_response"), share_prompt=True, pad_token_id=99, multiple_of=4)
+    batch = collate(PAIRS, LossMask("prompt_and_response"), share_prompt=True, pad_token_id=99, multiple_of=4)
     assert batch.input_ids_RT.tolist() == [[5, 6, 7, 8, 9, 4, 3, 2, 1, 2, 99, 99]]
     assert batch.position_ids_RT.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2, 3, 0, 0]]
     assert batch.attention_mask_RT is None
@@ -45,7 +45,7 @@ def test_a_shared_row_by_hand() -> None:
 
 def test_targets_that_fill_up_count_nowhere() -> None:
     bare, filled = (
-        collate(PAIRS, Counting("prompt_and_response"), share_prompt=True, multiple_of=multiple) for multiple in (1, 5)
+        collate(PAIRS, LossMask("prompt_and_response"), share_prompt=True, multiple_of=multiple) for multiple in (1, 5)
     )
     assert (bare.source_N.shape, filled.source_N.shape) == ((8,), (10,))
     assert filled.input_ids_RT.shape == (1, 10)
@@ -57,7 +57,7 @@ def test_targets_that_fill_up_count_nowhere() -> None:
 
 
 def test_padded_rows_by_hand() -> None:
-    batch = collate(PAIRS, Counting("response"), share_prompt=False, pad_token_id=0)
+    batch = collate(PAIRS, LossMask("response"), share_prompt=False, pad_token_id=0)
     assert batch.input_ids_RT.tolist() == [[5, 6, 7, 8], [4, 3, 0, 0], [5, 6, 9, 0], [4, 2, 1, 2]]
     assert batch.attention_mask_RT is not None
     assert batch.attention_mask_RT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
@@ -69,7 +69,7 @@ def test_padded_rows_by_hand() -> None:
 
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_eos_and_answer_padding_by_hand(share_prompt: bool) -> None:
-    counting = Counting("prompt_and_response", nll_eos=False, answer_padding=True, eos_token_id=8)
+    counting = LossMask("prompt_and_response", nll_eos=False, answer_padding=True, eos_token_id=8)
     batch = collate(PAIRS[:1], counting, share_prompt=share_prompt)
     assert batch.target_N.tolist() == [6, 7, 8, 9, 8, 8]
     assert batch.weights_KN.bool().int().tolist() == [[0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0]]
@@ -78,7 +78,7 @@ def test_eos_and_answer_padding_by_hand(share_prompt: bool) -> None:
 
 
 def test_who_sees_whom() -> None:
-    layout = collate(PAIRS, Counting("response"), share_prompt=True, multiple_of=11).layout
+    layout = collate(PAIRS, LossMask("response"), share_prompt=True, multiple_of=11).layout
     assert layout is not None
     sees = layout.sees_TT()
     rows = ["".join("x" if seen else "." for seen in row) for row in sees.tolist()]
@@ -101,7 +101,7 @@ def test_who_sees_whom() -> None:
 
 
 def test_batch_moves_as_a_whole() -> None:
-    moved = collate(PAIRS, Counting("response"), share_prompt=True).to(torch.device("meta"))
+    moved = collate(PAIRS, LossMask("response"), share_prompt=True).to(torch.device("meta"))
     assert moved.layout is not None
     tensors = [moved.input_ids_RT, moved.source_N, moved.weights_KN, moved.tokens_K, moved.layout.pair_T]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
@@ -113,7 +113,7 @@ def test_counts_of_the_global_batch_are_those_of_its_micro_batches(
 ) -> None:
     data = DataConfig(path="builtin://style-pairs", train_pairs=32, eval_pairs=8, cache_dir=str(tmp_path))
     pairs, _ = load_pairs(data, tokenizer)
-    counting = Counting.of(LossConfig(preset=preset), tokenizer.eos_token_id)
+    counting = LossMask.of(LossConfig(preset=preset), tokenizer.eos_token_id)
     indices = np.arange(3, 17)
     batch = collate([pairs[int(i)] for i in indices], counting, share_prompt=True)
     assert counting.nll_tokens(pairs, indices) == int(batch.tokens_K[-len(indices) :].sum())

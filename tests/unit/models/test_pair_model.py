@@ -1,7 +1,6 @@
-"""The forms of the forward pass against each other and against the definition, for every kind of architecture."""
+"""The forward modes against each other and against the definition, for every kind of architecture."""
 
 import copy
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -9,109 +8,37 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    BloomConfig,
-    CohereConfig,
-    FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    MambaConfig,
-    MistralConfig,
-    OPTConfig,
-    PhiConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
 )
 
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import precision
-from orpo_ray.models.packing import Counting, NllScope, collate
-from orpo_ray.models.pair_model import Form, PairModel, Prompts, pair_logps
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.answers import Prompts
+from orpo_ray.models.packing import LossMask, NllScope, collate
+from orpo_ray.models.pair_model import ForwardMode, PairModel, pair_logps
+from orpo_ray.models.probe import probe_forward_mode
 from orpo_ray.training.loss import BatchCounts, orpo
 from orpo_ray.training.metrics import PairSums
+from tests.support.architectures import (
+    GATED,
+    LENGTHS,
+    PADDING,
+    SHARING,
+    VOCABULARY,
+    build,
+    objective,
+)
 from tests.support.forwards import ALL, CHUNKED, FAST, FORMS, PLAIN, gradient, logps
 
 SCOPES: list[NllScope] = ["prompt_and_response", "response"]
-VOCABULARY = 61
-# (prompt, chosen, rejected) tokens: one-token prompts and answers, chosen longer and shorter than rejected.
-LENGTHS = [(7, 5, 9), (1, 6, 2), (12, 1, 1), (1, 1, 1), (3, 17, 4), (9, 2, 11)]
-WINDOW = {"sliding_window": 6}  # shorter than most sequences
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-RANGE = {"initializer_range": 0.3}  # large, so that every position and every neighbour matters
-GATED = {**SMALL, **RANGE, "intermediate_size": 64, "num_key_value_heads": 2}
-OPT = {**SMALL, "ffn_dim": 64, "init_std": 0.3, "dropout": 0.0}
-SHARING: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**GATED),
-    "qwen2": Qwen2Config(**GATED),
-    "qwen3": Qwen3Config(**GATED, head_dim=8),
-    "mistral": MistralConfig(**GATED, **WINDOW),
-    "opt": OPTConfig(**OPT, word_embed_proj_dim=32),
-    "opt-350m": OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
-    "phi": PhiConfig(**SMALL, **RANGE, intermediate_size=64),
-    "gemma2": Gemma2Config(**GATED, **WINDOW, head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=5.0),
-    "gemma3": Gemma3TextConfig(**GATED, **WINDOW, head_dim=8),
-    "gpt2": GPT2Config(**SMALL, **RANGE, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    "granite": GraniteConfig(**GATED, logits_scaling=2.0),
-    "cohere": CohereConfig(**GATED, logit_scale=0.25),
-}
-PADDING: dict[str, tuple[PreTrainedConfig, str]] = {
-    "mamba": (MambaConfig(**SMALL, **RANGE, state_size=4), "layers of kind linear_attention"),
-    "falcon": (FalconConfig(**SMALL, **RANGE), "FalconForCausalLM does its attention itself"),
-    "bloom": (BloomConfig(**SMALL, **RANGE), "BloomForCausalLM does its attention itself"),
-}
-
-
-@pytest.fixture(scope="module")
-def pairs() -> list[Pair]:
-    rng = np.random.default_rng(0)
-    # Padding (0) is among the real tokens: only the layout may tell them from padding.
-    ids = [[rng.integers(0, VOCABULARY, n).astype(np.int32) for n in lengths] for lengths in LENGTHS]
-    return [Pair(f"test:{i}", *parts, chosen_bytes=1) for i, parts in enumerate(ids)]
-
-
-def build(config: PreTrainedConfig) -> PreTrainedModel:
-    torch.manual_seed(0)
-    # A copy, for the attention function is a setting of the config.
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
-
-
-@pytest.fixture(scope="module")
-def llama() -> LlamaForCausalLM:
-    return build(SHARING["llama"])
-
-
-def objective(model: torch.nn.Module, pairs: list[Pair], form: Form, **options: object) -> torch.Tensor:
-    """ORPO's loss of all pairs as one batch; its gradient is left in the model."""
-    found = logps(model, pairs, form=form, **options)
-    counts = BatchCounts(len(pairs), int(found.nll_tokens_P.sum()))
-    loss = orpo(found, counts, orpo_lambda=0.5, nll_reduction="token").loss
-    loss.backward()
-    return loss.detach()
 
 
 @pytest.mark.parametrize("architecture", SHARING)
 def test_shared_prompt_equals_two_forwards(architecture: str, pairs: list[Pair]) -> None:
     """Loss and gradients of the fast form against the padded form with full logits and transformers' own masks."""
     model = build(SHARING[architecture])
-    assert form_of(model, "shared_prompt") == FAST
+    assert probe_forward_mode(model, "shared_prompt") == FAST
     loss = objective(model, pairs, FAST)
     found = gradient(model)
     model.set_attn_implementation("eager")  # the reference: its masks are spelled out, for windows too
@@ -119,107 +46,6 @@ def test_shared_prompt_equals_two_forwards(architecture: str, pairs: list[Pair])
     expected = gradient(model)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     assert (found - expected).norm() < 1e-5 * expected.norm()
-
-
-@pytest.mark.parametrize("architecture", PADDING)
-def test_what_cannot_share_falls_back_and_says_why(architecture: str, pairs: list[Pair]) -> None:
-    config, reason = PADDING[architecture]
-    model = build(config)
-    form = form_of(model, "shared_prompt")
-    assert (form.shares_prompt, form.chunks_head) == (False, True)
-    assert reason in form.reason
-    loss = objective(model, pairs, form)
-    found = gradient(model)
-    torch.testing.assert_close(loss, objective(model, pairs, PLAIN), rtol=1e-5, atol=0)
-    expected = gradient(model)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
-
-
-@pytest.mark.parametrize("architecture", [*SHARING, *PADDING])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_several_answers_are_those_of_rows_on_their_own(
-    architecture: str, temperature: float, pairs: list[Pair]
-) -> None:
-    """The same tokens, likeliest or drawn, as when each prompt is read once for each of its answers."""
-    model = build(SHARING[architecture] if architecture in SHARING else PADDING[architecture][0])
-    pair_model = PairModel(model, form_of(model, "shared_prompt"))
-    ids = [pair.prompt_ids for pair in pairs]
-    ask = {"pad_token_id": 0, "eos_token_id": 2, "max_new_tokens": 8, "in_step": False, "temperature": temperature}
-
-    def answers(prompts: Prompts) -> torch.Tensor:
-        torch.manual_seed(1)
-        with torch.no_grad():
-            return pair_model(prompts)
-
-    for some in (ids, ids[1:2]):  # the second: one prompt of one token
-        expected = answers(Prompts.padded([each for each in some for _ in range(3)], **ask))
-        assert torch.equal(answers(Prompts.padded(some, **ask, answers_each=3)), expected)
-
-
-def test_a_prompt_is_read_once_for_all_of_its_answers(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
-    model, seen = copy.deepcopy(llama), []
-    model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["input_ids"].shape), with_kwargs=True)
-    prompts = Prompts.padded([pair.prompt_ids for pair in pairs], 0, eos_token_id=2, max_new_tokens=3, in_step=False)
-    with torch.no_grad():
-        PairModel(model, FAST)(dataclasses.replace(prompts, answers_each=4))
-    longest = max(prompt for prompt, _, _ in LENGTHS)
-    assert seen == [(6, longest - 1), (24, 1), (24, 1), (24, 1)]
-
-
-def test_foreign_code_that_ignores_positions_is_found_out(llama: LlamaForCausalLM) -> None:
-    """Custom code may take the interface and still do something of its own: the probe compares results."""
-    model = copy.deepcopy(llama)
-    rotate = model.model.rotary_emb.forward
-    model.model.rotary_emb.forward = lambda x, position_ids: rotate(x, torch.arange(x.shape[1])[None])
-    form = form_of(model, "shared_prompt")
-    assert (form.shares_prompt, form.chunks_head) == (False, True)
-    assert "log-probabilities are off by" in form.reason
-    assert model.config._attn_implementation == llama.config._attn_implementation
-
-
-def test_foreign_head_is_read_through_the_model_itself(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
-    model = copy.deepcopy(llama)
-    plain = model.forward
-
-    def doubled(**inputs: object) -> object:
-        output = plain(**inputs)
-        output.logits = 2 * output.logits
-        return output
-
-    model.forward = doubled
-    form = form_of(model, "shared_prompt")
-    assert (form.shares_prompt, form.chunks_head) == (True, False)
-    torch.testing.assert_close(objective(model, pairs, form), objective(model, pairs, PLAIN), rtol=1e-5, atol=0)
-
-
-def test_a_window_that_is_only_in_masks_is_found_out(pairs: list[Pair]) -> None:
-    """transformers builds no mask for our attention function, so such a model would see everything."""
-    config = Qwen2MoeConfig(
-        **{**GATED, "intermediate_size": 32},
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        use_sliding_window=True,
-        sliding_window=32,  # longer than the probe's pairs
-        layer_types=["sliding_attention"] * 2,
-    )
-    model = build(config)
-    form = form_of(model, "shared_prompt")
-    assert (form.shares_prompt, form.chunks_head) == (False, True)
-    assert "has its sliding window in masks only" in form.reason
-
-
-def test_kernels_of_a_gpu_are_not_run_where_the_model_is_read(llama: LlamaForCausalLM) -> None:
-    def needs_a_gpu(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("FlashAttention only supports CUDA")
-
-    AttentionInterface.register("needs_a_gpu", needs_a_gpu)
-    model = copy.deepcopy(llama)
-    model.set_attn_implementation("needs_a_gpu")
-    assert form_of(model, "flash_attention_2") == Form(False, True, "model.attention is flash_attention_2")
-    assert model.config._attn_implementation == "needs_a_gpu"
-    model.set_attn_implementation("sdpa")
 
 
 def test_one_diverged_pair_does_not_blame_the_others(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
@@ -235,21 +61,9 @@ def test_one_diverged_pair_does_not_blame_the_others(llama: LlamaForCausalLM, pa
         assert means_P[1:].isfinite().all()
 
 
-def test_other_kernels_pad_on_request(llama: LlamaForCausalLM) -> None:
-    assert form_of(copy.deepcopy(llama), "sdpa") == Form(False, True, "model.attention is sdpa")
-
-
-def test_probe_leaves_the_mode_and_the_gradients_alone(llama: LlamaForCausalLM) -> None:
-    model = copy.deepcopy(llama).train()
-    form_of(model, "shared_prompt")
-    assert model.training
-    assert all(p.grad is None for p in model.parameters())
-
-
 def pretend(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
     """Make this CPU one with bf16 units, or without: either's kernels run on any."""
     monkeypatch.setattr(precision, "has_bf16_units", lambda: has_units)
-    monkeypatch.setattr("orpo_ray.models.lm_head.has_bf16_units", lambda: has_units)
 
 
 @pytest.mark.parametrize("has_units", [False, True])
@@ -275,7 +89,7 @@ def test_a_frozen_model_gives_the_same_bits(
 ) -> None:
     pretend(monkeypatch, has_units)
     model = build((SHARING | {name: config for name, (config, _) in PADDING.items()})[architecture])
-    form = form_of(model, "shared_prompt")
+    form = probe_forward_mode(model, "shared_prompt")
     frozen = PairModel(copy.deepcopy(model), form, torch.bfloat16).frozen()
     model = PairModel(model, form, torch.bfloat16).eval()
     prompts = Prompts.padded(
@@ -371,7 +185,7 @@ def test_equals_the_definition_sequence_by_sequence(
     scope: NllScope,
     form: str,
 ) -> None:
-    found = logps(llama, pairs, Counting(scope), FORMS[form])
+    found = logps(llama, pairs, LossMask(scope), FORMS[form])
     expected = naive_logps(llama, pairs, scope)
     for name, result in (
         ("chosen", found.chosen_logps_P),
@@ -430,7 +244,7 @@ def test_log_probabilities_are_fp32_whatever_the_model(llama: LlamaForCausalLM, 
 
 
 @pytest.mark.parametrize("form", [FAST, CHUNKED, PLAIN])
-def test_gradient_checkpointing_runs_the_same_attention_again(pairs: list[Pair], form: Form) -> None:
+def test_gradient_checkpointing_runs_the_same_attention_again(pairs: list[Pair], form: ForwardMode) -> None:
     model = build(SHARING["llama"]).train()
     objective(model, pairs, form)
     expected = gradient(model)
@@ -449,7 +263,7 @@ def test_a_model_that_drops_the_layout_is_refused(llama: LlamaForCausalLM, pairs
 def test_answer_padding_and_eos(llama: LlamaForCausalLM, pairs: list[Pair]) -> None:
     """The authors' counting, from token log-probabilities written out."""
     eos = int(pairs[4].chosen_ids[3])
-    counting = Counting("prompt_and_response", nll_eos=False, answer_padding=True, eos_token_id=eos)
+    counting = LossMask("prompt_and_response", nll_eos=False, answer_padding=True, eos_token_id=eos)
     for form in FORMS.values():
         found = logps(llama, pairs, counting, form)
         for index, pair in enumerate(pairs):

@@ -22,17 +22,17 @@ from transformers import (
 from orpo_ray.config import ConfigError, LoraConfig, LossConfig, ModelConfig, parse
 from orpo_ray.data.dataset import Pair
 from orpo_ray.models import precision
-from orpo_ray.models.loading import ModelError, _with_lora, build_model, build_reward_model, load_tokenizer
+from orpo_ray.models.loading import ModelError, build_model, build_reward_model, load_tokenizer, with_lora
 from orpo_ray.models.logps import PairLogps, ReferenceLogps
-from orpo_ray.models.packing import Counting
+from orpo_ray.models.packing import LossMask
 from orpo_ray.models.pair_model import PairModel
-from orpo_ray.models.probe import form_of
+from orpo_ray.models.probe import probe_forward_mode
 from orpo_ray.models.reward_model import RewardModel
 from orpo_ray.training.loss import BatchCounts, bradley_terry, from_config, rloo
 from tests.support.forwards import CHUNKED, FAST, gradient, logps
 from tests.support.ranks import BASE
 
-REWARDS = Counting("prompt_and_response", rewards=True)
+REWARDS = LossMask("prompt_and_response", rewards=True)
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "vocab_size": 96, "num_labels": 1}
 SMALL: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, pad_token_id=0),
@@ -77,7 +77,7 @@ def test_a_reward_is_what_transformers_says_of_the_whole_sequence(name: str) -> 
         assert found.chosen_logps_P.tolist() == pytest.approx([chosen for chosen, _ in expected], abs=1e-5)
         assert found.rejected_logps_P.tolist() == pytest.approx([rejected for _, rejected in expected], abs=1e-5)
         assert found.nll_tokens_P.tolist() == [0, 0, 0]
-    assert form_of(model, "shared_prompt") == FAST
+    assert probe_forward_mode(model, "shared_prompt") == FAST
 
 
 @pytest.mark.parametrize("has_units", [False, True])
@@ -87,7 +87,7 @@ def test_rewards_are_not_rounded_to_bf16(name: str, has_units: bool, monkeypatch
     monkeypatch.setattr(precision, "has_bf16_units", lambda: has_units)
     for freeze, adapted in ((False, False), (True, False), (False, True)):
         lm = _model(name)
-        lm = _with_lora(lm, LoraConfig(rank=4), "SEQ_CLS") if adapted else lm
+        lm = with_lora(lm, LoraConfig(rank=4), "SEQ_CLS") if adapted else lm
         model = PairModel(lm, FAST, torch.bfloat16)
         model = model.frozen() if freeze else model
         rewards = model(model.collate(_pairs(), REWARDS, 0))[:6]

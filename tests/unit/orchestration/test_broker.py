@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from orpo_ray.orchestration.broker import Assignment, Broker
-from orpo_ray.storage.history import History
+from orpo_ray.orchestration.broker import Broker
+from orpo_ray.orchestration.broker_state import Assignment
+from orpo_ray.storage.events import Forked, Logged, Paused, Status
 from orpo_ray.storage.journal import read_events
+from orpo_ray.storage.sweep_state import SweepState
+from orpo_ray.training.trial import TrialResult
 
 LANE = "1x1cpu0gpu"
 
@@ -32,12 +34,12 @@ async def take(broker: Broker, name: str) -> Assignment:
     return taken
 
 
-def end(steps: int, **metrics: float) -> tuple[Any, ...]:
-    return "finished", steps, metrics, "checkpoint", 1.5, None
+def end(steps: int, **metrics: float) -> TrialResult:
+    return TrialResult(Status.FINISHED, steps, metrics, "checkpoint", 1.5)
 
 
 def events(folder: Path) -> list[tuple[str, str]]:
-    return [(event["event"], event["trial_id"]) for event in read_events(folder / "events.jsonl")]
+    return [(event.kind, event.trial_id) for event in read_events(folder / "events.jsonl")]
 
 
 def test_a_trial_goes_to_a_group_and_its_evaluations_to_the_driver(tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_a_trial_goes_to_a_group_and_its_evaluations_to_the_driver(tmp_path: Pat
         assert not evaluated.done(), "the worker must wait for the driver's decision"
         following = asyncio.create_task(broker.next_result("a", "driver"))
         assert await evaluated == "continue"
-        await broker.finished("a", 0, *end(20, nll=1.0))
+        await broker.finished("a", 0, end(20, nll=1.0))
         assert (await following)["status"] == "finished"
         assert (await broker.next_result("a", "driver"))["status"] == "finished", "asked again, it says so again"
         load = await broker.load()
@@ -110,7 +112,7 @@ def test_an_interrupted_trial_is_handed_out_again_until_it_failed_too_often(tmp_
         assert "node gone; given up after 2 attempts (sweep.max_failures 1)" in failed["error"]
 
     asyncio.run(scenario())
-    logged = [e["metrics"]["train/loss"] for e in read_events(tmp_path / "events.jsonl") if e["event"] == "log"]
+    logged = [e.metrics["train/loss"] for e in read_events(tmp_path / "events.jsonl") if isinstance(e, Logged)]
     assert logged == [3.0, 2.5]
 
 
@@ -120,7 +122,7 @@ def test_the_next_broker_goes_on_from_the_journal(tmp_path: Path) -> None:
         await submit(broker, "a", "b", "c", "d")
         worker = await group(broker)
         await take(broker, worker)
-        await broker.finished("a", 0, *end(20))
+        await broker.finished("a", 0, end(20))
         await take(broker, worker)
         await broker.log("b", 0, 15, {"train/loss": 1.0})
         asyncio.create_task(broker.evaluated("b", 0, 10, {"eval/nll": 2.0}, "c10", 1.0))  # noqa: RUF006
@@ -136,12 +138,12 @@ def test_the_next_broker_goes_on_from_the_journal(tmp_path: Path) -> None:
         assert (await take(broker, worker)).trial_id == "b", "a is not run again"
         await broker.log("b", 0, 15, {"train/loss": 1.0})
         assert await broker.evaluated("b", 0, 10, {"eval/nll": 2.0}, "c10", 1.0) == "continue"
-        await broker.finished("b", 0, *end(20))
+        await broker.finished("b", 0, end(20))
         await broker.stop("c")  # it is not to go on
         assert (await broker.next_result("c", "driver"))["status"] == "stopped_early"
         await broker.flushed()
         drained = await broker.drain()
-        assert [e["event"] for e in drained if e["trial_id"] == "b"] == ["submitted", "log", "eval", "finished"]
+        assert [e.kind for e in drained if e.trial_id == "b"] == ["submitted", "log", "eval", "finished"]
 
     asyncio.run(before())
     with (tmp_path / "events.jsonl").open("a") as journal:
@@ -160,7 +162,7 @@ def test_a_group_prefers_trials_whose_weights_it_holds(tmp_path: Path) -> None:
         order = []
         for _ in range(3):
             order.append((await take(broker, worker)).trial_id)
-            await broker.finished(order[-1], 0, *end(1))
+            await broker.finished(order[-1], 0, end(1))
         assert order == ["1", "3", "2"]
 
     asyncio.run(scenario())
@@ -192,14 +194,14 @@ def test_a_paused_trial_frees_its_group_and_goes_on_when_submitted_again(tmp_pat
         assert (await broker.next_result("a", "driver"))["step"] == 10
         await broker.pause("a")
         assert await evaluated == "pause"
-        await broker.finished("a", 0, "paused", 10, {}, "c10", 1.0, None)
+        await broker.finished("a", 0, TrialResult(Status.PAUSED, 10, {}, "c10", 1.0))
         assert (await take(broker, worker)).trial_id == "b"
-        await broker.finished("b", 0, *end(20))
+        await broker.finished("b", 0, end(20))
         assert await broker.take(worker, 0.01) == "wait", "paused, it is nobody's"
         await submit(broker, "a")
         assert await take(broker, worker) == Assignment("a", 0, "config of a")
         waiting = asyncio.create_task(broker.next_result("a", "another driver"))
-        await broker.finished("a", 0, *end(20))
+        await broker.finished("a", 0, end(20))
         assert (await waiting)["status"] == "finished"
 
     asyncio.run(scenario())
@@ -220,7 +222,7 @@ def test_pause_meets_every_state(tmp_path: Path) -> None:
         await broker.pause("b")
         assert await evaluated == "pause"
         await submit(broker, "a")
-        await broker.finished("a", 0, "paused", 10, {}, "c10", 1.0, None)
+        await broker.finished("a", 0, TrialResult(Status.PAUSED, 10, {}, "c10", 1.0))
         assert (await take(broker, worker)).trial_id == "a", "b was paused before its turn"
         await broker.stop("b")
         assert (await broker.next_result("b", "driver"))["status"] == "stopped_early"
@@ -272,7 +274,7 @@ async def forked(folder: Path) -> Broker:
     assert not fork.done(), "their workers still have them"
     for trial_id, step in (("a", 10), ("b", 20)):
         path = str(folder / "trials" / trial_id / f"step-{step:08d}")
-        await broker.finished(trial_id, 0, "paused", step, {}, path, 1.0, None)
+        await broker.finished(trial_id, 0, TrialResult(Status.PAUSED, step, {}, path, 1.0))
     assert await fork == 20
     return broker
 
@@ -282,8 +284,8 @@ def test_a_fork_copies_the_donors_state(tmp_path: Path) -> None:
     assert (tmp_path / "trials" / "a" / "step-00000020" / "weights").read_text() == "b"
     assert [path.name for path in (tmp_path / "trials" / "a").iterdir()] == ["step-00000020"]
     assert (tmp_path / "trials" / "b" / "step-00000020" / "weights").read_text() == "b"
-    (fork,) = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "forked"]
-    assert (fork["trial_id"], fork["donor"], fork["step"], fork["params"]) == ("a", "b", 20, {"optim.lr": 2e-3})
+    (fork,) = [e for e in read_events(tmp_path / "events.jsonl") if isinstance(e, Forked)]
+    assert (fork.trial_id, fork.donor, fork.step, fork.params) == ("a", "b", 20, {"optim.lr": 2e-3})
 
 
 def test_a_fork_that_a_crash_cut_in_two_is_finished_by_the_next_broker(tmp_path: Path) -> None:
@@ -312,7 +314,7 @@ def test_a_known_result_is_adopted_without_training(tmp_path: Path) -> None:
 
     asyncio.run(scenario())
     assert events(tmp_path) == [("submitted", "a"), ("eval", "a"), ("finished", "a")]
-    assert read_events(tmp_path / "events.jsonl")[-1]["reused_from"] == "run-1"
+    assert read_events(tmp_path / "events.jsonl")[-1].reused_from == "run-1"
 
 
 @pytest.mark.parametrize("status", ["diverged", "failed"])
@@ -321,8 +323,8 @@ def test_the_first_end_counts(tmp_path: Path, status: str) -> None:
         broker = Broker(str(tmp_path), max_failures=2)
         await submit(broker, "a")
         await take(broker, await group(broker))
-        await broker.finished("a", 0, status, 3, {}, None, 1.0, "why")
-        await broker.finished("a", 0, *end(9))
+        await broker.finished("a", 0, TrialResult(Status(status), 3, {}, None, 1.0, "why"))
+        await broker.finished("a", 0, end(9))
         assert (await broker.next_result("a", "driver"))["status"] == status
 
     asyncio.run(scenario())
@@ -345,7 +347,7 @@ def test_a_held_sweep_lets_the_scheduler_decide_and_pauses_what_would_go_on(tmp_
         await broker.pause("b")  # at a rung
         assert await asyncio.gather(*evaluations) == ["pause", "pause"]
         for trial_id in "ab":
-            await broker.finished(trial_id, 0, "paused", 10, {}, "c10", 1.0, None)
+            await broker.finished(trial_id, 0, TrialResult(Status.PAUSED, 10, {}, "c10", 1.0))
         load = await broker.load()
         assert (load.queued, load.busy) == ({}, {}), "nothing is left to do"
         await broker.stop("c", "stopped by the user")
@@ -353,7 +355,7 @@ def test_a_held_sweep_lets_the_scheduler_decide_and_pauses_what_would_go_on(tmp_
         going_on.cancel()
 
     asyncio.run(scenario())
-    paused = {e["trial_id"]: e["held"] for e in read_events(tmp_path / "events.jsonl") if e["event"] == "paused"}
+    paused = {e.trial_id: e.held for e in read_events(tmp_path / "events.jsonl") if isinstance(e, Paused)}
     assert paused == {"a": True, "b": False}
-    history = History(read_events(tmp_path / "events.jsonl"))
+    history = SweepState(read_events(tmp_path / "events.jsonl"))
     assert {t.trial_id: t.paused for t in history.trials.values()} == {"a": False, "b": True, "c": False}

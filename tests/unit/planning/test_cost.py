@@ -7,34 +7,37 @@ from typing import Any
 import pytest
 
 from orpo_ray.planning.cost import CostModel
-from orpo_ray.storage.history import History
+from orpo_ray.storage.sweep_state import SweepState
+from tests.support.events import as_event
 
 PARAMETERS = {"1m": 1_000_000, "4m": 4_000_000, "16m": 16_000_000}
 DEVICES = {"1m": 1, "4m": 2, "16m": 4}
 
 
-def history_of(*trials: dict[str, Any]) -> History:
+def history_of(*trials: dict[str, Any]) -> SweepState:
     """Trials of `bundle`, evaluations {step: seconds}, and optionally a `status`, `reused_from` or `paused`."""
-    history = History()
+    history = SweepState()
     for number, trial in enumerate(trials):
         name = f"t{number}"
-        history.apply({"event": "submitted", "trial_id": name, "params": {}, "bundle": trial["bundle"]})
+        history.apply(as_event({"event": "submitted", "trial_id": name, "params": {}, "bundle": trial["bundle"]}))
         devices = DEVICES[trial["bundle"]]
-        history.apply({"event": "started", "trial_id": name, "max_steps": 100, "devices": devices})
+        history.apply(as_event({"event": "started", "trial_id": name, "max_steps": 100, "devices": devices}))
         for step, seconds in trial["seconds"].items():
-            history.apply({"event": "eval", "trial_id": name, "step": step, "metrics": {}, "seconds": seconds})
+            history.apply(
+                as_event({"event": "eval", "trial_id": name, "step": step, "metrics": {}, "seconds": seconds})
+            )
         if trial.get("paused"):
-            history.apply({"event": "paused", "trial_id": name})
+            history.apply(as_event({"event": "paused", "trial_id": name}))
         if "status" in trial:
             end = {"steps": max(trial["seconds"]), "train_seconds": max(trial["seconds"].values())}
             end["reused_from"] = trial.get("reused_from")
-            history.apply({"event": "finished", "trial_id": name, "status": trial["status"], **end})
+            history.apply(as_event({"event": "finished", "trial_id": name, "status": trial["status"], **end}))
     return history
 
 
 def test_nothing_is_known_before_the_first_report() -> None:
     model = CostModel(PARAMETERS, DEVICES)
-    assert model.device_seconds("1m", 100, History()) is None
+    assert model.device_seconds("1m", 100, SweepState()) is None
     assert model.device_seconds("1m", 100, history_of({"bundle": "1m", "seconds": {}})) is None
 
 

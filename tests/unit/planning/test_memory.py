@@ -19,8 +19,8 @@ from orpo_ray.data.dataset import Pair
 from orpo_ray.hardware import Device, device_of, this_machine
 from orpo_ray.models import lm_head, loading, presets
 from orpo_ray.models import precision as cpu_bf16
-from orpo_ray.models.packing import Counting, collate
-from orpo_ray.models.pair_model import Form, PairModel
+from orpo_ray.models.packing import LossMask, collate
+from orpo_ray.models.pair_model import ForwardMode, PairModel
 from orpo_ray.planning import memory
 from orpo_ray.planning.architecture import Architecture, architecture_of
 from orpo_ray.planning.memory import Memory, peak_memory
@@ -105,10 +105,12 @@ def saved_bytes_per_token(layers: int, precision: torch.dtype | None, lora: Lora
     shape = LlamaConfig(vocab_size=256, hidden_size=192, intermediate_size=512, num_hidden_layers=layers)
     shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim = 3, 1, 64
     lm = LlamaForCausalLM(shape)
-    pair_model = PairModel(lm if lora is None else loading._with_lora(lm, lora), Form(True, True), precision).train()
+    pair_model = PairModel(
+        lm if lora is None else loading.with_lora(lm, lora), ForwardMode(True, True), precision
+    ).train()
     ids = np.random.default_rng(0).integers(3, 256, 240, dtype=np.int32)
     pair = Pair("p", ids[:148], ids[148:189], ids[189:], 1)
-    batch = collate([pair, pair], Counting("prompt_and_response"), share_prompt=True)
+    batch = collate([pair, pair], LossMask("prompt_and_response"), share_prompt=True)
     weights = {p.untyped_storage().data_ptr() for p in pair_model.parameters()}
     shapes = {shape for p in pair_model.parameters() for shape in (p.shape, p.T.shape) if p.dim() == 2}
 
@@ -138,7 +140,6 @@ def test_activations_are_what_autograd_keeps(
     device: Device, bf16: bool, lora: LoraConfig | None, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(cpu_bf16, "has_bf16_units", lambda: device is Device.CPU_BF16)
-    monkeypatch.setattr("orpo_ray.models.lm_head.has_bf16_units", lambda: device is Device.CPU_BF16)
     shape = Architecture(0, 3, 192, 192, 64, 512, True, 256, False, True)
     precision = torch.bfloat16 if bf16 else None
     layer = saved_bytes_per_token(3, precision, lora) - saved_bytes_per_token(2, precision, lora)

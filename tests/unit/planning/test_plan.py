@@ -171,10 +171,11 @@ def test_measured_time_is_taken_where_the_sweep_has_run(tmp_path: Path) -> None:
     journal = tmp_path / "test" / EVENTS_FILE
     journal.parent.mkdir()
     trial = {"trial_id": "a", "time": 0}
+    start = {"attempt": 1, "group": "g", "step": 0, "max_steps": 100, "devices": 2}
     events = [
         {"event": "submitted", "bundle": "8m", "params": {"size": "8m", "loss.orpo_lambda": 0.1}, **trial},
-        {"event": "started", "attempt": 1, "step": 0, "max_steps": 100, "facts": {}, "devices": 2, **trial},
-        {"event": "eval", "attempt": 1, "step": 20, "metrics": {}, "checkpoint": None, "seconds": 50.0, **trial},
+        {"event": "started", **start, **trial},
+        {"event": "eval", "step": 20, "metrics": {}, "checkpoint": None, "seconds": 50.0, **trial},
     ]
     journal.write_text("".join(json.dumps(event) + "\n" for event in events))
     small, large = planned(output_dir=str(tmp_path)).sizes

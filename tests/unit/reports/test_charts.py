@@ -6,7 +6,8 @@ import pytest
 from orpo_ray.reports import chart_style, charts
 from orpo_ray.results.frames import load_evaluations_frame, load_runs_frame
 from orpo_ray.results.winners import optima, summarize_winners
-from orpo_ray.storage.journal import read_events
+from orpo_ray.storage.sweep_state import SweepState, read_state
+from tests.support.events import as_state
 from tests.support.pages import METRIC, SIZES, write_sweep
 from tests.support.sweeps import pair_scores
 from tests.support.sweeps import trial as made_trial
@@ -75,7 +76,7 @@ def test_what_cannot_be_drawn_is_a_sentence():
     panels = [
         charts.intervals(winners),
         charts.heat_maps(results, frame),
-        charts.curves(results, frame, load_evaluations_frame([])),
+        charts.curves(results, frame, load_evaluations_frame(SweepState())),
         charts.pareto(winners["pareto"]),
         charts.parallel(results, frame),
         charts.importance(results, frame),
@@ -125,7 +126,7 @@ def test_seeds_of_one_setting_are_one_setting_to_the_forest():
 def test_curves_show_the_best_of_each_lambda_and_keep_the_rest_back(sweep):
     results, run_dir = sweep
     frame = load_runs_frame(results)
-    evaluations = load_evaluations_frame(read_events(run_dir / "events.jsonl"))
+    evaluations = load_evaluations_frame(read_state(run_dir))
     panel = charts.curves(results, frame, evaluations)
     assert [chart.title for chart in panel.charts] == [*SIZES]
     best = results["winners"]["best"]
@@ -147,8 +148,10 @@ def test_curves_show_the_best_of_each_lambda_and_keep_the_rest_back(sweep):
 def test_long_curves_are_thinned_and_keep_their_ends():
     steps = np.arange(1, 5001)
     events = [{"event": "eval", "trial_id": "t00", "step": int(s), "metrics": {"eval/log_odds": s / 5}} for s in steps]
+    submitted = {"event": "submitted", "trial_id": "t00", "params": {}}
     results = small([(0.1, 1e-3, 0.5, "finished")])
-    panel = charts.curves(results, load_runs_frame(results), load_evaluations_frame(events))
+    evaluations = load_evaluations_frame(as_state([submitted, *events]))
+    panel = charts.curves(results, load_runs_frame(results), evaluations)
     (trace,) = panel.charts[0].figure.data
     assert len(trace.x) <= 120
     assert (trace.x[0], trace.x[-1], trace.y[-1]) == (1, 5000, 1000.0)

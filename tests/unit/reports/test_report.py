@@ -17,6 +17,7 @@ from orpo_ray.results.frames import load_runs_frame, mean_interval
 from orpo_ray.results.winners import summarize_winners
 from orpo_ray.storage.results import load_results, summarize
 from orpo_ray.storage.run_dir import write_results
+from tests.support.events import as_state
 from tests.support.sweeps import pair_scores, write_pairs
 from tests.support.sweeps import trial as made_trial
 
@@ -89,7 +90,7 @@ def run_dir_of(tmp_path, trials, metric=METRIC):
     events = synthetic_sweep(trials)
     with (tmp_path / "events.jsonl").open("w") as journal:
         journal.writelines(json.dumps(event) + "\n" for event in events)
-    write_results(tmp_path / "results.json", summarize("toy", metric, "max", events))
+    write_results(tmp_path / "results.json", summarize("toy", metric, "max", as_state(events)))
     return tmp_path
 
 
@@ -163,7 +164,7 @@ def test_the_table_is_ranked_and_says_why_trials_ended(tmp_path):
 
 def test_where_lower_is_better_the_lowest_comes_first(tmp_path):
     events = synthetic_sweep(sixteen_trials())
-    results = summarize("toy", "eval/nll", "min", events)
+    results = summarize("toy", "eval/nll", "min", as_state(events))
     lines = text_of(results_table(results)).splitlines()[2:]
     values = [float(line.split("lr=")[1].split()[1]) for line in lines[:12]]
     assert values == sorted(values)
@@ -284,7 +285,7 @@ def test_a_reward_model_has_no_columns_of_log_probabilities(tmp_path):
         if "metrics" in event:
             event["metrics"] = {METRIC: event["metrics"][METRIC]}
     (run_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    write_results(run_dir / "results.json", summarize("toy", METRIC, "max", events))
+    write_results(run_dir / "results.json", summarize("toy", METRIC, "max", as_state(events)))
     write_report(run_dir, formats=("md",))
     page = (run_dir / "report.md").read_text()
     assert section(page, "Trials").splitlines()[4] == f"| trial | {METRIC} | steps | seconds | status |"

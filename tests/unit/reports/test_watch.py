@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orpo_ray.reports import live_view, watch
-from orpo_ray.reports.live_state import Board
+from orpo_ray.reports import live_view, watch, watch_view
+from orpo_ray.reports.live_state import LiveSweep
 from orpo_ray.storage import requests
 from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, write_results
 from tests.support.journals import (
@@ -44,11 +44,16 @@ def source(run_dir: Path) -> watch.RunDir:
     return opened
 
 
-def board(run_dir: Path) -> Board:
-    return watch.current(source(run_dir))
+def board(run_dir: Path) -> LiveSweep:
+    return watch_view.current(source(run_dir))
 
 
-def drawn(view: watch.View, width: int = 80, height: int = 24) -> list[str]:
+def status(run_dir: Path, trial_id: str) -> str:
+    seen = board(run_dir)
+    return seen.status(seen.sweep.trials[trial_id])
+
+
+def drawn(view: watch_view.View, width: int = 80, height: int = 24) -> list[str]:
     console = Console(width=width, height=height, color_system=None, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.capture() as captured:
         console.print(view.draw(width, height))
@@ -60,9 +65,9 @@ def test_the_board_knows_who_trains_and_ranks_by_the_metric(run_dir: Path) -> No
     assert seen.state == "running"
     assert [trial.trial_id for trial in seen.ranked()] == ["00000", "00001", "00002"], "smaller NLL first"
     assert seen.counts() == {"training": 2, "waiting": 1}
-    assert seen.curve("00000") == [(4, 3.0), (8, 2.5)]
+    assert seen.curve(seen.sweep.trials["00000"]) == [(4, 3.0), (8, 2.5)]
     assert seen.groups() == [("group-9-001", "00000", ["host:1"]), ("group-9-002", "00001", ["host:1"])]
-    assert seen.history.device_hours == pytest.approx(12 / 3600)
+    assert seen.sweep.device_hours == pytest.approx(12 / 3600)
 
 
 def test_what_is_left_is_counted_by_what_a_step_took(run_dir: Path) -> None:
@@ -89,7 +94,7 @@ def test_a_lost_trial_is_last_however_good_it_was(run_dir: Path) -> None:
 def test_the_journal_is_followed_line_by_line(run_dir: Path) -> None:
     following = source(run_dir)
     first = following.read(None, 0)
-    assert [e["event"] for e in first.events] == [e["event"] for e in UNDER_WAY]
+    assert [e.kind for e in first.events] == [e["event"] for e in UNDER_WAY]
     assert first.is_whole
     with (run_dir / EVENTS_FILE).open("a", encoding="utf-8") as journal:
         journal.write(json.dumps(evaluated("00001", 12, 8, 2.0, 8.0))[:30])
@@ -97,7 +102,7 @@ def test_the_journal_is_followed_line_by_line(run_dir: Path) -> None:
     assert (torn.events, torn.offset, torn.is_whole) == ([], first.offset, True)
     with (run_dir / EVENTS_FILE).open("a", encoding="utf-8") as journal:
         journal.write(json.dumps(evaluated("00001", 12, 8, 2.0, 8.0))[30:] + "\n")
-    assert [e["step"] for e in following.read("abc", first.offset).events] == [8]
+    assert [e.step for e in following.read("abc", first.offset).events] == [8]
     assert len(following.read("of another sweep", first.offset).events) == len(UNDER_WAY) + 1
 
 
@@ -120,7 +125,7 @@ def test_without_its_process_a_sweep_is_interrupted_until_it_has_ended(tmp_path:
     written = write_journal(tmp_path / "runs" / "gone")
     (written / "sweep.lock").touch()
     gone = board(written)
-    assert (gone.state, gone.status("00000"), gone.groups()) == ("interrupted", "interrupted", [])
+    assert (gone.state, status(written, "00000"), gone.groups()) == ("interrupted", "interrupted", [])
     assert gone.seconds == 11
     for interrupted, state in ((True, "interrupted"), (False, "ended")):
         write_results(written / RESULTS_FILE, {"interrupted": interrupted})
@@ -134,9 +139,9 @@ def test_trials_of_an_earlier_start_wait_until_they_are_started_again(run_dir: P
 
 def test_a_trial_that_is_asked_to_stop_is_stopping_until_it_has_ended(run_dir: Path) -> None:
     requests.request(run_dir, "stop_trial", "00001")
-    assert board(run_dir).status("00001") == "stopping"
+    assert status(run_dir, "00001") == "stopping"
     append(run_dir, [finished("00001", 12, "stopped_early", 4, 2.75, 4.0)])
-    assert board(run_dir).status("00001") == "stopped_early"
+    assert status(run_dir, "00001") == "stopped_early"
 
 
 def test_json_is_one_object_without_what_json_lacks(run_dir: Path) -> None:
@@ -149,7 +154,7 @@ def test_json_is_one_object_without_what_json_lacks(run_dir: Path) -> None:
 
 
 def test_a_frame_fills_80_by_24_and_shows_everything(run_dir: Path) -> None:
-    lines = drawn(watch.View(source(run_dir)))
+    lines = drawn(watch_view.View(source(run_dir)))
     assert len(lines) == 24
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
@@ -172,7 +177,7 @@ def test_many_trials_scroll_with_the_selected_one_in_sight(tmp_path: Path, width
         name = f"{i:05d}"
         events += [submitted(name, i, 1e-3 * (i + 1)), started(name, i, "group-1-001")]
         events += [evaluated(name, i, 4, 2.0 + i / 100, 4.0), finished(name, i, "finished", 16, 2.0 + i / 100, 16.0)]
-    view = watch.View(source(write_journal(tmp_path / "runs" / "many", events)))
+    view = watch_view.View(source(write_journal(tmp_path / "runs" / "many", events)))
     for _ in range(57):
         view.press("down")
     lines = drawn(view, width, height)
@@ -183,18 +188,18 @@ def test_many_trials_scroll_with_the_selected_one_in_sight(tmp_path: Path, width
 
 
 def test_the_selection_stays_with_its_trial_when_the_order_changes(run_dir: Path) -> None:
-    view = watch.View(source(run_dir))
+    view = watch_view.View(source(run_dir))
     view.press("down")
     assert view.selected == "00001"
     append(run_dir, [evaluated("00001", 12, 8, 1.0, 8.0)])
     view.refresh()
-    assert view.board.ranked()[0].trial_id == view.selected == "00001"
+    assert view.sweep.ranked()[0].trial_id == view.selected == "00001"
     view.press("up")
     assert view.selected == "00001", "there is none above"
 
 
 def test_stopping_takes_a_yes(run_dir: Path) -> None:
-    view = watch.View(source(run_dir))
+    view = watch_view.View(source(run_dir))
     for keys in ("sn", "s\x1b", "Sq", "Qn"):
         for key in keys:
             view.press(key)
@@ -212,14 +217,14 @@ def test_stopping_takes_a_yes(run_dir: Path) -> None:
 
 def test_a_trial_that_has_ended_is_not_stopped(run_dir: Path) -> None:
     append(run_dir, [finished("00000", 20, "finished", 16, 2.0, 16.0)])
-    view = watch.View(source(run_dir))
+    view = watch_view.View(source(run_dir))
     view.press("s")
     view.press("y")
     assert requests.asked_so_far(run_dir) == []
 
 
 def test_help_is_shown_and_hidden(run_dir: Path) -> None:
-    view = watch.View(source(run_dir))
+    view = watch_view.View(source(run_dir))
     view.press("?")
     assert "stop the selected trial" in "\n".join(drawn(view))
     view.press("?")
@@ -227,17 +232,17 @@ def test_help_is_shown_and_hidden(run_dir: Path) -> None:
 
 
 def test_a_new_sweep_in_the_place_of_the_old_is_shown_from_its_beginning(run_dir: Path) -> None:
-    view = watch.View(source(run_dir))
+    view = watch_view.View(source(run_dir))
     kept = json.loads((run_dir / "sweep.json").read_text("utf-8"))
     (run_dir / "sweep.json").write_text(json.dumps(kept | {"sweep_id": "new"}), "utf-8")
     (run_dir / "events.jsonl").unlink()
     append(run_dir, [submitted("00000", 500, 7e-3)])
     view.refresh()
-    assert [t.params for t in view.board.ranked()] == [{"optim.lr": 7e-3}]
+    assert [t.params for t in view.sweep.ranked()] == [{"optim.lr": 7e-3}]
 
 
 def test_a_sweep_without_trials_yet_is_shown(tmp_path: Path) -> None:
-    view = watch.View(source(write_journal(tmp_path / "runs" / "new", [])))
+    view = watch_view.View(source(write_journal(tmp_path / "runs" / "new", [])))
     assert view.selected is None
     view.press("s")
     view.press("down")
@@ -278,5 +283,5 @@ def test_a_sparkline_spans_the_values_it_shows() -> None:
 def test_time_is_counted_where_the_sweep_runs(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orpo_ray.reports.watch.time.time", lambda: BEGAN / 1000 + 90)
     assert board(run_dir).seconds == 90
-    append(run_dir, [event("retry", "00000", 95, attempt=1, error="a worker process died")])
-    assert board(run_dir).status("00000") == "waiting"
+    append(run_dir, [event("retry", "00000", 95, attempt=1, failures=1, error="a worker process died")])
+    assert status(run_dir, "00000") == "waiting"

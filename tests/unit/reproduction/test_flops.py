@@ -10,7 +10,7 @@ from orpo_ray.data.dataset import Pair
 from orpo_ray.formatting import markdown_table
 from orpo_ray.models import precision
 from orpo_ray.models.loading import build_model
-from orpo_ray.models.pair_model import Form
+from orpo_ray.models.pair_model import ForwardMode
 from orpo_ray.models.presets import PRESET_VOCABULARY, PRESETS
 from orpo_ray.reproduction import flops
 from orpo_ray.reproduction.flops import (
@@ -120,7 +120,6 @@ def test_counts_do_not_depend_on_precision_or_recomputation(
     has_units: bool, found: Accounting, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "has_bf16_units", lambda: has_units)
-    monkeypatch.setattr("orpo_ray.models.lm_head.has_bf16_units", lambda: has_units)
     recomputing = TINY.model_copy(update={"gradient_checkpointing": True})
     assert measure(recomputing, pairs, precision="bf16") == found
 
@@ -128,7 +127,7 @@ def test_counts_do_not_depend_on_precision_or_recomputation(
 def test_without_a_shared_prompt_the_reference_is_kept_for_padded_rows(
     monkeypatch: pytest.MonkeyPatch, pairs: list[Pair]
 ) -> None:
-    monkeypatch.setattr(flops, "form_of", lambda lm, wanted: Form(False, True, "it cannot"))
+    monkeypatch.setattr(flops, "probe_forward_mode", lambda lm, wanted: ForwardMode(False, True, "it cannot"))
     fallen = measure(TINY, pairs)
     assert fallen.fallback == "it cannot"
     assert [row.name for row in fallen.rows] == [ORPO_PADDED, DPO_IN_MEMORY, DPO_FIRST_EPOCH, DPO_LATER_EPOCHS]

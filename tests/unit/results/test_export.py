@@ -13,6 +13,7 @@ from orpo_ray.config import parse
 from orpo_ray.results import export
 from orpo_ray.storage.results import summarize
 from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, write_results
+from tests.support.events import as_state
 from tests.support.ranks import BASE
 
 
@@ -24,7 +25,7 @@ def ended(trial_id: str, params: dict[str, Any], nll: float, status: str = "fini
     metrics = {"eval/nll": nll}
     return [
         event("submitted", trial_id, params=params, bundle=""),
-        event("started", trial_id, attempt=1, step=0, facts={"forward/products": "bf16"}),
+        event("started", trial_id, attempt=1, group="g", step=0, max_steps=20, facts={"forward/products": "bf16"}),
         event("eval", trial_id, step=10, metrics={"eval/nll": 9.0}, checkpoint=None),
         event("eval", trial_id, step=20, metrics=metrics, checkpoint="gone/step-00000020"),
         event(
@@ -57,7 +58,7 @@ def run_dir(tmp_path: Path) -> Path:
     ]
     write_results(folder / SWEEP_FILE, {"sweep_id": "id", "config": config.model_dump(mode="json")})
     (folder / EVENTS_FILE).write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
-    write_results(folder / RESULTS_FILE, summarize("losses", "eval/nll", "min", events, {"a": "e" * 32}))
+    write_results(folder / RESULTS_FILE, summarize("losses", "eval/nll", "min", as_state(events), {"a": "e" * 32}))
     for trial_id, step, files in (("a", 20, {}), ("b", 10, {}), ("c", 20, {}), ("d", 10, {"lost.pt": 3})):
         path = folder / "trials" / trial_id / f"step-{step:08d}"
         path.mkdir(parents=True)
@@ -91,7 +92,7 @@ def test_what_cannot_be_exported_says_what_to_do(run_dir: Path, tmp_path: Path) 
         export.find(str(run_dir / "trials" / "d"))
     with pytest.raises(FileNotFoundError):
         export.find(str(tmp_path / "losse"))
-    nobody = summarize("losses", "eval/nll", "min", [])
+    nobody = summarize("losses", "eval/nll", "min", as_state([]))
     write_results(run_dir / RESULTS_FILE, nobody)
     with pytest.raises(export.ExportError, match="none is the best"):
         export.find(str(run_dir))

@@ -42,7 +42,8 @@ def toy(tmp_path):
         for event in life(config, f"{number:05d}", params(1e-3), scores, status, steps=steps, at=number)
     ]
     events += life(config, "c00000", params(1e-3, 0.0, "2m") | {"train.seed": 43}, scores, purpose="confirm", at=9)
-    retry = {"event": "retry", "trial_id": "00000", "attempt": 1, "error": "died", "time": BEGAN_MS + 20}
+    retry = {"event": "retry", "trial_id": "00000", "attempt": 1, "failures": 1, "error": "died"}
+    retry["time"] = BEGAN_MS + 20
     again = next(e for e in events if e["event"] == "started") | {"attempt": 1, "time": BEGAN_MS + 30}
     events[2:2] = [retry, again]
     return config, events

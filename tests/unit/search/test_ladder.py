@@ -14,7 +14,9 @@ from threadpoolctl import threadpool_limits
 
 from orpo_ray.config import SweepConfig
 from orpo_ray.search.ladder import Ladder
-from orpo_ray.storage.history import Exhausted, History
+from orpo_ray.search.searcher import Exhausted
+from orpo_ray.storage.sweep_state import SweepState
+from tests.support.events import as_event
 
 LR, LAMBDA, SIZE, METRIC = "optim.lr", "loss.orpo_lambda", "model", "eval/preference_accuracy"
 PARAMETERS = {"1m": 1_000_000, "4m": 4_000_000, "16m": 16_000_000}
@@ -46,7 +48,7 @@ def ladder(hours: float = 40.0, **settings: Any) -> Ladder:
 
 
 def add(
-    history: History,
+    history: SweepState,
     bundle: str,
     curve: dict[int, float],
     lr: float = 1e-3,
@@ -57,16 +59,16 @@ def add(
     """A trial with these values at these steps; its id."""
     name = f"t{len(history.trials)}"
     params = {LAMBDA: lambda_, LR: lr, SIZE: bundle}
-    history.apply({"event": "submitted", "trial_id": name, "params": params, "bundle": bundle})
-    history.apply({"event": "started", "trial_id": name, "max_steps": STEPS})
+    history.apply(as_event({"event": "submitted", "trial_id": name, "params": params, "bundle": bundle}))
+    history.apply(as_event({"event": "started", "trial_id": name, "max_steps": STEPS}))
     for step, value in curve.items():
         seconds = step * SECONDS[bundle]
         event = {"event": "eval", "trial_id": name, "step": step, "metrics": {metric: value}, "seconds": seconds}
-        history.apply(event)
+        history.apply(as_event(event))
     if status is not None:
         steps = max(curve, default=5)
         end = {"status": status, "steps": steps, "train_seconds": steps * SECONDS[bundle]}
-        history.apply({"event": "finished", "trial_id": name, **end})
+        history.apply(as_event({"event": "finished", "trial_id": name, **end}))
     return name
 
 
@@ -76,9 +78,9 @@ def accuracy(lr: float, bundle: str, optimum: dict[str, float] | None = None) ->
     return 0.6 + 0.04 * list(PARAMETERS).index(bundle) + 0.2 * math.exp(-2.0 * (math.log10(lr) - best) ** 2)
 
 
-def searched(sizes: dict[str, int], optimum: dict[str, float] | None = None, seed: int = 0) -> History:
+def searched(sizes: dict[str, int], optimum: dict[str, float] | None = None, seed: int = 0) -> SweepState:
     """So many finished trials of each size at random settings."""
-    rng, history = np.random.default_rng(seed), History()
+    rng, history = np.random.default_rng(seed), SweepState()
     for bundle, number in sizes.items():
         for _ in range(number):
             lr, lambda_ = 10 ** rng.uniform(-5, -2), rng.uniform()
@@ -91,7 +93,7 @@ def searched(sizes: dict[str, int], optimum: dict[str, float] | None = None, see
 
 
 def test_it_starts_with_spread_out_trials_of_the_smallest_size() -> None:
-    history = History()
+    history = SweepState()
     proposals = [ladder().propose(index, history) for index in range(6)]
     assert {p[SIZE] for p in proposals if p} == {"1m"}
     thirds = {int((math.log10(p[LR]) + 5) // 1) for p in proposals if p}
@@ -157,7 +159,7 @@ def test_it_waits_for_the_first_large_trial_and_never_on_an_idle_cluster() -> No
     else:
         pytest.fail("the smaller sizes' share has no end")
     end = {"event": "finished", "trial_id": "t73", "status": "finished", "steps": 80, "train_seconds": 1280.0}
-    history.apply(end)
+    history.apply(as_event(end))
     assert ladder().propose(len(history.trials), history) is not None
 
 
@@ -175,7 +177,7 @@ def test_diverged_and_collapsed_trials_do_no_harm() -> None:
 
 
 def test_a_metric_to_be_minimised_is() -> None:
-    history = History()
+    history = SweepState()
     rng = np.random.default_rng(0)
     for bundle in ("1m", "4m"):
         for _ in range(12):
@@ -224,7 +226,7 @@ def test_a_budget_too_small_for_one_large_trial_is_refused() -> None:
 
 def test_no_more_than_num_samples() -> None:
     with pytest.raises(Exhausted, match=r"num_samples \(5\)"):
-        ladder(num_samples=5).propose(5, History())
+        ladder(num_samples=5).propose(5, SweepState())
 
 
 def test_one_size_is_no_ladder() -> None:
@@ -235,14 +237,14 @@ def test_one_size_is_no_ladder() -> None:
 # ---- early stops --------------------------------------------------------------------------------------------------
 
 
-def curves(history: History, bundle: str, finals: list[float]) -> None:
+def curves(history: SweepState, bundle: str, finals: list[float]) -> None:
     """Finished trials that gained about 0.2 from step 10 on."""
     for number, final in enumerate(finals):
         add(history, bundle, {10: final - 0.2 + 0.002 * number, 80: final})
 
 
 def test_a_small_model_ahead_at_equal_step_is_no_reason_to_stop_a_large_one() -> None:
-    history = History()
+    history = SweepState()
     curves(history, "1m", [0.80, 0.81, 0.82, 0.83, 0.84, 0.85])
     large = add(history, "16m", {10: 0.43}, status=None)
     assert ladder().gives_up(history.trials[large], history) is None
@@ -251,7 +253,7 @@ def test_a_small_model_ahead_at_equal_step_is_no_reason_to_stop_a_large_one() ->
 
 
 def test_a_large_trial_far_behind_its_own_size_is_stopped_whatever_small_ones_did() -> None:
-    history = History()
+    history = SweepState()
     curves(history, "16m", [0.80, 0.81, 0.82, 0.83])
     large = add(history, "16m", {10: 0.40}, status=None)
     reason = ladder().gives_up(history.trials[large], history)
@@ -262,7 +264,7 @@ def test_a_large_trial_far_behind_its_own_size_is_stopped_whatever_small_ones_di
 
 
 def test_too_few_curves_stop_nobody_and_finalists_are_never_stopped() -> None:
-    history = History()
+    history = SweepState()
     curves(history, "16m", [0.80, 0.81])
     large = add(history, "16m", {10: 0.40}, status=None)
     assert ladder().gives_up(history.trials[large], history) is None
@@ -293,7 +295,7 @@ def test_sizes_that_agree_predict_the_next() -> None:
 
 
 def test_sizes_that_contradict_each_other_are_not_extrapolated() -> None:
-    history, rng = History(), np.random.default_rng(0)
+    history, rng = SweepState(), np.random.default_rng(0)
     for bundle in ("1m", "4m"):
         for _ in range(25):
             lr, lambda_ = 10 ** rng.uniform(-5, -2), rng.uniform()

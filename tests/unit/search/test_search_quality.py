@@ -12,7 +12,8 @@ import pytest
 from benchmarks import report, search_quality
 from benchmarks.search_methods import METHODS, METRIC, Baseline, Decision, Resume, Run, Start, simulate
 from benchmarks.surfaces import CHANCE, FAMILIES, LAMBDA, LARGEST, LR, LR_HIGH, LR_LOW, MAX_STEPS, SIZE, Surface
-from orpo_ray.storage.history import History, TrialHistory
+from orpo_ray.storage.sweep_state import SweepState, TrialState
+from tests.support.events import as_event
 
 
 def setting(lr: float, lambda_: float = 0.5, size: str = LARGEST) -> dict[str, Any]:
@@ -32,18 +33,18 @@ class Script:
         self.paused: list[str] = []
         self.statuses: dict[str, str | None] = {}
 
-    def next(self, history: History) -> Start | Resume | None:
+    def next(self, history: SweepState) -> Start | Resume | None:
         if self.params:
             return Start(self.params.pop(0))
         return Resume(self.paused.pop()) if self.paused else None
 
-    def evaluated(self, trial: TrialHistory, history: History) -> Decision:
+    def evaluated(self, trial: TrialState, history: SweepState) -> Decision:
         decision = self.decisions.get((trial.trial_id, trial.step), "continue")
         if decision == "pause":
             self.paused.append(trial.trial_id)
         return decision
 
-    def ended(self, trial: TrialHistory) -> None:
+    def ended(self, trial: TrialState) -> None:
         self.statuses[trial.trial_id] = trial.status
 
 
@@ -140,13 +141,13 @@ def test_every_method_searches_and_repeats_itself(method: str) -> None:
 def test_the_baseline_stops_as_ray_tunes_asha_does() -> None:
     """By hand: of a rung's values so far the cut is their 2/3 quantile, and the first to come is never stopped."""
     method = Baseline(0, tpe=False, asha=True, sizes=[LARGEST])
-    history = History()
+    history = SweepState()
     decisions = []
     for number, value in enumerate((0.6, 0.7, 0.65, 0.68, 0.5)):
         name = f"t{number:04d}"
         params = method.next(history).params
-        history.apply({"event": "submitted", "trial_id": name, "params": params, "bundle": LARGEST})
-        history.apply({"event": "eval", "trial_id": name, "step": 10, "metrics": {METRIC: value}})
+        history.apply(as_event({"event": "submitted", "trial_id": name, "params": params, "bundle": LARGEST}))
+        history.apply(as_event({"event": "eval", "trial_id": name, "step": 10, "metrics": {METRIC: value}}))
         decisions.append(method.evaluated(history.trials[name], history))
     cuts = [np.quantile(seen, 2 / 3) for seen in ([0.6], [0.6, 0.7], [0.6, 0.7, 0.65], [0.6, 0.7, 0.65, 0.68])]
     expected = ["stop" if value < cut else "continue" for value, cut in zip((0.7, 0.65, 0.68, 0.5), cuts, strict=True)]

@@ -11,8 +11,10 @@ import pytest
 
 from orpo_ray.config import SweepConfig
 from orpo_ray.search import searchers
-from orpo_ray.search.searchers import OPTUNA_FILE, Searcher
-from orpo_ray.storage.history import Exhausted, History
+from orpo_ray.search.searcher import Exhausted, Searcher
+from orpo_ray.search.searchers import OPTUNA_FILE
+from orpo_ray.storage.sweep_state import SweepState
+from tests.support.events import as_event
 
 LR = {"type": "loguniform", "low": 1e-5, "high": 1e-1}
 LAMBDA = {"type": "uniform", "low": 0.0, "high": 1.0}
@@ -41,19 +43,21 @@ def nll(params: dict[str, Any]) -> float:
     return math.log10(params["optim.lr"] / 1e-3) ** 2 + 4 * (params["loss.orpo_lambda"] - 0.3) ** 2
 
 
-def end(history: History, trial_id: str, value: float | None, status: str = "finished", step: int = 40) -> None:
+def end(history: SweepState, trial_id: str, value: float | None, status: str = "finished", step: int = 40) -> None:
     if value is not None:
         metrics = {"eval/nll": value, "eval/preference_accuracy": 1 / (1 + value)}
-        history.apply({"event": "eval", "trial_id": trial_id, "step": step, "metrics": metrics, "seconds": 1.0})
+        history.apply(
+            as_event({"event": "eval", "trial_id": trial_id, "step": step, "metrics": metrics, "seconds": 1.0})
+        )
     event = {"event": "finished", "trial_id": trial_id, "status": status, "steps": step, "train_seconds": 1.0}
-    history.apply(event)
+    history.apply(as_event(event))
 
 
-def submit(history: History, trial_id: str, params: dict[str, Any]) -> None:
-    history.apply({"event": "submitted", "trial_id": trial_id, "params": params, "bundle": ""})
+def submit(history: SweepState, trial_id: str, params: dict[str, Any]) -> None:
+    history.apply(as_event({"event": "submitted", "trial_id": trial_id, "params": params, "bundle": ""}))
 
 
-def run(source: Searcher, history: History, trials: range) -> list[dict[str, Any]]:
+def run(source: Searcher, history: SweepState, trials: range) -> list[dict[str, Any]]:
     """Propose and finish so many trials, one after another."""
     made = []
     for index in trials:
@@ -66,14 +70,14 @@ def run(source: Searcher, history: History, trials: range) -> list[dict[str, Any
     return made
 
 
-def exhaust(source: Searcher, history: History, made: list[dict[str, Any]]) -> None:
+def exhaust(source: Searcher, history: SweepState, made: list[dict[str, Any]]) -> None:
     for index in range(10):
         made += run(source, history, range(index, index + 1))
 
 
 @pytest.mark.parametrize("searcher", SEARCHERS, ids=name)
 def test_proposals_lie_in_the_space_differ_and_end(searcher: dict[str, Any], tmp_path: Path) -> None:
-    source, history = build(sweep(searcher, num_samples=8), tmp_path), History()
+    source, history = build(sweep(searcher, num_samples=8), tmp_path), SweepState()
     made = run(source, history, range(8))
     assert all(1e-5 <= p["optim.lr"] <= 1e-1 and 0 <= p["loss.orpo_lambda"] <= 1 for p in made)
     assert [list(p) for p in made] == [["optim.lr", "loss.orpo_lambda"]] * 8
@@ -88,17 +92,17 @@ def test_the_same_seed_and_history_give_the_same_proposals(searcher: dict[str, A
     runs = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        runs.append(run(build(sweep(searcher), folder), History(), range(8)))
+        runs.append(run(build(sweep(searcher), folder), SweepState(), range(8)))
     assert runs[0] == runs[1]
     other = tmp_path / "c"
     other.mkdir()
-    assert run(build(sweep(searcher, seed=1), other), History(), range(2)) != runs[0][:2]
+    assert run(build(sweep(searcher, seed=1), other), SweepState(), range(2)) != runs[0][:2]
 
 
 @pytest.mark.parametrize("searcher", [s for s in SEARCHERS if s["type"] in ("random", "hyperopt")], ids=name)
 def test_a_restart_changes_nothing(searcher: dict[str, Any], tmp_path: Path) -> None:
-    whole = run(build(sweep(searcher), tmp_path), History(), range(10))
-    history = History()
+    whole = run(build(sweep(searcher), tmp_path), SweepState(), range(10))
+    history = SweepState()
     first = run(build(sweep(searcher), tmp_path), history, range(6))
     rest = run(build(sweep(searcher), tmp_path), history, range(6, 10))
     assert [*first, *rest] == whole
@@ -110,13 +114,13 @@ def test_a_restart_changes_nothing(searcher: dict[str, Any], tmp_path: Path) -> 
     ids=name,
 )
 def test_a_model_based_searcher_learns(searcher: dict[str, Any], tmp_path: Path) -> None:
-    made = run(build(sweep(searcher), tmp_path), History(), range(30))
+    made = run(build(sweep(searcher), tmp_path), SweepState(), range(30))
     assert sum(map(nll, made[20:])) < 0.6 * sum(map(nll, made[:10])), "the last ten are no better than the first"
 
 
 def test_optuna_goes_on_with_its_study_after_a_kill(tmp_path: Path) -> None:
     settings = sweep({"type": "optuna", "startup_trials": 4})
-    history = History()
+    history = SweepState()
     source = build(settings, tmp_path)
     run(source, history, range(5))
     source.propose(5, history)  # and the machine dies before it is submitted
@@ -144,7 +148,7 @@ def test_optuna_takes_several_objectives(tmp_path: Path) -> None:
         folder = tmp_path / sampler
         folder.mkdir()
         searcher = {"type": "optuna", "sampler": sampler, "objectives": objectives, "startup_trials": 3}
-        history = History()
+        history = SweepState()
         run(build(sweep(searcher), folder), history, range(6))
         backend = optuna.storages.journal.JournalFileBackend(str(folder / OPTUNA_FILE))
         study = optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(backend))
@@ -161,7 +165,7 @@ def test_a_small_grid_is_tried_once_and_then_over(searcher: dict[str, Any], tmp_
     }
     if searcher.get("sampler") == "gp":
         pytest.skip("Optuna's GP sampler searches categories of this size exhaustively, as slow as the grid")
-    source, history = build(sweep(searcher, space), tmp_path), History()
+    source, history = build(sweep(searcher, space), tmp_path), SweepState()
     made: list[dict[str, Any]] = []
     with pytest.raises(Exhausted):
         exhaust(source, history, made)
@@ -174,7 +178,7 @@ def test_a_warm_start_informs_and_is_not_repeated(tmp_path: Path) -> None:
     for searcher in ({"type": "optuna"}, {"type": "hyperopt"}):
         folder = tmp_path / str(searcher["type"])
         folder.mkdir()
-        history = History()
+        history = SweepState()
         submit(history, "earlier", {"loss.orpo_lambda": 0.5})
         end(history, "earlier", 2.0)
         assert build(sweep(searcher, grid), folder).propose(0, history) == {"loss.orpo_lambda": 0.0}
@@ -188,7 +192,7 @@ def test_random_spans_the_grid_and_draws_the_rest_evenly(tmp_path: Path) -> None
         "size": {"type": "bundle", "values": {"s": {"model.path": "a"}, "l": {"model.path": "b"}}},
     }
     source = build(sweep({"type": "random"}, space, num_samples=200), tmp_path)
-    made = [source.propose(index, History()) or {} for index in range(1200)]
+    made = [source.propose(index, SweepState()) or {} for index in range(1200)]
     assert [(p["loss.orpo_lambda"], p["size"]) for p in made[:6]] == [
         (value, size) for value in (0.0, 0.5, 1.0) for size in ("s", "l")
     ]

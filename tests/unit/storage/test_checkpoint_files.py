@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from orpo_ray.storage.checkpoint_files import MANIFEST, best_step, chosen
+from orpo_ray.config import CheckpointConfig
+from orpo_ray.storage.checkpoint_files import (
+    MANIFEST,
+    best_step,
+    chosen,
+    remove_others,
+    remove_others_from_store,
+    steps_to_keep,
+    tidy_and_list,
+)
 from orpo_ray.storage.object_store import Storage
 
 LOSSES = {4: 2.0, 8: 1.0, 12: 3.0}
@@ -51,3 +60,30 @@ def test_of_equal_ones_the_newest_is_the_best() -> None:
     assert best_step(metrics, "eval/preference_accuracy") == 8
     assert best_step({4: {"eval/nll": 1.0}, 8: {"eval/nll": 2.0}}, "eval/nll") == 4
     assert best_step(metrics, None) is None
+
+
+def test_unfinished_checkpoints_go_and_the_others_are_listed(trial: Path, tmp_path: Path) -> None:
+    """A folder without a manifest is listed, so that its damage is reported; in a store it is an interrupted upload."""
+    (trial / "step-00000020" / "weights.pt").write_bytes(b"half")
+    (trial / "pairs.parquet").write_bytes(b"beside the checkpoints")
+    listed = {f"step-{step:08d}": {"eval/nll": loss} for step, loss in LOSSES.items()}
+    here = tmp_path / "here"
+    assert tidy_and_list(trial) == listed | {"step-00000020": {}}
+    assert not (trial / "step-00000016.partial").exists()
+    assert tidy_and_list(here, Storage(f"file://{trial}")) == listed
+    assert not (trial / "step-00000020" / "weights.pt").exists()
+    assert (here / "pairs.parquet").read_bytes() == b"beside the checkpoints"
+
+
+@pytest.mark.parametrize("is_remote", [False, True], ids=["folder", "object store"])
+def test_the_newest_and_the_best_are_kept(trial: Path, is_remote: bool) -> None:
+    metrics = {step: {"eval/nll": loss} for step, loss in LOSSES.items()}
+    keep = steps_to_keep(metrics, CheckpointConfig(keep_last=1, keep_best="eval/nll"))
+    assert keep == {8, 12}
+    if is_remote:
+        remove_others_from_store(Storage(f"file://{trial}"), keep, before=12)
+    else:
+        remove_others(trial, keep, before=12)
+    kept = {int(path.parent.name[5:]) for path in trial.glob("step-*/weights.pt")}
+    assert kept == keep
+    assert (trial / "step-00000020").exists(), "newer ones are not touched"

@@ -6,25 +6,33 @@ import asyncio
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from orpo_ray.storage import journal
+from orpo_ray.storage.events import Logged
 from orpo_ray.storage.journal import Journal, fetch
 from orpo_ray.storage.object_store import Storage, StorageError
 
 
 def events(path: Path) -> list[int]:
-    return [json.loads(line)["n"] for line in path.read_text().splitlines()]
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def append(kept: Journal, *numbers: int) -> list[dict[str, Any]]:
+def numbered(n: int) -> Logged:
+    return Logged(trial_id="a", step=n, metrics={})
+
+
+def taken(kept: Journal) -> list[int]:
+    return [event.step for event in kept.take() if isinstance(event, Logged)]
+
+
+def append(kept: Journal, *numbers: int) -> list[int]:
     """Append, wait until it is safe, take."""
     for n in numbers:
-        kept.append({"n": n})
+        kept.append(numbered(n))
     asyncio.run(kept.flushed())
-    return kept.take()
+    return taken(kept)
 
 
 @pytest.fixture
@@ -39,9 +47,9 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_events_are_handed_out_once_and_in_order(tmp_path: Path) -> None:
     kept = Journal(tmp_path / "events.jsonl", None)
-    assert append(kept, 1, 2, 3) == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert append(kept, 1, 2, 3) == [1, 2, 3]
     assert append(kept) == []
-    assert append(kept, 4) == [{"n": 4}]
+    assert append(kept, 4) == [4]
     assert events(tmp_path / "events.jsonl") == [1, 2, 3, 4]
 
 
@@ -64,14 +72,14 @@ def test_nothing_is_handed_out_while_the_store_is_away(
         raise StorageError("away")
 
     monkeypatch.setattr(Storage, "write", refuse)
-    kept.append({"n": 2})
+    kept.append(numbered(2))
     time.sleep(0.3)
-    assert kept.take() == []
+    assert taken(kept) == []
     assert fetch(tmp_path / "b.jsonl", remote)
     assert events(tmp_path / "b.jsonl") == [1]
     monkeypatch.setattr(Storage, "write", works)
     asyncio.run(kept.flushed())
-    assert kept.take() == [{"n": 2}]
+    assert taken(kept) == [2]
 
 
 def test_many_segments_become_one(tmp_path: Path, remote: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

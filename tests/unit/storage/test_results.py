@@ -7,6 +7,7 @@ import pytest
 from orpo_ray.storage.journal import read_events
 from orpo_ray.storage.results import current, load_results, summarize
 from orpo_ray.storage.run_dir import write_results
+from tests.support.events import as_event, as_state
 
 METRIC = "eval/preference_accuracy"
 
@@ -61,7 +62,7 @@ def test_best_is_a_finished_trial_though_others_score_higher():
         finished("b", "finished", 0.7),
         finished("a", "finished", 0.6),
     ]
-    results = summarize("s", METRIC, "max", events, {"b": "run-b"})
+    results = summarize("s", METRIC, "max", as_state(events), {"b": "run-b"})
     assert [t["trial_id"] for t in results["trials"]] == ["a", "b", "c", "d"]  # as submitted, not as ended
     assert results["best"] == {
         "trial_id": "b",
@@ -79,24 +80,24 @@ def test_best_is_a_finished_trial_though_others_score_higher():
         "train_seconds": 1.5,
         "error": None,
     }
-    assert summarize("s", METRIC, "min", events)["best"]["trial_id"] == "a"
+    assert summarize("s", METRIC, "min", as_state(events))["best"]["trial_id"] == "a"
 
 
 def test_a_confirmation_is_marked_as_such():
     events = [submitted("a"), submitted("b") | {"purpose": "confirm"}]
-    trials = summarize("s", METRIC, "max", events)["trials"]
+    trials = summarize("s", METRIC, "max", as_state(events))["trials"]
     assert [trial["purpose"] for trial in trials] == ["search", "confirm"]
 
 
 def test_best_falls_back_to_stopped_early_but_never_to_diverged_or_failed():
     events = [submitted("a"), submitted("b"), finished("a", "stopped_early", 0.5), finished("b", "failed", 0.9)]
-    assert summarize("s", METRIC, "max", events)["best"]["trial_id"] == "a"
-    assert summarize("s", METRIC, "max", [*events[:2], finished("b", "diverged", 0.9)])["best"] is None
+    assert summarize("s", METRIC, "max", as_state(events))["best"]["trial_id"] == "a"
+    assert summarize("s", METRIC, "max", as_state([*events[:2], finished("b", "diverged", 0.9)]))["best"] is None
 
 
 def test_a_nan_metric_is_null_and_never_best():
     events = [submitted("a"), submitted("b"), finished("a", "finished", math.nan), finished("b", "finished", 0.1)]
-    results = summarize("s", METRIC, "max", events)
+    results = summarize("s", METRIC, "max", as_state(events))
     assert results["trials"][0]["metrics"] == {METRIC: None}
     assert results["best"]["trial_id"] == "b"
 
@@ -108,10 +109,10 @@ def test_a_trial_without_an_end_failed_with_what_it_had():
         evaluated("a", 5, 0.4, "/ckpt/5"),
         evaluated("a", 10, 0.5),
         {"event": "log", "trial_id": "a", "step": 12, "metrics": {"train/loss": 1.0}, "time": 3},
-        {"event": "retry", "trial_id": "a", "attempt": 1, "error": "worker died", "time": 3},
+        {"event": "retry", "trial_id": "a", "attempt": 1, "failures": 1, "error": "worker died", "time": 3},
         started("a", attempt=1, step=5),
     ]
-    (trial,) = summarize("s", METRIC, "max", events)["trials"]
+    (trial,) = summarize("s", METRIC, "max", as_state(events))["trials"]
     assert (trial["status"], trial["error"]) == ("failed", "did not finish")
     assert (trial["steps"], trial["attempts"]) == (12, 2)
     assert (trial["metrics"], trial["checkpoint"]) == ({METRIC: 0.5}, "/ckpt/5")
@@ -120,14 +121,14 @@ def test_a_trial_without_an_end_failed_with_what_it_had():
 
 def test_a_pause_is_no_new_attempt():
     events = [submitted("a"), started("a"), started("a", step=5), finished("a", "finished", 0.5)]
-    assert summarize("s", METRIC, "max", events)["trials"][0]["attempts"] == 1
+    assert summarize("s", METRIC, "max", as_state(events))["trials"][0]["attempts"] == 1
 
 
 def test_refuses_events_without_a_submission_and_unknown_modes():
     with pytest.raises(ValueError, match="'finished' of trial a comes before its submission"):
-        summarize("s", METRIC, "max", [finished("a", "finished", 0.5)])
+        summarize("s", METRIC, "max", as_state([finished("a", "finished", 0.5)]))
     with pytest.raises(ValueError, match="mode must be max or min, got 'best'"):
-        summarize("s", METRIC, "best", [])
+        summarize("s", METRIC, "best", as_state([]))
 
 
 @pytest.mark.parametrize("tail", ['{"event": "log", "trial_', '{"event": "retry", "error": "λ'.encode()[:-1], "{\n"])
@@ -135,7 +136,7 @@ def test_a_torn_last_line_is_left_out(tmp_path, tail):
     path = tmp_path / "events.jsonl"
     whole = json.dumps(submitted("a")).encode() + b"\n"
     path.write_bytes(whole + (tail if isinstance(tail, bytes) else tail.encode()))
-    assert read_events(path) == [submitted("a")]
+    assert read_events(path) == [as_event(submitted("a"))]
 
 
 @pytest.mark.parametrize("broken", ['{"event": "log", "tr', "17", "{}"])
@@ -197,7 +198,7 @@ def test_current_results_of_a_sweep_that_was_interrupted_ended_and_went_on(tmp_p
     events = [submitted("a"), submitted("b"), finished("a", "finished", 0.7)]
     begun(tmp_path, events, METRIC)
     results = tmp_path / "results.json"
-    write_results(results, summarize("s", METRIC, "max", events, {"a": "run-a"}))
+    write_results(results, summarize("s", METRIC, "max", as_state(events), {"a": "run-a"}))
     assert current(tmp_path) == load_results(tmp_path)  # with its MLflow ids
     at = results.stat().st_mtime_ns
     begun(tmp_path, [*events, started("b"), finished("b", "finished", 0.8)], METRIC)

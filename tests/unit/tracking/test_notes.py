@@ -4,6 +4,7 @@ import pytest
 
 from orpo_ray.config import parse
 from orpo_ray.tracking.notes import sweep_answer, sweep_note, trial_command, trial_note
+from tests.support.events import as_event
 
 METRIC = "eval/preference_accuracy"
 
@@ -54,15 +55,16 @@ def results(*trials):
 
 
 def end(**details):
-    return {
+    known = {
         "event": "finished",
+        "trial_id": "00000",
         "status": "finished",
         "steps": 20,
         "metrics": {METRIC: 0.75, "eval/nll": None},
         "checkpoint": "/c/20",
         "train_seconds": 3.5,
-        "error": None,
-    } | details
+    }
+    return as_event(known | details)
 
 
 def test_a_sweep_says_what_it_is(config):

@@ -1,10 +1,9 @@
 """Real MLflow throughout: SQLite, and a server that is killed and started again."""
 
-import inspect
+import dataclasses
 import json
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -20,11 +19,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, ENDPOINT_NOT_FOUND, PERMISSION_DENIED
 
 from orpo_ray.config import load, parse
-from orpo_ray.orchestration import broker
+from orpo_ray.storage.events import KINDS
 from orpo_ray.storage.results import summarize
 from orpo_ray.tracking import delivery, run_values, sweep_tracker
+from orpo_ray.tracking.delivery import is_temporary
+from orpo_ray.tracking.parent_run import ParentRun
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from orpo_ray.tracking.uri import TrackingError, probe, resolve_uri, ui_command
+from tests.support.events import as_event, as_state
 
 METRIC = "eval/preference_accuracy"
 PROVENANCE = {
@@ -79,6 +81,15 @@ def sweep_config(output_dir, uri=None):
     )
 
 
+def replace_client(tracker, client):
+    """Put another client in the place of the one that the tracker started with."""
+    tracker._parent._client = tracker._children._client = client
+
+
+def typed(events):
+    return [as_event(event) for event in events]
+
+
 def event(kind, trial_id, at, **details):
     return {"event": kind, "trial_id": trial_id, **details, "time": 1_700_000_000_000 + at}
 
@@ -109,7 +120,7 @@ def life(trial_id, status="finished", error=None, lam=0.1, steps=20):
 
 
 def summary(events, tracker):
-    return summarize("toy", METRIC, "max", events, tracker.run_ids)
+    return summarize("toy", METRIC, "max", as_state(events), tracker.run_ids)
 
 
 def points(client, run_id, key):
@@ -127,7 +138,7 @@ def test_a_sweep_becomes_a_parent_run_with_a_child_per_trial(output_dir):
         *life("t2", "diverged", error="not finite at step 10", steps=10),
         *life("t3", "failed", error="out of memory", steps=10),
     ]
-    tracker.handle(events)
+    tracker.handle(typed(events))
     assert tracker.flush() == 0
     results = summary(events, tracker)
     plot = config.run_dir / "plots" / "a.png"
@@ -218,8 +229,8 @@ def test_feeding_the_journal_again_after_a_restart_writes_nothing_twice(output_d
     cut = len(events) - 3  # t1 is interrupted before its last log, evaluation and end
     first = SweepTracker(config, "sweep-1", PROVENANCE)
     parent_id = first.start()
-    first.handle(events[:cut])
-    first.handle(events[:cut])
+    first.handle(typed(events[:cut]))
+    first.handle(typed(events[:cut]))
     assert first.close(summary(events[:cut], first), interrupted=True) == 0
     client = MlflowClient(first.uri)
     assert [client.get_run(r).info.status for r in (parent_id, *first.run_ids.values())] == [
@@ -230,7 +241,7 @@ def test_feeding_the_journal_again_after_a_restart_writes_nothing_twice(output_d
 
     second = SweepTracker(config, "sweep-1", PROVENANCE)
     assert second.start() == parent_id
-    retry = event("retry", "t1", 500, attempt=1, error="worker died")
+    retry = event("retry", "t1", 500, attempt=1, failures=1, error="worker died")
     checkpoint = {"step": 15, "checkpoint": "c"}
     again = [
         *events[:cut],
@@ -240,13 +251,13 @@ def test_feeding_the_journal_again_after_a_restart_writes_nothing_twice(output_d
         event("warning", "t1", 503, message="no checkpoint of step 15"),
         *events[cut:],
     ]
-    second.handle(again)
+    second.handle(typed(again))
     assert second.flush() == 0
     assert second.run_ids == first.run_ids
     assert second.close(summary(again, second)) == 0
     third = SweepTracker(config, "sweep-1", PROVENANCE)  # the same command, once more, with nothing left to do
     third.start()
-    third.handle(again)
+    third.handle(typed(again))
     assert third.close(summary(again, third)) == 0
     assert [client.get_run(r).info.status for r in (parent_id, *first.run_ids.values())] == 3 * ["FINISHED"]
     assert client.get_run(second.run_ids["t1"]).data.tags["orpo_ray.last_retry"] == "worker died"
@@ -260,15 +271,20 @@ def test_feeding_the_journal_again_after_a_restart_writes_nothing_twice(output_d
     assert [f.path for f in client.list_artifacts(parent_id) if f.is_dir] == ["resumed"]
 
 
-def test_every_event_of_the_journal_is_known(output_dir, caplog):
-    """An unknown one would take along what is delivered together with it."""
-    kinds = set(re.findall(r'_record\(\s*"(\w+)"', inspect.getsource(broker)))
-    assert kinds >= {"submitted", "started", "preempted", "warning", "finished"}
-    more = {"metrics": {}, "params": {"optim.lr": 1e-4}, "donor": "t1", "error": "e", "attempt": 1}
+def test_every_kind_of_event_is_delivered(output_dir, caplog):
+    """One that is refused would take along what is delivered together with it."""
+    fields = {"metrics": {}, "params": {"optim.lr": 1e-4}, "donor": "t1", "error": "e", "attempt": 1, "step": 20}
+    fields |= {"group": "g", "max_steps": 20, "checkpoint": None, "message": "m", "failures": 1}
     tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
     tracker.start()
     begun = life("t0")[:-1]
-    tracker.handle([*begun, *(event(kind, "t0", 900, step=20, **more) for kind in kinds - {"submitted", "finished"})])
+    others = [kind for name, kind in KINDS.items() if name not in ("submitted", "finished")]
+    every = [
+        kind(trial_id="t0", **{f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields})
+        for kind in others
+    ]
+    assert len(every) == 8
+    tracker.handle([*typed(begun), *every])
     assert tracker.flush() == 0, caplog.text
     tracker.close(summary(begun, tracker), interrupted=True)
 
@@ -279,12 +295,12 @@ def test_after_a_restart_only_what_is_new_is_sent(output_dir):
     events = life("t0")[:-1]
     first = SweepTracker(config, "sweep-1", PROVENANCE)
     first.start()
-    first.handle(events)
+    first.handle(typed(events))
     first.close(summary(events, first), interrupted=True)
     moved = [e | {"time": e["time"] + 7} if e["event"] == "log" and e["step"] < 20 else e for e in events]
     second = SweepTracker(config, "sweep-1", PROVENANCE)
     second.start()
-    second.handle(moved)
+    second.handle(typed(moved))
     second.close(summary(moved, second), interrupted=True)
     found = points(MlflowClient(second.uri), second.run_ids["t0"], "train/loss")
     assert [at for _, at, _ in found] == [50, 100, 150, 200]
@@ -313,8 +329,8 @@ def test_what_models_answered_is_a_table_once(output_dir):
     for _ in range(2):
         tracker = SweepTracker(config, "sweep-1", PROVENANCE)
         tracker.start()
-        tracker._client = Counts(tracker.uri)
-        tracker.handle([*life("t0"), *life("t1")])  # t1 left no such file
+        replace_client(tracker, Counts(tracker.uri))
+        tracker.handle(typed([*life("t0"), *life("t1")]))  # t1 left no such file
         assert tracker.flush() == 0
         tracker.close(summary([*life("t0"), *life("t1")], tracker))
     assert uploads == ["generations.json"]
@@ -337,8 +353,8 @@ def test_a_store_of_artifacts_that_fails_leaves_the_run_complete_and_is_tried_ag
 
     tracker = SweepTracker(config, "sweep-1", PROVENANCE)
     tracker.start()
-    tracker._client = NoArtifacts(tracker.uri)
-    tracker.handle(life("t0"))
+    replace_client(tracker, NoArtifacts(tracker.uri))
+    tracker.handle(typed(life("t0")))
     assert tracker.flush() > 0
     client = MlflowClient(tracker.uri)
     assert client.get_run(tracker.run_ids["t0"]).info.status == "FINISHED"
@@ -346,7 +362,7 @@ def test_a_store_of_artifacts_that_fails_leaves_the_run_complete_and_is_tried_ag
     tracker.close(summary(life("t0"), tracker))
     again = SweepTracker(config, "sweep-1", PROVENANCE)
     again.start()
-    again.handle(life("t0"))
+    again.handle(typed(life("t0")))
     assert again.close(summary(life("t0"), again)) == 0
     assert [f.path for f in client.list_artifacts(again.run_ids["t0"])] == ["generations.json"]
 
@@ -365,8 +381,8 @@ def test_a_model_is_made_once_though_its_answer_is_lost(output_dir, monkeypatch)
 
     tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
     tracker.start()
-    tracker._client = LosesAnswer(tracker.uri)
-    tracker.handle(life("t0"))
+    replace_client(tracker, LosesAnswer(tracker.uri))
+    tracker.handle(typed(life("t0")))
     assert tracker.close(summary(life("t0"), tracker)) == 0
     client = MlflowClient(tracker.uri)
     (model,) = client.search_logged_models([client.get_run(tracker.parent_id).info.experiment_id])
@@ -385,8 +401,8 @@ def test_a_server_that_knows_no_models_keeps_the_numbers(output_dir, caplog):
 
     tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
     tracker.start()
-    tracker._client = Refuses(tracker.uri)
-    tracker.handle(life("t0"))
+    replace_client(tracker, Refuses(tracker.uri))
+    tracker.handle(typed(life("t0")))
     assert tracker.close(summary(life("t0"), tracker)) == 0
     run = MlflowClient(tracker.uri).get_run(tracker.run_ids["t0"])
     assert (run.info.status, run.data.tags["orpo_ray.status"]) == ("FINISHED", "finished")
@@ -442,7 +458,7 @@ def test_nan_is_logged_and_null_is_nan(output_dir):
     log = event(
         "log", "t0", 5, step=1, metrics={"train/loss": math.nan, "train/nll": None, "train/grad_norm": math.inf}
     )
-    tracker.handle([submitted, log])
+    tracker.handle(typed([submitted, log]))
     tracker.close(summary([submitted], tracker))
     metrics = MlflowClient(tracker.uri).get_run(tracker.run_ids["t0"]).data.metrics
     assert math.isnan(metrics["train/loss"])
@@ -454,7 +470,7 @@ def test_what_mlflow_refuses_is_counted_and_holds_up_nothing_else(output_dir, ca
     tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
     tracker.start()
     good, stray = life("t0"), event("log", "never-submitted", 5, step=1, metrics={})
-    tracker.handle([stray, *good])
+    tracker.handle(typed([stray, *good]))
     tracker.attach([output_dir / "no-such-file"])
     assert tracker.close(summary(good, tracker)) >= 2
     assert "comes before its submission" in caplog.text
@@ -466,7 +482,7 @@ def test_a_sweep_in_which_nothing_finished_failed(output_dir):
     tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
     parent_id = tracker.start()
     events = [*life("t0", "failed", "boom"), life("t1")[0]]
-    tracker.handle(events)
+    tracker.handle(typed(events))
     assert tracker.close(summary(events, tracker)) == 0
     client = MlflowClient(tracker.uri)
     assert client.get_run(parent_id).info.status == "FAILED"
@@ -479,7 +495,7 @@ def test_a_single_run_is_a_sweep_of_one(output_dir):
     parent_id = tracker.start()
     events = life("t0")
     events[0]["params"] = {}
-    tracker.handle(events)
+    tracker.handle(typed(events))
     assert tracker.close(summary(events, tracker)) == 0
     client = MlflowClient(tracker.uri)
     assert client.get_run(tracker.run_ids["t0"]).info.run_name == "toy"
@@ -555,11 +571,11 @@ def test_a_server_that_goes_away_and_comes_back_loses_and_doubles_nothing(output
     tracker = SweepTracker(config, "sweep-1", PROVENANCE)
     with mlflow_server(port, output_dir):
         parent_id = tracker.start()
-        tracker.handle(events[:5])
+        tracker.handle(typed(events[:5]))
         assert tracker.flush(30) == 0
     began = time.monotonic()
     for one in events[5:]:
-        tracker.handle([one])
+        tracker.handle(typed([one]))
     assert time.monotonic() - began < 0.1  # nobody waits for a server that is away
     assert tracker.flush(2.5) == len(events) - 5
     assert caplog.text.count("MLflow cannot be reached") == 1
@@ -601,11 +617,11 @@ def test_what_a_broken_connection_leaves_half_done_is_completed_once(output_dir,
 
     tracker = SweepTracker(sweep_config(output_dir), "sweep-1", PROVENANCE)
     parent_id = tracker.start()
-    tracker._client = LosesAnswers(tracker.uri)
+    replace_client(tracker, LosesAnswers(tracker.uri))
     events = life("t0")
-    tracker.handle(events)
+    tracker.handle(typed(events))
     assert tracker.close(summary(events, tracker)) == 0
-    assert tracker._client.lost == 2
+    assert tracker._parent._client.lost == 2
     client = MlflowClient(tracker.uri)
     runs = client.search_runs([client.get_run(parent_id).info.experiment_id])
     assert {run.info.run_id for run in runs} == {parent_id, tracker.run_ids["t0"]}
@@ -620,9 +636,9 @@ def test_closing_while_the_server_is_away_is_bounded_and_counts(output_dir):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        tracker._client = MlflowClient(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        replace_client(tracker, MlflowClient(f"http://127.0.0.1:{silent.getsockname()[1]}"))
         events = life("t0")
-        tracker.handle(events)
+        tracker.handle(typed(events))
         began = time.monotonic()
         assert tracker.close(summary(events, tracker), timeout_s=1.0) == len(events) + 1
         assert time.monotonic() - began < 4
@@ -650,13 +666,13 @@ def test_two_processes_may_create_the_experiment_at_once(output_dir):
             return None if self.looks == 1 else super().get_experiment_by_name(name)
 
     other = MlflowClient(tracker.uri).create_experiment("test")
-    tracker._client = SlowEyes(tracker.uri)
-    assert tracker._get_or_create_experiment() == other
+    parent = ParentRun(SlowEyes(tracker.uri), tracker.uri, config, "sweep-1", PROVENANCE)
+    assert parent.experiment_id == other
 
 
 def test_temporary_and_final_refusals_are_told_apart():
-    assert sweep_tracker._is_temporary(MlflowException("no connection"))
-    assert sweep_tracker._is_temporary(ConnectionResetError())
-    assert not sweep_tracker._is_temporary(MlflowException.invalid_parameter_value("bad key"))
-    assert not sweep_tracker._is_temporary(FileNotFoundError())
-    assert not sweep_tracker._is_temporary(KeyError("x"))
+    assert is_temporary(MlflowException("no connection"))
+    assert is_temporary(ConnectionResetError())
+    assert not is_temporary(MlflowException.invalid_parameter_value("bad key"))
+    assert not is_temporary(FileNotFoundError())
+    assert not is_temporary(KeyError("x"))

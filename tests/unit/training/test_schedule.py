@@ -4,7 +4,6 @@ import pytest
 
 from orpo_ray.config import ExperimentConfig, OptimConfig
 from orpo_ray.training.schedule import learning_rate, num_steps
-from orpo_ray.training.trial import Diverged
 
 
 def schedule(**settings: object) -> list[float]:
@@ -41,11 +40,3 @@ def test_steps_from_epochs_are_rounded_up() -> None:
     assert num_steps(ExperimentConfig.model_validate(tree), num_pairs=100) == 10
     tree["train"] = {"max_steps": 7}
     assert num_steps(ExperimentConfig.model_validate(tree), num_pairs=100) == 7
-
-
-def test_divergence_names_the_pairs_or_their_batch() -> None:
-    assert str(Diverged(3, ["f:1"], ["f:1", "f:2"])) == "log-probabilities not finite at step 3 for 1 pair(s): f:1"
-    many = [f"f:{i}" for i in range(20)]
-    text = str(Diverged(3, [], many))
-    assert text.startswith("gradient not finite at step 3, a batch of 20 pair(s): f:0, ")
-    assert text.endswith("f:7, ...")
