@@ -11,7 +11,7 @@ __all__ = ["load_runs"]
 
 
 def __getattr__(name: str) -> Any:
-    # At first use: whoever imports the package, the command line among them, does not wait for pandas and MLflow.
+    # Imported at first use, so that importing the package, as the command line does, needs no pandas and MLflow.
     if name == "load_runs":
         from orpo_ray.results.runs import load_runs
 

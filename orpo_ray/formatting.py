@@ -1,4 +1,4 @@
-"""The pieces of a page: tables and numbers in Markdown."""
+"""Numbers and Markdown tables as text."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import re
 
 
 def number(value: float | None, spec: str = ".4f") -> str:
-    """A dash where there is no value."""
+    """A number in the given format; a dash for None or NaN."""
     return "–" if value is None or math.isnan(value) else f"{value:{spec}}"
 
 
 def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
-    """Columns of numbers to the right, of anything else, and the first, to the left."""
+    """A Markdown table; columns of numbers are aligned right, others and the first one left."""
     marks = ["---"] + ["---:" if all(map(_is_number, cells)) else "---" for cells in list(zip(*rows, strict=True))[1:]]
     body = [titles, marks if rows else ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body)
 
 
 def _is_number(cell: str) -> bool:
-    """Whether it begins as one, bold or not; a dash stands for a missing one."""
+    """Whether a cell starts like a number, bold or not; a dash stands for a missing number."""
     return re.match(r"[*]*[+-]?[.\d]|[–-]?$", cell) is not None
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("orpo-ray", "ray", "torch", "transformers", "datasets", "deepspeed", "mlflow", "peft", "optuna")
-"""Distributions whose version can change a result."""
+"""Distributions whose versions can change a result."""
 
 MAX_DIFF_BYTES = 1_000_000
-"""Longer diffs are cut: MLflow and people both choke on them."""
+"""Maximum size of a recorded diff; longer ones are cut, as neither MLflow nor readers cope with them."""
 
 _MAX_UNTRACKED = 100
 
@@ -28,8 +28,8 @@ def collect() -> dict[str, Any]:
     `cpu_count`, `memory_gib`, `gpus`.
 
     `git` describes the repository of the current directory (commit, dirty, diff, untracked files), and is None outside
-    of one; a package that is not installed has version None. Values are JSON. Takes milliseconds; never imports torch.
-    """
+    a repository; a package that is not installed has version None. All values can be written as JSON. Takes
+    milliseconds and does not import torch."""
     return {
         "collected_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": without_password(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
@@ -46,12 +46,12 @@ def collect() -> dict[str, Any]:
 
 
 def without_password(text: str) -> str:
-    """The text with what stands between `://` and `@` taken out of its addresses."""
+    """The text without the user names and passwords in its URLs (`user:password@`)."""
     return re.sub(r"(?<=://)[^/\s\"']+@", "", text)
 
 
 def _run(*command: str) -> str | None:
-    """Standard output of a command, or None where the program is missing, fails or hangs."""
+    """Standard output of a command, or None if the program is missing, fails or takes over 10 s."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -62,12 +62,12 @@ def _run(*command: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    # --no-optional-locks: never race a commit that the user makes meanwhile.
+    # --no-optional-locks: do not race with a commit that the user makes meanwhile.
     status = _run("git", "--no-optional-locks", "status", "--porcelain", "-z", "--untracked-files=all")
     if status is None:
         return None
     commit = _run("git", "rev-parse", "--verify", "--quiet", "HEAD")  # None before the first commit
-    # Settings of the user's (external diff tools, colours) must not change what is recorded.
+    # The user's settings (external diff tools, colours) must not change what is recorded.
     diff = _run("git", "--no-optional-locks", "diff", "--no-ext-diff", "--no-color", "HEAD") if commit else ""
     untracked = [entry[3:] for entry in status.split("\0") if entry.startswith("?? ")]
     return {

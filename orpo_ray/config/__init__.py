@@ -1,23 +1,10 @@
 """The experiment file: its sections, its search space, and the rules that hold between them."""
 
-from orpo_ray.config.experiment import ConfigError, ExperimentConfig, as_given
+from orpo_ray.config.experiment import ExperimentConfig, as_given
 from orpo_ray.config.loader import load, parse
-from orpo_ray.config.sections import (
-    CheckpointConfig,
-    DataConfig,
-    DeepSpeedConfig,
-    GenerationConfig,
-    LoraConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ScalingConfig,
-)
-from orpo_ray.config.sweep import (
-    MEANING_MOVED_BY,
-    METRIC_MODES,
+from orpo_ray.config.loss import LossConfig
+from orpo_ray.config.methods import (
     AshaConfig,
-    BohbConfig,
     FifoConfig,
     HyperBandConfig,
     HyperOptConfig,
@@ -27,14 +14,25 @@ from orpo_ray.config.sweep import (
     Pb2Config,
     PbtConfig,
     RandomConfig,
-    SweepConfig,
 )
+from orpo_ray.config.metrics import MEANING_MOVED_BY, METRIC_MODES
+from orpo_ray.config.problems import ConfigError
+from orpo_ray.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    GenerationConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    ScalingConfig,
+)
+from orpo_ray.config.sweep import SweepConfig
 
 __all__ = [
     "MEANING_MOVED_BY",
     "METRIC_MODES",
     "AshaConfig",
-    "BohbConfig",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",

@@ -1,4 +1,4 @@
-"""Pass every candidate of every axis through the config, so that a sweep never fails on a value it proposes."""
+"""Check every candidate of every axis against the config, so that no trial fails on a proposed value."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from orpo_ray.config.experiment import (
-    MAX_SHOWN_PROBLEMS,
-    ConfigError,
-    ExperimentConfig,
-    describe_error,
-    models_in,
-    problem_list,
-)
+from orpo_ray.config.experiment import ExperimentConfig
+from orpo_ray.config.problems import MAX_SHOWN_PROBLEMS, ConfigError, describe_error, models_in, problem_list
+from orpo_ray.config.rules import require_stoppable
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
-from orpo_ray.config.sweep import SweepConfig, require_stoppable
+from orpo_ray.config.sweep import SweepConfig
 
 _NO_AXES = frozenset({"checkpoint", "sweep", "tracking"})
-"""Sections that no trial's result depends on."""
+"""Sections that do not affect a trial's result, and so cannot be axes."""
 
 
 def _get(config: BaseModel, dotted: str) -> Any:
@@ -30,9 +25,16 @@ def _get(config: BaseModel, dotted: str) -> Any:
 
 
 def with_coerced_space(config: ExperimentConfig, source: str) -> ExperimentConfig:
-    """Pass every candidate of every axis through the config, and keep the value the config made of it.
+    """The config with every candidate of every axis checked and converted to the type of its field.
 
-    YAML reads `1e-6` as a string; typed fields coerce it, an untyped list of candidates does not.
+    YAML reads `1e-6` as a string: typed fields convert it, but an axis is an untyped list of candidates.
+
+    Args:
+        config: an experiment with a sweep.
+        source: names the experiment in error messages.
+
+    Raises:
+        ConfigError: a candidate, or a combination of candidates, breaks a rule.
     """
     sweep = config.sweep
     assert sweep is not None
@@ -69,7 +71,9 @@ def with_coerced_space(config: ExperimentConfig, source: str) -> ExperimentConfi
                 try:
                     coerced[name] = _rebuilt(axis, values)
                 except ValidationError as error:
-                    problems += [f"sweep.space.{name}: {describe_error(item)}" for item in error.errors()]
+                    problems += [
+                        f"sweep.space.{name}: {describe_error(item, ExperimentConfig)}" for item in error.errors()
+                    ]
     if not problems:
         problems += _problems_in_combinations(
             config.model_copy(update={"sweep": sweep.model_copy(update={"space": coerced})})
@@ -84,7 +88,7 @@ def _paths_of(name: str, axis: Axis) -> list[str]:
 
 
 def _any_bundle(config: ExperimentConfig, axis_name: str) -> dict[str, Any]:
-    """The first bundle, for an axis that makes sense only together with one."""
+    """The first bundle, for axes that are valid only together with a bundle."""
     assert config.sweep is not None
     bundle = config.sweep.bundle_axis
     if bundle is None or bundle == axis_name:
@@ -93,7 +97,7 @@ def _any_bundle(config: ExperimentConfig, axis_name: str) -> dict[str, Any]:
 
 
 def _between(axis: Axis) -> tuple[float, ...]:
-    """A value inside a continuous axis: an integer setting accepts its two ends, and would fail in mid-sweep."""
+    """A value inside a continuous axis: an integer setting may accept both ends, and fail on values between them."""
     return (axis.low + (axis.high - axis.low) / 3**0.5,) if isinstance(axis, Uniform | LogUniform) else ()
 
 
@@ -103,10 +107,10 @@ def _set_twice(sweep: SweepConfig) -> str | None:
 
 
 def _rebuilt(axis: Axis, values: list[Any]) -> Axis:
-    """The axis with the values that the config made of its candidates.
+    """The axis with converted candidates.
 
     Raises:
-        ValidationError: two candidates have become the same value.
+        ValidationError: two candidates were converted to the same value.
     """
     match axis:
         case Grid() | Choice():
@@ -123,7 +127,10 @@ def _plain(value: Any) -> Any:
 
 
 def _problems_in_combinations(config: ExperimentConfig) -> list[str]:
-    """Rules that only a combination breaks, e.g. batch arithmetic between a bundle and an axis (10,000 at most)."""
+    """Rules that only combinations of candidates break, e.g. batch sizes set by a bundle and an axis.
+
+    The first 10,000 combinations are checked.
+    """
     assert config.sweep is not None
     problems: dict[str, None] = {}
     names = list(config.sweep.space)

@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from orpo_ray.config.loss import LossConfig
+from orpo_ray.config.metrics import METRIC_MODES
+from orpo_ray.config.problems import MAX_SHOWN_PROBLEMS, ConfigError, describe_error, problem_list
+from orpo_ray.config.rules import require_measured, require_pair_per_worker, require_stoppable
+from orpo_ray.config.section import Section
 from orpo_ray.config.sections import (
     CheckpointConfig,
     DataConfig,
     DeepSpeedConfig,
     GenerationConfig,
-    LossConfig,
     ModelConfig,
     OptimConfig,
     ScalingConfig,
-    Section,
     TrackingConfig,
     TrainConfig,
 )
-from orpo_ray.config.space import Bundle, Choice, Grid, LogUniform, Uniform
-from orpo_ray.config.sweep import (
-    METRIC_MODES,
-    Scheduler,
-    Searcher,
-    SweepConfig,
-    require_measured,
-    require_stoppable,
-)
-from orpo_ray.errors import UserError
+from orpo_ray.config.space import Bundle
+from orpo_ray.config.sweep import SweepConfig
 from orpo_ray.provenance import without_password
-
-MAX_SHOWN_PROBLEMS = 50
-
-
-class ConfigError(UserError, ValueError):
-    """The experiment file, an override or a sweep axis breaks a rule; the message lists every one found."""
 
 
 class ExperimentConfig(Section):
-    """One experiment: a single run, or a sweep where `sweep` is given."""
+    """One experiment: a sweep if `sweep` is given, else a single run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the run directory and of the MLflow parent run; the same name continues the same sweep."""
     output_dir: str = "runs"
-    """Run directories are made here. On several nodes: a file system that all of them share, unless there is a
-    `storage`."""
+    """Folder that holds the run directories. On several nodes it must be on a file system that all of them share,
+    unless `storage` is set."""
     storage: str | None = None
-    """Object store that keeps the journal and the checkpoints, e.g. `s3://bucket/orpo`: nodes then need not share a
-    file system, and the sweep can be continued from another head node."""
+    """Object store for the journal and the checkpoints, e.g. `s3://bucket/orpo`. Nodes then need not share a file
+    system, and another head node can continue the sweep."""
     model: ModelConfig
     data: DataConfig
     loss: LossConfig = LossConfig()
@@ -73,11 +60,11 @@ class ExperimentConfig(Section):
         if not separator or not rest or (scheme == "file" and not rest.startswith("/")):
             raise ValueError(
                 "storage must be a URI with a bucket or an absolute path, e.g. s3://bucket/prefix, gs://bucket/prefix "
-                "or file:///mnt/shared; for a folder that all nodes share, output_dir alone will do"
+                "or file:///mnt/shared; for a folder that all nodes share, output_dir alone is enough"
             )
         if "@" in rest.partition("/")[0]:
             raise ValueError(
-                "storage must not hold credentials: everybody who sees the settings would see them; leave them to the "
+                "storage must not contain credentials: everyone who sees the settings would see them; pass them in the "
                 "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the machine's role)"
             )
         return storage.rstrip("/")
@@ -88,14 +75,14 @@ class ExperimentConfig(Section):
         try:
             place = Path(output_dir).expanduser()
             if place.exists() and not place.is_dir():
-                raise ValueError(f"{output_dir} is there and is no folder; run directories are made in it")
+                raise ValueError(f"{output_dir} exists but is not a directory; it must hold the run directories")
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"no path here: {error!s:.200}") from None
+            raise ValueError(f"not a usable path: {error!s:.200}") from None
         return output_dir
 
     @model_validator(mode="after")
     def _cross_section_rules(self) -> ExperimentConfig:
-        _require_pair_per_worker(self.train, self.scaling)
+        require_pair_per_worker(self.train, self.scaling)
         if (best := self.checkpoint.keep_best) is not None and best not in METRIC_MODES:
             raise ValueError(
                 f"checkpoint.keep_best ({best}) is not a held-out metric; use one of {', '.join(METRIC_MODES)}"
@@ -107,21 +94,21 @@ class ExperimentConfig(Section):
 
     @property
     def run_dir(self) -> Path:
-        """Absolute directory of this experiment's results."""
+        """Absolute path of this experiment's run directory."""
         return Path(self.output_dir).expanduser().absolute() / self.name
 
     @property
     def writes_answers(self) -> bool:
-        """Whether evaluations write down answers to some prompts; a reward model gives none."""
+        """Whether evaluations write sample answers; a reward model writes none."""
         return self.generation.prompts > 0 and not self.loss.is_reward
 
     def as_sweep(self) -> tuple[ExperimentConfig, SweepConfig]:
-        """This experiment as a sweep; a single run is a sweep of one trial (law 6)."""
+        """This experiment as a sweep, and its `sweep` section; a single run is a sweep of one trial (law 6)."""
         sweep = self.sweep or SweepConfig()
         return self.model_copy(update={"sweep": sweep}), sweep
 
     def trial(self, params: dict[str, Any]) -> ExperimentConfig:
-        """The config of one trial: this one without its sweep, with `params` applied.
+        """The config of one trial: this config without its sweep, and with `params` applied.
 
         Args:
             params: axis name -> value; a bundle axis takes one of its labels.
@@ -136,7 +123,7 @@ class ExperimentConfig(Section):
         return validated(tree, source=f"trial {params}")
 
     def settings(self, params: dict[str, Any]) -> dict[str, Any]:
-        """`params` with the bundle's label replaced by the settings it stands for (config path -> value)."""
+        """`params` as config path -> value: a bundle's label is replaced by its settings."""
         flat: dict[str, Any] = {}
         for name, value in params.items():
             axis = self.sweep.space.get(name) if self.sweep else None
@@ -148,9 +135,9 @@ class ExperimentConfig(Section):
 
 
 def as_given(dump: dict[str, Any]) -> dict[str, Any]:
-    """A config's full dump without what its loss filled in by itself.
+    """A full dump of a config, without the settings that its loss filled in.
 
-    That does not count as given, or an experiment that sweeps `loss.name` could not be read back.
+    If those counted as given, an experiment that sweeps `loss.name` could not be read back.
     """
     given = dump["loss"]
     loss = LossConfig(name=given["name"], preset=given.get("preset"), reward_model=given.get("reward_model"))
@@ -160,62 +147,25 @@ def as_given(dump: dict[str, Any]) -> dict[str, Any]:
 
 
 def validated(tree: dict[str, Any], source: str) -> ExperimentConfig:
+    """The config that a tree of Python values describes; `source` names it in error messages.
+
+    Raises:
+        ConfigError: it breaks a rule.
+    """
     try:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
         items = error.errors()
-        shown = [describe_error(item) for item in items[:MAX_SHOWN_PROBLEMS]]
+        shown = [describe_error(item, ExperimentConfig) for item in items[:MAX_SHOWN_PROBLEMS]]
         raise ConfigError(problem_list(source, len(items), shown)) from None
 
 
-def problem_list(source: str, count: int, shown: list[str]) -> str:
-    more = [f"  and {count - len(shown)} more"] if count > len(shown) else []
-    return "\n".join([f"{source}: {count} problem(s)", *(f"  {line}" for line in shown), *more])
-
-
-def describe_error(item: Any) -> str:
-    # Union tags ("asha", "loguniform") appear in pydantic's location but not in the file.
-    location = [str(part) for part in item["loc"]]
-    where = ".".join(f"{part:.100}" for part in location)
-    if item["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}" if known else ""
-        return f"{where}: unknown key; {hint}".rstrip("; ")
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] in ("missing", "value_error"):
-        return f"{where}: {message}" if where else message
-    given = without_password(repr(item["input"]))
-    return f"{where}: {message} (got {given:.200})"
-
-
-def _fields_at(location: list[str]) -> list[str]:
-    section: type[BaseModel] = ExperimentConfig
-    variants = {
-        cls.model_fields["type"].annotation.__args__[0]: cls
-        for cls in (
-            *(Grid, Choice, Uniform, LogUniform, Bundle),
-            *get_args(Scheduler),
-            *get_args(Searcher),
-        )
-    }
-    for part in location:
-        if part in variants:
-            section = variants[part]
-        elif part in section.model_fields:
-            nested = next((m for m in models_in(section.model_fields[part].annotation)), None)
-            section = nested or section
-    return list(section.model_fields)
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from models_in(argument)
-
-
 def set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set the value at a path such as `optim.lr`, adding sections that are missing.
+
+    Raises:
+        ConfigError: a section on the path is a value.
+    """
     *parents, leaf = dotted.split(".")
     node = tree
     for parent in parents:
@@ -225,11 +175,3 @@ def set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
         # A copy: an alias elsewhere in the file may be the same mapping.
         node[parent] = node = dict(child or {})
     node[leaf] = value
-
-
-def _require_pair_per_worker(train: TrainConfig, scaling: ScalingConfig) -> None:
-    if train.global_batch_size < scaling.num_workers:
-        raise ValueError(
-            f"global_batch_size ({train.global_batch_size}) must be at least num_workers ({scaling.num_workers}): "
-            "every worker needs a pair in each step; use a larger batch or fewer workers"
-        )

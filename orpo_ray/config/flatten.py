@@ -1,4 +1,4 @@
-"""An experiment's settings as flat names and values: what MLflow's parameters and comparisons of runs are made of."""
+"""An experiment's settings as flat names and values, for MLflow parameters and comparisons of runs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SPEED_ONLY = (
 
 
 NOT_SETTINGS = frozenset({"name", "output_dir", "storage", "checkpoint", "generation", "tracking", "sweep"})
-"""Sections that say where things go and what is shown, not what is trained."""
+"""Sections that set where results are kept and what is shown, not what is trained."""
 
 AXES = "axes."
-"""Prefix of a trial's parameters that repeat the sweep's axes (`trial_params`)."""
+"""Prefix of the parameters of a trial that repeat the sweep's axes (see `trial_params`)."""
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Config path -> value of a nested config; an empty section stays one value."""
+    """Config path -> value of a nested config; an empty section stays a single value."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
@@ -37,20 +37,20 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings_of(config: ExperimentConfig) -> dict[str, Any]:
-    """Config path -> value, without the sweep and without where things are kept."""
+    """Config path -> value, without the sweep and without the sections in `NOT_SETTINGS`."""
     return flat(config.model_dump(mode="json", exclude=set(NOT_SETTINGS)))
 
 
 def trial_params(config: ExperimentConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """All settings of a trial; of a bundle, its label too; and the axes once more, under names that come first.
+    """All settings of a trial, the label of its bundle, and its axes a second time under names that sort first.
 
-    Unasked, MLflow's parallel coordinates show the first three parameters, by name, in which runs differ.
+    By default, MLflow's parallel coordinates show the first three parameters, sorted by name, that differ between runs.
     """
     return {f"{AXES}{name}": value for name, value in params.items()} | settings_of(config.trial(params)) | params
 
 
 def parent_params(config: ExperimentConfig) -> dict[str, str]:
-    """What all trials share, and how the rest was searched, as text."""
+    """The settings that all trials share, and the search space and methods, as text."""
     shared = settings_of(config)
     if config.sweep is not None:
         tree = config.sweep.model_dump(mode="json")
@@ -64,5 +64,5 @@ def parent_params(config: ExperimentConfig) -> dict[str, str]:
 
 
 def as_text(value: Any) -> str:
-    """A parameter's value as MLflow holds it: as YAML and JSON spell it; a string stays itself."""
+    """A parameter's value as MLflow stores it: a string as it is, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Load an experiment file, with overrides, into an `ExperimentConfig`."""
+"""Load an experiment file with overrides into an `ExperimentConfig`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Any
 
 from orpo_ray.config import strict_yaml
 from orpo_ray.config.candidates import with_coerced_space
-from orpo_ray.config.experiment import ConfigError, ExperimentConfig, set_dotted, validated
+from orpo_ray.config.experiment import ExperimentConfig, set_dotted, validated
+from orpo_ray.config.problems import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
-"""Longest experiment file."""
+"""Maximum size of an experiment file."""
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
-    """Read an experiment file, apply `key.path=value` overrides, and check everything, each sweep candidate included.
+    """Read an experiment file, apply `key.path=value` overrides, and check everything, including each sweep candidate.
 
     Args:
         path: YAML file.
         overrides: e.g. `["optim.lr=1e-5", "train.max_steps=100"]`; values are read as YAML.
 
     Raises:
-        ConfigError: with every broken rule, its path and value.
+        ConfigError: lists every broken rule with its path and value.
     """
     path = Path(path)
     if not path.is_file():
@@ -30,13 +31,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConf
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(
-            f"{path}: longer than {MAX_FILE_BYTES >> 20} MiB, which no experiment file is; is it the data? Give that "
-            "as data.path"
+            f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, too large for an experiment file; if it holds the data, "
+            "give it as data.path"
         )
     try:
         tree = strict_yaml.read(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not text in UTF-8: {error}; save it as UTF-8") from None
+        raise ConfigError(f"{path}: not UTF-8 text: {error}; save it as UTF-8") from None
     except strict_yaml.NotPlain as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -47,13 +48,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ExperimentConf
 
 
 def parse(tree: dict[str, Any], overrides: list[str] | None = None, source: str = "config") -> ExperimentConfig:
-    """Like `load`, from a tree already read.
+    """Like `load`, for a file that has been read already.
 
-    Args:
-        tree: overrides are set in it; mappings within it are copied first, for an alias may have made two of them one.
+    Args: tree: the content of the file. Overrides are set in it; nested mappings are copied first, as a YAML alias may
+        have put one mapping in two places.
 
     Raises:
-        ConfigError: with every broken rule, its path and value.
+        ConfigError: lists every broken rule with its path and value.
     """
     try:
         strict_yaml.require_plain(tree)
@@ -66,7 +67,7 @@ def parse(tree: dict[str, Any], overrides: list[str] | None = None, source: str 
         if not separator or not key:
             raise ConfigError(f"override {override!r}: write key.path=value, e.g. optim.lr=1e-5")
         if key.startswith("sweep.space."):
-            raise ConfigError(f"override {override!r}: an axis name holds dots itself; edit sweep.space in the file")
+            raise ConfigError(f"override {override!r}: axis names contain dots; edit sweep.space in the file")
         try:
             strict_yaml.require_plain(key)
             set_dotted(tree, key, strict_yaml.read(text))

@@ -1,308 +1,160 @@
-"""The sections of an experiment file: every setting, its default, its rules and what it means."""
+"""The sections of an experiment file but `loss` and `sweep`: every setting, its default, its rules and its meaning."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
+from orpo_ray.config.section import Section, absolute_if_local
 from orpo_ray.provenance import without_password
-
-
-class Section(BaseModel):
-    """A part of the experiment file: unknown keys, infinities and NaN are refused; values cannot be changed later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021) through peft; the base weights stay frozen."""
 
     rank: int = Field(16, ge=1)
-    """Rank of the update."""
+    """Rank of the update matrices."""
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
+    """Dropout probability on the adapter's input."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Module names to adapt; `all-linear` is every linear layer but the head."""
+    """Names of the modules to adapt; `all-linear` is every linear layer except the head."""
 
 
 class ModelConfig(Section):
-    """Which causal language model is tuned."""
+    """The causal language model to tune."""
 
     path: str = Field(min_length=1)
-    """Hub name, folder, or a built-in preset (`tiny-llama-2m`, `tiny-llama-8m`)."""
+    """Hub name, folder, or a built-in preset with random weights (`tiny-llama-2m`, `tiny-llama-8m`)."""
     gguf_file: str | None = None
-    """A GGUF file inside `path`; transformers dequantises it into dense weights."""
+    """GGUF file inside `path`; transformers dequantises it into dense weights."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
-    """Run Python code shipped with the model. Off unless you trust its author."""
+    """Run Python code shipped with the model. Keep it off unless you trust the author."""
     attention: Literal["shared_prompt", "sdpa", "eager", "flash_attention_2"] = "shared_prompt"
-    """`shared_prompt` runs each prompt once for both of its answers, without padding; architectures that cannot do so
-    fall back to padded rows, and the run says why. The others pad, with that kernel of transformers."""
+    """`shared_prompt` runs each prompt once for both of its answers, without padding; architectures that cannot do this
+    fall back to padded rows, and the run logs why. The other values use padded rows with that attention implementation
+    of transformers."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: uses less memory and takes about a third more time."""
     lora: LoraConfig | None = None
-    """Low-rank adapters instead of full fine-tuning."""
+    """Train low-rank adapters; null trains all weights."""
 
     @field_validator("path")
     @classmethod
     def _local_path_is_absolute(cls, path: str) -> str:
-        return _absolute_if_local(path)
+        return absolute_if_local(path)
 
 
 class DataConfig(Section):
-    """Where the preference pairs come from and how they become tokens."""
+    """Source of the preference pairs, and how they are tokenised."""
 
     path: str = Field(min_length=1)
-    """Hub name, a jsonl/json/parquet/csv file (gzipped or not), a folder of them, or `builtin://style-pairs`."""
+    """Hub name, a jsonl, json, csv (each gzipped or not) or parquet file, a folder of such files, or
+    `builtin://style-pairs`."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     train_split: str | None = None
-    """Split to train on; by default the one named train_prefs or train, or the only one there is."""
+    """Split to train on; by default the split named train_prefs or train, or the only split."""
     eval_split: str | None = None
-    """Split to evaluate on; by default test_prefs, test or validation."""
+    """Split to evaluate on; by default the split named test_prefs, test or validation, if there is one."""
     eval_path: str | None = None
-    """File with the held-out pairs; by default they come from `path`."""
+    """Source of the held-out pairs, in the same forms as `path`; by default they come from `path`."""
     eval_pairs: int = Field(512, ge=1)
-    """Held-out pairs at most. Where the data have no split for them, this many are set aside from the training
-    pairs, drawn by `split_seed`, the same for every trial."""
+    """Maximum number of held-out pairs. If the data have no held-out split, exactly this many pairs are drawn with
+    `split_seed` from the training pairs and set aside, the same ones for every trial."""
     train_pairs: int | None = Field(None, ge=1)
-    """Training pairs at most (after shuffling by `split_seed`); all by default."""
+    """Maximum number of training pairs, taken after shuffling with `split_seed`; all by default."""
     split_seed: int = Field(0, ge=0)
-    """Seed of the split and of the built-in generator: not the training seed, so trials share their pairs."""
+    """Seed of the split and of the built-in generator. It is separate from `train.seed`, so that trials with different
+    training seeds share their pairs."""
     max_tokens: int = Field(1024, ge=8)
-    """Prompt and answer together, in tokens. A longer answer is cut at its end and then carries no EOS."""
+    """Maximum length of prompt and answer together, in tokens. A longer answer is cut at its end and then has no
+    EOS."""
     max_prompt_tokens: int = Field(768, ge=1)
-    """Longest prompt, in tokens."""
+    """Maximum length of a prompt, in tokens."""
     long_prompts: Literal["drop", "truncate"] = "drop"
-    """A prompt over `max_prompt_tokens` drops its pair (as in the paper) or is cut from the left."""
+    """`drop` drops pairs whose prompt exceeds `max_prompt_tokens`, as the paper does; `truncate` cuts the prompt from
+    the left."""
     on_bad_rows: Literal["drop", "error"] = "drop"
-    """Empty, identical and malformed pairs are dropped and counted, or refused with file and row."""
+    """`drop` drops and counts pairs that are malformed or have empty or identical answers; `error` stops with the file
+    and row of the first one."""
     chat_template: str | None = None
-    """Jinja chat template; by default the tokenizer's own, or the ORPO authors' where it has none."""
+    """Jinja chat template; by default the tokenizer's own, or the ORPO authors' template if the tokenizer has none."""
     cache_dir: str = "~/.cache/orpo-ray"
-    """Tokenised pairs, and reference models' log-probabilities of them, are kept here and shared by trials, runs and
+    """Folder for tokenised pairs and the reference models' log-probabilities of them, shared by the trials, runs and
     workers of one machine."""
 
     @field_validator("path", "eval_path")
     @classmethod
     def _local_path_is_absolute(cls, path: str | None) -> str | None:
-        return path and _absolute_if_local(path)
+        return path and absolute_if_local(path)
 
     @model_validator(mode="after")
     def _room_for_an_answer(self) -> DataConfig:
         if self.max_prompt_tokens >= self.max_tokens:
             raise ValueError(
                 f"max_prompt_tokens ({self.max_prompt_tokens}) < max_tokens ({self.max_tokens}) must hold: "
-                "at least one answer token has to fit behind the longest prompt"
+                "at least one answer token must fit after the longest prompt"
             )
-        return self
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "trl": {
-        "nll_scope": "prompt_and_response",
-        "nll_reduction": "token",
-        "nll_eos": True,
-        "answer_padding": False,
-    },
-    "llamafactory": {
-        "nll_scope": "response",
-        "nll_reduction": "pair",
-        "nll_eos": True,
-        "answer_padding": False,
-    },
-    "authors": {
-        "nll_scope": "prompt_and_response",
-        "nll_reduction": "token",
-        "nll_eos": False,
-        "answer_padding": True,
-    },
-}
-"""What TRL 1.16's ORPOTrainer, LLaMA-Factory's `pref_loss: orpo` and the authors' xfactlab/orpo count."""
-
-_OWN_SETTINGS: dict[str, dict[str, Any]] = {
-    "orpo": {"orpo_lambda": 0.1, "ratio": "odds", "temperature": 1.0},
-    "sft": {"orpo_lambda": 0.0},
-    "dpo": {"beta": 0.1},
-    "cpo": {"beta": 0.1, "nll_weight": 1.0},
-    "simpo": {"beta": 2.0, "simpo_gamma": 0.5},
-    "ipo": {"beta": 0.1},
-    "reward": {},
-    "rloo": {"beta": 0.05, "reward_model": None, "max_new_tokens": 128},
-}
-"""Loss -> the settings that it reads and not all losses do, with their defaults: TRL 1.16's, for simpo its authors'."""
-
-
-class LossConfig(Section):
-    """The objective, with everything that gives its numbers a meaning said out loud.
-
-    orpo is L = NLL + orpo_lambda * L_OR (paper eq. 6). A setting that the chosen loss does not read is null, and
-    refused if given.
-    """
-
-    name: Literal["orpo", "sft", "dpo", "cpo", "simpo", "ipo", "reward", "rloo"] = "orpo"
-    """`sft` is the NLL alone: λ = 0 exactly. dpo and ipo compare with a reference model, the one training starts from;
-    dpo, ipo and simpo have no NLL in their objective, and report it. `reward` trains a reward model instead of a
-    language model (Bradley-Terry, paper eq. 11). `rloo` is RLHF: it samples two answers to each prompt, has
-    `reward_model` judge them, and raises the better one (Ahmadian et al. 2024, with a KL penalty)."""
-    preset: Literal["trl", "llamafactory", "authors"] | None = None
-    """Count as another ORPO code base does: sets `nll_scope`, `nll_reduction`, `nll_eos` and `answer_padding`. TRL and
-    the authors average the token means of micro-batches, here it is the mean over the global batch: their numbers are
-    reproduced where the batch is one micro-batch on one worker, and λ keeps its meaning where it is not."""
-    orpo_lambda: float | None = Field(None, ge=0)
-    """orpo, sft: the paper's λ (TRL: `beta`; the authors' code: `alpha`); 0.1 by default, 0 for sft."""
-    ratio: Literal["odds", "probability"] | None = None
-    """orpo: what is compared, odds P / (1 - P) (the default) or, as the paper's ablation does, P itself."""
-    temperature: float | None = Field(None, gt=0)
-    """orpo: multiplies the log ratio inside the sigmoid (`b` of arXiv 2502.01237); 1 by default, the paper's."""
-    beta: float | None = Field(None, gt=0)
-    """dpo, cpo, simpo: multiplies the log ratio of the answers; ipo: τ, which asks for a log ratio of 1 / (2τ); rloo:
-    what a nat of KL divergence from the model that training starts from costs. 0.1 by default, 2 for simpo, 0.05 for
-    rloo."""
-    simpo_gamma: float | None = Field(None, ge=0)
-    """simpo: margin that the rewards should keep, TRL's `simpo_gamma`; 0.5 by default."""
-    nll_weight: float | None = Field(None, ge=0)
-    """cpo: weight of the NLL, TRL's `cpo_alpha`; 1 by default. TRL's NLL counts the response only."""
-    reward_model: str | None = Field(None, min_length=1)
-    """rloo: folder or hub name of the reward model, e.g. what `orpo-ray export` writes of a run with `name: reward`."""
-    max_new_tokens: int | None = Field(None, ge=1)
-    """rloo: longest answer drawn, in tokens; 128 by default."""
-    nll_scope: Literal["prompt_and_response", "response"] = "prompt_and_response"
-    """Tokens of [prompt | chosen] that the NLL counts."""
-    nll_reduction: Literal["token", "pair"] = "token"
-    """Mean over all counted tokens of the global batch, or over pairs of each pair's token mean."""
-    nll_eos: bool = True
-    """Whether EOS tokens count in the NLL, those within the prompt too. They count in the answers' means either way."""
-    answer_padding: bool = False
-    """Whether the first padding token (an EOS) behind an answer counts as one more token of it in the answers' means,
-    as in the authors' code, whose mask is off by one."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss compares with a reference model's log-probabilities."""
-        return self.name in ("dpo", "ipo")
-
-    @property
-    def is_reward(self) -> bool:
-        """Whether a reward model is trained: what the model gives an answer is a reward, not a log-probability."""
-        return self.name == "reward"
-
-    @field_validator("reward_model")
-    @classmethod
-    def _local_path_is_absolute(cls, path: str | None) -> str | None:
-        return path and _absolute_if_local(path)
-
-    @property
-    def own_settings(self) -> dict[str, Any]:
-        """The settings that this loss reads and not all losses do."""
-        return {setting: getattr(self, setting) for setting in _OWN_SETTINGS[self.name]}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_earlier_run_directories(cls, given: Any) -> Any:
-        """Until November 2026 every run directory named the temperature that rloo samples at; it is 1."""
-        if isinstance(given, dict) and given.get("sampling_temperature", 0) in (None, 1.0):
-            return {key: value for key, value in given.items() if key != "sampling_temperature"}
-        return given
-
-    @model_validator(mode="after")
-    def _fill_in(self) -> LossConfig:
-        """Refuse what contradicts the loss or the preset, and fill in what they imply.
-
-        What is filled in does not count as given (`model_fields_set`): a sweep over `loss.name` starts from what
-        stands in the file.
-        """
-        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
-        if self.name == "sft" and self.orpo_lambda:
-            raise ValueError(
-                f"loss.name sft is λ = 0, but orpo_lambda is {self.orpo_lambda}: drop it, or use name: orpo"
-            )
-        own = _OWN_SETTINGS[self.name]
-        for setting in sorted(given):
-            readers = [name for name, settings in _OWN_SETTINGS.items() if setting in settings]
-            if readers and setting not in own:
-                raise ValueError(
-                    f"loss.name {self.name} does not read {setting} ({getattr(self, setting)}), only "
-                    f"{', '.join(readers)}: drop it, or use one of these; {self.name} reads {', '.join(own)}"
-                )
-        if self.name == "rloo" and self.reward_model is None:
-            raise ValueError(
-                "loss.name rloo needs loss.reward_model: a folder or hub name of a reward model; train one with "
-                "loss.name: reward and write it with orpo-ray export"
-            )
-        if self.preset is not None and self.name not in ("orpo", "sft"):
-            raise ValueError(
-                f"preset {self.preset} says what an ORPO code base counts, but loss.name is {self.name}: "
-                f"drop it and set {', '.join(_PRESETS[self.preset])}"
-            )
-        implied = _PRESETS[self.preset] if self.preset is not None else {}
-        for setting in sorted(given & implied.keys()):
-            if (value := getattr(self, setting)) != implied[setting]:
-                raise ValueError(
-                    f"preset {self.preset} sets {setting} to {implied[setting]}, but {setting} is {value}: drop one"
-                )
-        for setting, value in (own | implied).items():
-            if setting not in given:
-                object.__setattr__(self, setting, value)
         return self
 
 
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
+    """The AdamW optimizer and its learning-rate schedule."""
 
     lr: float = Field(8.0e-6, gt=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
-    """Shape after warm-up; cosine and linear end at 0."""
+    """Shape of the learning rate after warm-up; cosine and linear end at 0."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps spent in linear warm-up, unless `warmup_steps` is given."""
+    """Fraction of the steps spent in linear warm-up; ignored if `warmup_steps` is given."""
     warmup_steps: int | None = Field(None, ge=0)
-    """Warm-up in steps."""
+    """Length of the linear warm-up, in steps; by default `warmup_ratio` decides."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay on matrices (not on biases and norms)."""
+    """Decoupled weight decay, applied to matrices but not to biases and norms."""
     beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: float = Field(1.0e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment, for numerical stability."""
     max_grad_norm: float | None = Field(1.0, gt=0)
-    """Clip the global gradient norm to this; null for no clipping."""
+    """Maximum global gradient norm; larger gradients are scaled down to it. null disables clipping."""
 
 
 class TrainConfig(Section):
-    """The loop: batch arithmetic, length, precision, how often it looks up."""
+    """The training loop: batch sizes, length, precision, and how often it evaluates, logs and saves."""
 
     global_batch_size: int = Field(32, ge=1)
-    """Pairs per optimizer step over all workers. Changing how it is cut changes speed, never the gradient."""
+    """Pairs per optimizer step, over all workers. How the batch is divided into workers and micro-batches changes the
+    speed, never the gradient."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Pairs per forward pass per worker at most; by default as many as `max_tokens_per_micro_batch` holds."""
+    """Maximum pairs per forward pass and worker; by default as many as `max_tokens_per_micro_batch` holds."""
     max_tokens_per_micro_batch: int = Field(4096, ge=1)
-    """Tokens per forward pass per worker at most, a prompt counted once (in padded rows twice, and padding too); a
-    longer pair goes alone. A multiple of 128 is best: rows are filled up to one on a GPU, and to one of 64 where a CPU
-    computes in bf16. Memory grows with it; speed does too, up to some thousand tokens."""
+    """Maximum tokens per forward pass and worker. A prompt counts once (in padded rows twice, and padding counts as
+    well); a longer pair runs alone. Use a multiple of 128: rows are padded to a multiple of 128 on a GPU, and of 64 on
+    a CPU that computes in bf16. Memory grows with this value; so does speed, up to a few thousand tokens."""
     max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps. Give this or `epochs`."""
+    """Length of training in optimizer steps. Give either this or `epochs`."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training pairs. Give this or `max_steps`."""
+    """Length of training in passes over the training pairs. Give either this or `max_steps`."""
     eval_every: int | None = Field(None, ge=1)
-    """Steps between evaluations; by default only after the last step, which is always evaluated."""
+    """Steps between evaluations. The last step is always evaluated; by default it is the only one."""
     log_every: int = Field(10, ge=1)
     """Steps between reports of the training metrics."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """Steps between checkpoints; by default at each evaluation. The last step is always saved."""
+    """Steps between checkpoints; by default one is saved at each evaluation. The last step is always saved."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of matrix products. bf16 keeps fp32 master weights and optimizer state, and the loss is computed in fp32
-    either way. `auto` is bf16 where the device has units for it (GPUs, CPUs with AMX or AVX-512 BF16), else fp32, which
-    is faster there; the run logs which. Name one of them where a sweep may be continued on machines of another kind."""
+    """Number format of matrix multiplications. bf16 keeps fp32 master weights and optimizer state, and the loss is
+    always computed in fp32. `auto` is bf16 if the device has units for it (GPUs, CPUs with AMX or AVX-512 BF16), else
+    fp32, which is faster there; the run logs which. Name a format if the sweep may continue on other hardware."""
     seed: int = Field(42, ge=0)
-    """Initialisation of new weights, order of the pairs, dropout."""
+    """Seed of the initial values of new weights, the order of the pairs, and dropout."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -317,34 +169,35 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Which of a trial's checkpoints are kept; how often one is made is `train.checkpoint_every`."""
+    """Which of a trial's checkpoints are kept; `train.checkpoint_every` sets how often one is saved."""
 
     keep_last: int = Field(2, ge=1)
-    """The newest ones. With two, a damaged one costs the steps since the one before it, not the trial."""
+    """Number of newest checkpoints to keep. The default is two: if the newest is damaged, the trial continues from the
+    one before it instead of starting over."""
     keep_best: str | None = None
-    """A held-out metric; the checkpoint at which it was best is kept as well, and is what `orpo-ray export` takes."""
+    """Held-out metric; the checkpoint with its best value is kept as well, and `orpo-ray export` uses that one."""
 
 
 class GenerationConfig(Section):
-    """What the model answers to some held-out prompts, written down at every evaluation to be read by people."""
+    """Sample answers to some held-out prompts, written at every evaluation for people to read."""
 
     prompts: int = Field(4, ge=0)
-    """How many, the same each time; 0 for none."""
+    """Number of prompts, the same ones at every evaluation; 0 disables sampling."""
     max_new_tokens: int = Field(48, ge=1)
-    """Longest answer, in tokens."""
+    """Maximum length of an answer, in tokens."""
 
 
 class DeepSpeedConfig(Section):
-    """What is partitioned over the workers (Rajbhandari et al. 2020), and what is kept off the device."""
+    """ZeRO: what is partitioned over the workers (Rajbhandari et al. 2020), and what is offloaded from the device."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """0: nothing; 1: optimizer state; 2: and gradients; 3: and parameters."""
+    """What is partitioned. 0: nothing; 1: optimizer state; 2: also gradients; 3: also parameters."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer state lives."""
+    """Where the optimizer state is stored: on the device (`none`), in CPU memory, or on NVMe (stage 3 only)."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
-    """Where the parameters live between uses (stage 3)."""
+    """Where the parameters are stored between uses, with the same choices (stage 3 only)."""
     nvme_path: str | None = None
-    """Folder on a fast local disk, for nvme offload."""
+    """Folder on a fast local disk; required for offloading to `nvme`."""
 
     @model_validator(mode="after")
     def _offload_fits_stage(self) -> DeepSpeedConfig:
@@ -361,17 +214,17 @@ class DeepSpeedConfig(Section):
 
 
 class ScalingConfig(Section):
-    """What one trial occupies. `scaling: auto` is short for `{auto: true}`."""
+    """Resources of one trial. `scaling: auto` is short for `{auto: true}`."""
 
     auto: bool = False
-    """Choose what the file leaves open of workers, CPUs, ZeRO stage, offload, tokens per pass and recomputation, such
-    that a trial fits the cluster's memory (`fitting.fit_to`). What the file sets is kept."""
+    """Choose workers, CPUs, ZeRO stage, offloading, tokens per pass and recomputation such that a trial fits the
+    cluster's memory (`planning.fit.fit_to`). Settings given in the file are kept."""
     num_workers: int = Field(1, ge=1)
-    """Data-parallel worker processes."""
+    """Number of data-parallel worker processes."""
     cpus_per_worker: int = Field(1, ge=1)
-    """CPU cores reserved, and threads used, per worker."""
+    """CPU cores reserved, and threads used, by each worker."""
     use_gpu: bool | Literal["auto"] = "auto"
-    """One GPU per worker; `auto` means where the cluster has GPUs."""
+    """Give each worker one GPU; `auto` does so if the cluster has GPUs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -380,27 +233,19 @@ class ScalingConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where MLflow runs go."""
+    """Where MLflow runs are logged."""
 
     uri: str | None = None
-    """MLflow tracking URI; by default MLFLOW_TRACKING_URI, else a SQLite file in `output_dir`. A password in it is used
-    and not kept with the run; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD serve later commands too."""
+    """MLflow tracking URI; by default MLFLOW_TRACKING_URI, or else a SQLite file in `output_dir`. A password in the URI
+    is used but not stored with the run; later commands find it in MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD."""
     experiment: str = Field("orpo-ray", min_length=1)
-    """MLflow experiment name."""
+    """Name of the MLflow experiment."""
     system_metrics: bool = True
-    """Log CPU, memory, disk, network and GPU use of every node to the sweep's run, every 10 s, or as often as
-    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says."""
+    """Log CPU, memory, disk, network and GPU use of every node to the sweep's run, every 10 s or at the interval in
+    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL."""
 
     @field_serializer("uri", when_used="json")
     def _written_without_password(self, uri: str | None) -> str | None:
         has_password = uri is not None and re.search(r"://[^/@]*:[^/]*@", uri)
         return without_password(uri) if uri is not None and has_password else uri
-
-
-def _absolute_if_local(path: str) -> str:
-    """Ray starts its processes in other directories, where a relative path names something else."""
-    try:
-        local = Path(path).expanduser()
-        return str(local.absolute()) if local.exists() else path
-    except (OSError, RuntimeError) as error:  # too long, not to be entered, or the home of nobody
-        raise ValueError(f"no path and no hub name: {error!s:.200}") from None

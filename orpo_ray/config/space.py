@@ -1,4 +1,4 @@
-"""Sweep axes as frozen, validated values. YAML in, grid cells or Optuna distributions out."""
+"""The axes of a sweep, and the grid cells or Optuna distributions that they span."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class _Axis(BaseModel):
 
 
 class Grid(_Axis):
-    """Every value is tried. Under a model-based searcher (Optuna) the values are categories to propose from."""
+    """Every value is tried. Under a model-based searcher (e.g. Optuna) the values are categories to choose from."""
 
     type: Literal["grid"]
     values: tuple[Any, ...] = Field(min_length=1)
-    """The candidates; each is passed through the config, so `1e-6` (a string in YAML) becomes a number."""
+    """Candidates; each is converted by the config, so `1e-6` (a string in YAML) becomes a number."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Grid:
@@ -31,11 +31,11 @@ class Grid(_Axis):
 
 
 class Choice(_Axis):
-    """One of the values, drawn anew for every trial."""
+    """One of the values, drawn at random for every trial."""
 
     type: Literal["choice"]
     values: tuple[Any, ...] = Field(min_length=1)
-    """The candidates."""
+    """Candidates, each equally likely."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Choice:
@@ -52,9 +52,9 @@ class Uniform(_Axis):
 
     type: Literal["uniform"]
     low: float
-    """Smallest value."""
+    """Lower end of the interval."""
     high: float
-    """Largest value."""
+    """Upper end of the interval."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Uniform:
@@ -62,7 +62,7 @@ class Uniform(_Axis):
         return self
 
     def candidates(self) -> tuple[float, ...]:
-        """The two ends: a config that accepts both accepts what lies between."""
+        """The two ends: a config that accepts both accepts the values between them."""
         return (self.low, self.high)
 
 
@@ -71,9 +71,9 @@ class LogUniform(_Axis):
 
     type: Literal["loguniform"]
     low: float = Field(gt=0)
-    """Smallest value."""
+    """Lower end of the interval."""
     high: float = Field(gt=0)
-    """Largest value."""
+    """Upper end of the interval."""
 
     @model_validator(mode="after")
     def _ordered(self) -> LogUniform:
@@ -88,15 +88,15 @@ class LogUniform(_Axis):
 class Bundle(_Axis):
     """Named groups of settings that change together, e.g. a model size with its workers and its ZeRO stage.
 
-    Every bundle is tried, like a grid. Each trains on worker groups of its own (its resources differ).
+    Every bundle is tried, as in a grid. Each has its own worker groups, as its resources differ.
     """
 
     type: Literal["bundle"]
     values: dict[str, dict[str, Any]] = Field(min_length=1)
-    """label -> {config path: value}."""
+    """Bundles: label -> {config path: value}."""
 
     @model_validator(mode="after")
-    def _same_keys_are_not_empty(self) -> Bundle:
+    def _no_bundle_is_empty(self) -> Bundle:
         empty = [label for label, settings in self.values.items() if not settings]
         if empty:
             raise ValueError(f"bundle {empty[0]!r} sets nothing; give it at least one `config.path: value`")
@@ -111,29 +111,29 @@ Axis = Annotated[Grid | Choice | Uniform | LogUniform | Bundle, Field(discrimina
 
 
 def grid_size(space: dict[str, Axis]) -> int:
-    """Number of cells of the grid that the `grid` and `bundle` axes span; 1 where there are none."""
+    """Number of cells of the grid that the `grid` and `bundle` axes span; 1 without such axes."""
     return math.prod(len(axis.candidates()) for axis in space.values() if isinstance(axis, Grid | Bundle))
 
 
 def grid_cells(space: dict[str, Axis]) -> list[dict[str, Any]]:
-    """The cells of the grid: axis name -> value, bundles alternating fastest; one empty cell where there is no grid."""
+    """The cells of the grid, axis name -> value, with bundles varying fastest; one empty cell without such axes."""
     grids = {name: axis for name, axis in space.items() if isinstance(axis, Grid | Bundle)}
     names = sorted(grids, key=lambda name: isinstance(grids[name], Bundle))
     products = itertools.product(*(grids[name].candidates() for name in names))
-    # In the order of the file, whatever the order of variation.
+    # Each cell keeps the order of the file.
     return [{name: dict(zip(names, values, strict=True))[name] for name in grids} for values in products]
 
 
 def plain(params: dict[str, Any]) -> dict[str, Any]:
-    """The same values, numpy scalars as Python's own."""
+    """The same values, with numpy scalars as Python numbers."""
     return {name: value.item() if hasattr(value, "item") else value for name, value in params.items()}
 
 
 def to_optuna(space: dict[str, Axis]) -> dict[str, Any]:
-    """Search space as Optuna distributions; grids and bundles become categories.
+    """The search space as Optuna distributions; grids and bundles become categories.
 
     Args:
-        space: axis name -> axis, values already coerced by the config.
+        space: axis name -> axis, with values already converted by the config.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
@@ -152,7 +152,7 @@ def to_optuna(space: dict[str, Axis]) -> dict[str, Any]:
 def _require_distinct(values: tuple[Any, ...]) -> None:
     repeated = [value for index, value in enumerate(values) if value in values[:index]]
     if repeated:
-        raise ValueError(f"values must be distinct, but {repeated[0]!r} is there twice")
+        raise ValueError(f"values must be distinct, but {repeated[0]!r} occurs twice")
 
 
 def _require_ordered(low: float, high: float) -> None:
@@ -161,7 +161,7 @@ def _require_ordered(low: float, high: float) -> None:
 
 
 def describe(params: dict[str, Any]) -> str:
-    """One trial's place in the space, short enough for a table row: `8m λ=0.1 lr=8.0e-04`."""
+    """The values of one trial, short enough for a table row: `8m λ=0.1 lr=8.0e-04`."""
     parts = []
     for name, value in params.items():
         if name == "loss.orpo_lambda":

@@ -1,7 +1,7 @@
-"""YAML that means one thing and has an end: what an experiment file or an override may hold.
+"""Read YAML strictly: no duplicate keys, no tags, and limits on depth and size.
 
-`yaml.safe_load` makes no foreign objects, but it takes the last of two equal keys, follows any depth, and its aliases
-let a kilobyte stand for gigabytes (https://en.wikipedia.org/wiki/Billion_laughs_attack).
+`yaml.safe_load` constructs no arbitrary objects, but it keeps the last of two equal keys, accepts any depth, and lets a
+kilobyte of aliases expand to gigabytes (https://en.wikipedia.org/wiki/Billion_laughs_attack).
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 32
-"""Mappings and lists within each other."""
+"""Maximum nesting of mappings and lists."""
 MAX_VALUES = 50_000
-"""Values, those of aliases counted as often as they are used."""
+"""Maximum number of values; those of an alias count each time it is used."""
 MAX_CHARACTERS = 1 << 21
-"""Characters of all texts together, counted in the same way."""
+"""Maximum number of characters in all texts together, counted in the same way."""
 _MAX_NUMBER = 100
-"""Characters of a number: PyYAML reads `1:1:1:...`, of base 60, in a time that grows with the square of its length."""
+"""Maximum characters of a number: PyYAML reads base-60 numbers, `1:1:1:...`, in time quadratic in their length."""
 
 
 class NotPlain(ValueError):
-    """The text is not YAML, or it breaks one of the rules here; the message says which, and where."""
+    """The text is not YAML or breaks one of the rules here; the message says which and where."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses depth, tags and equal keys while it reads, where the line is still known."""
+    """Refuses depth, tags and duplicate keys while reading, when line numbers are still known."""
 
     depth = 0
     count = 0
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
-        # The scanner looks ahead over all brackets of a line before one of them is composed.
+        # The scanner reads all brackets of a line before the first of them is composed.
         if self.flow_level >= MAX_DEPTH:
             raise NotPlain(f"brackets within brackets, more than {MAX_DEPTH} deep, on line {self.line + 1}")
         super().fetch_flow_collection_start(TokenClass)
@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         self.count += 1
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
-            raise NotPlain(f"tag {event.tag!r:.60} on line {event.start_mark.line + 1}: tags make objects, take it out")
+            raise NotPlain(f"tag {event.tag!r:.60} on line {event.start_mark.line + 1}: tags create objects; remove it")
         if self.depth > MAX_DEPTH or self.count > MAX_VALUES:
             law = f"more than {MAX_DEPTH} levels deep" if self.depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
             raise NotPlain(f"{law}, on line {event.start_mark.line + 1}")
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_scalar_node(anchor)
         if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _MAX_NUMBER:
             line = node.start_mark.line + 1
-            raise NotPlain(f"a number of {len(node.value)} characters, on line {line}; if it is text, quote it")
+            raise NotPlain(f"a number of {len(node.value)} characters, on line {line}; quote it if it is text")
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -63,19 +63,19 @@ class _Loader(yaml.SafeLoader):
         for key, value in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise NotPlain(f"key {key.value!r:.60} stands twice in one mapping, on line {line}")
+                raise NotPlain(f"key {key.value!r:.60} occurs twice in one mapping, on line {line}")
             seen.add(str(key.value))
             if key.tag == "tag:yaml.org,2002:merge" and isinstance(value, yaml.SequenceNode):
-                # Mappings merged many times over grow as fast as aliases do, before there is a value to count.
+                # Repeated merges grow as fast as aliases, before there are values to count.
                 raise NotPlain(f"`<<` takes one alias here, not a list, on line {line}")
         return node
 
 
 def read(text: str) -> Any:
-    """The one document of a YAML text, as Python's own values.
+    """The single document of a YAML text, as Python values.
 
     Raises:
-        NotPlain: see there.
+        NotPlain: the text is not YAML or breaks a rule.
     """
     loader = None
     try:
@@ -85,7 +85,7 @@ def read(text: str) -> Any:
         raise
     except yaml.YAMLError as error:
         raise NotPlain(str(error)) from None
-    except (ValueError, OverflowError, RecursionError) as error:  # no such date, or a number of thousands of digits
+    except (ValueError, OverflowError, RecursionError) as error:  # e.g. an impossible date or a huge number
         raise NotPlain(f"a value cannot be read: {error!s:.200}") from None
     finally:
         if loader is not None:
@@ -95,19 +95,20 @@ def read(text: str) -> Any:
 
 
 def require_plain(tree: Any) -> None:
-    """Check what was read, or given as Python values.
+    """Check a tree of Python values, from a file or from a caller.
 
     Raises:
         NotPlain: deeper than `MAX_DEPTH`, more than `MAX_VALUES` values or `MAX_CHARACTERS` characters, an integer of
-            more than 64 bits, or text with control characters (terminals obey them) or with half a character.
+            more than 64 bits, or text with control characters, which terminals interpret, or unpaired surrogates.
     """
     _count(tree, 0, {})
 
 
 def _count(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Values and characters in `value`, each alias counted again though looked into once; `known` by identity."""
+    """Number of values and of characters in `value`. An alias counts at each use but is visited once: `known` holds the
+    counts by identity."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise NotPlain("a whole number needs more than 64 bits")
+        raise NotPlain("an integer needs more than 64 bits")
     if not isinstance(value, str | dict | list | tuple):
         return 1, 0
     if id(value) in known:
@@ -123,9 +124,9 @@ def _count(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[i
         more, longer = _count(item, depth + 1, known)
         count, characters = count + more, characters + longer
         if count > MAX_VALUES:
-            raise NotPlain(f"more than {MAX_VALUES} values, aliases written out")
+            raise NotPlain(f"more than {MAX_VALUES} values, with aliases expanded")
         if characters > MAX_CHARACTERS:
-            raise NotPlain(f"more than {MAX_CHARACTERS} characters, aliases written out")
+            raise NotPlain(f"more than {MAX_CHARACTERS} characters, with aliases expanded")
     known[id(value)] = count, characters
     return count, characters
 
@@ -134,4 +135,4 @@ def _require_printable(text: str) -> None:
     for character in text:
         code = ord(character)
         if (code < 32 and character not in "\t\n\r") or 127 <= code < 160 or 0xD800 <= code < 0xE000:
-            raise NotPlain(f"text holds the character U+{code:04X}, which is not to be printed: {text!r:.60}")
+            raise NotPlain(f"text contains the unprintable character U+{code:04X}: {text!r:.60}")

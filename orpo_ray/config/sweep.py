@@ -6,206 +6,72 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from orpo_ray.config.sections import LossConfig, Section, TrainConfig
+from orpo_ray.config.methods import (
+    AshaConfig,
+    FifoConfig,
+    LadderConfig,
+    OptunaConfig,
+    Pb2Config,
+    PbtConfig,
+    RandomConfig,
+    Scheduler,
+    Searcher,
+)
+from orpo_ray.config.metrics import MEANING_MOVED_BY, METRIC_MODES
+from orpo_ray.config.section import Section
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform, grid_size
 
-METRIC_MODES: dict[str, Literal["max", "min"]] = {
-    "eval/preference_accuracy": "max",
-    "eval/log_odds": "max",
-    "eval/nll": "min",
-    "eval/nll_per_byte": "min",
-    "eval/odds_ratio_loss": "min",
-    "eval/loss": "min",
-}
-"""Held-out metrics a sweep may rank trials by, and which direction is better."""
-_NOT_MEASURED: dict[str, frozenset[str]] = {
-    "reward": frozenset(METRIC_MODES) - {"eval/preference_accuracy", "eval/loss"},
-    "rloo": frozenset({"eval/loss"}),
-}
-"""Loss -> held-out metrics that its trials do not have: a reward model predicts nothing, and rloo's loss is of sampled
-answers."""
-_WHAT_AN_ANSWER_IS = frozenset({"loss.answer_padding", "loss.preset"})
-MEANING_MOVED_BY: dict[str, frozenset[str]] = {
-    "eval/loss": frozenset(f"loss.{setting}" for setting in LossConfig.model_fields),
-    "eval/nll": frozenset({"loss.nll_scope", "loss.nll_reduction", "loss.nll_eos", "loss.preset"}),
-    "eval/preference_accuracy": _WHAT_AN_ANSWER_IS,
-    "eval/log_odds": _WHAT_AN_ANSWER_IS,
-    "eval/odds_ratio_loss": _WHAT_AN_ANSWER_IS,
-    "eval/nll_per_byte": _WHAT_AN_ANSWER_IS,
-}
-"""Metric -> settings that change what the metric measures; sweeping one of them by that metric ranks the
-setting, not the model (law 4)."""
 MAX_TRIALS = 100_000
-"""Of one sweep: all cells of a grid are held in memory."""
-
-
-class FifoConfig(Section):
-    """Every trial runs to its end."""
-
-    type: Literal["fifo"]
-
-
-class AshaConfig(Section):
-    """Asynchronous successive halving (Li et al. 2018), separately within each bundle.
-
-    A trial that is not among the best of its rung is paused, not stopped: it frees its workers and goes on from its
-    checkpoint if it turns out to be among the best after all.
-    """
-
-    type: Literal["asha"]
-    grace_steps: int = Field(ge=1)
-    """No trial is paused before this step; the first rung."""
-    reduction_factor: float = Field(3.0, gt=1)
-    """At each rung about one trial in this many goes on; rungs are grace_steps × reduction_factor^k."""
-
-
-class HyperBandConfig(Section):
-    """HyperBand (Li et al. 2017), separately within each bundle: halving in brackets of unlike first rungs."""
-
-    type: Literal["hyperband"]
-    reduction_factor: float = Field(3.0, gt=1)
-    """At each halving about one trial in this many goes on."""
-
-
-class PbtConfig(Section):
-    """Population-based training (Jaderberg et al. 2017), separately within each bundle.
-
-    Every `interval_steps` the worst of the population take over weights and optimizer state of the best, and go on
-    with settings moved a little. The population waits for its slowest at each interval, so that nobody goes back.
-    """
-
-    type: Literal["pbt"]
-    interval_steps: int = Field(ge=1)
-    """Steps between exploits; a multiple of train.eval_every."""
-    quantile: float = Field(0.25, gt=0, le=0.5)
-    """Share of the population that is replaced, and that is copied from."""
-    resample_probability: float = Field(0.25, ge=0, le=1)
-    """Chance of drawing a setting anew instead of moving it by the factors 0.8 or 1.2."""
-
-
-class Pb2Config(Section):
-    """Population-based bandits (Parker-Holder et al. 2020): PBT whose new settings a Gaussian process proposes.
-
-    Axes must be uniform or loguniform; a loguniform one is modelled on its plain scale.
-    """
-
-    type: Literal["pb2"]
-    interval_steps: int = Field(ge=1)
-    """Steps between exploits; a multiple of train.eval_every."""
-    quantile: float = Field(0.25, gt=0, le=0.5)
-    """Share of the population that is replaced, and that is copied from."""
-
-
-class MedianConfig(Section):
-    """Stop a trial whose running mean is worse than the median of the others in its bundle (Golovin et al. 2017)."""
-
-    type: Literal["median"]
-    grace_steps: int = Field(ge=1)
-    """No trial is stopped before this step."""
-    min_trials: int = Field(3, ge=1)
-    """Trials that must have reported before any is stopped."""
-
-
-class RandomConfig(Section):
-    """Grid and bundle axes are spanned, the others sampled at random."""
-
-    type: Literal["random"]
-
-
-class OptunaConfig(Section):
-    """Optuna proposes; grid and bundle axes become categories."""
-
-    type: Literal["optuna"]
-    sampler: Literal["tpe", "gp", "cmaes", "nsga2", "random"] = "tpe"
-    """Tree-structured Parzen estimator, Gaussian process, CMA-ES (continuous axes only; others are drawn at random),
-    the genetic NSGA-II, or independent random draws."""
-    startup_trials: int = Field(10, ge=1)
-    """Random trials before the model begins; the population's size for nsga2."""
-    objectives: tuple[str, ...] = ()
-    """Held-out metrics to optimise together, `sweep.metric` among them; empty: that one alone. tpe, nsga2 and random
-    take several."""
-
-
-class HyperOptConfig(Section):
-    """HyperOpt's tree-structured Parzen estimator proposes; needs the extra `hyperopt`."""
-
-    type: Literal["hyperopt"]
-    startup_trials: int = Field(10, ge=1)
-    """Random trials before TPE begins to model."""
-
-
-class BohbConfig(Section):
-    """BOHB (Falkner et al. 2018): its density estimator proposes, scheduler hyperband halves; extra `bohb`."""
-
-    type: Literal["bohb"]
-
-
-class LadderConfig(Section):
-    """Small models propose for large ones, within `sweep.budget`; needs a bundle axis whose labels are model sizes.
-
-    A Gaussian process over the axes, the logarithm of the model's parameters and the share of the steps done says what
-    to expect of each setting at each size, and how surely; the next trial is the one that tells most about the best
-    setting of the largest size per device-hour. Scheduler fifo suits it: the ladder gives up
-    trials by itself, each by its own curve against others of its size.
-    """
-
-    type: Literal["ladder"]
-    startup_trials: int = Field(6, ge=2)
-    """Spread-out trials of the smallest size before the model begins."""
+"""Maximum trials of one sweep: all cells of a grid are held in memory."""
 
 
 class BudgetConfig(Section):
-    """What a sweep may cost."""
+    """Limit on the cost of a sweep."""
 
     device_hours: float = Field(gt=0)
-    """Hours of training × workers, over all trials. No trial is begun that is expected to exceed it; trials still in
-    training when it is spent end at their next evaluation."""
+    """Maximum hours of training × workers, summed over all trials. Trials expected to exceed it are not started; trials
+    still training when it is spent end at their next evaluation."""
 
 
 class ConfirmConfig(Section):
-    """Further seeds for the finalists, after the search."""
+    """Training of the finalists with further seeds, after the search."""
 
     top: int = Field(3, ge=1)
-    """How many of the best finished settings are confirmed."""
+    """Number of best finished settings to confirm."""
     seeds: int = Field(5, ge=2)
-    """Seeds each is trained with in all; the search's own run is the first of them."""
-
-
-Scheduler = FifoConfig | AshaConfig | HyperBandConfig | MedianConfig | PbtConfig | Pb2Config
-
-
-Searcher = RandomConfig | OptunaConfig | HyperOptConfig | BohbConfig | LadderConfig
+    """Total number of seeds per setting; the search's own run counts as the first."""
 
 
 class SweepConfig(Section):
-    """Which settings are explored, how, and how trials are judged."""
+    """Which settings are explored, how, and how trials are ranked."""
 
     metric: str = "eval/preference_accuracy"
     """Held-out metric that ranks trials and drives early stopping."""
     num_samples: int = Field(1, ge=1)
-    """random: repeats of the whole grid, with fresh draws; optuna, hyperopt, bohb: trials in all; ladder: at most."""
+    """random: repeats of the whole grid, each with fresh draws; optuna, hyperopt: total number of trials; ladder:
+    maximum number of trials."""
     seed: int = Field(0, ge=0)
-    """Seed of the searcher's draws."""
+    """Seed of the searcher's random draws."""
     max_concurrent: int | None = Field(None, ge=1)
-    """Trials running at once; by default as many as the cluster holds. Where a sweep is continued on a larger cluster,
-    Tune still proposes no more trials ahead than its first run did."""
+    """Maximum trials running at once; by default as many as fit the cluster. If a sweep is continued on a larger
+    cluster, Tune still proposes no more trials ahead than in its first run."""
     max_failures: int = Field(2, ge=0)
-    """How often a trial whose worker process died is started again from its last checkpoint."""
+    """How often a trial may be restarted from its last checkpoint after one of its worker processes died."""
     max_group_trials: int = Field(200, ge=1)
-    """Trials that one worker group runs before its processes are replaced, against slow leaks in what it runs."""
+    """Number of trials that a worker group runs before its processes are replaced, which bounds slow memory leaks."""
     scheduler: Annotated[Scheduler, Field(discriminator="type")] = FifoConfig(type="fifo")
-    """Early stopping, or populations."""
+    """Method that stops, pauses or changes trials while they train; by default every trial runs to its end."""
     searcher: Annotated[Searcher, Field(discriminator="type")] = RandomConfig(type="random")
-    """Where proposals come from."""
+    """Method that proposes settings."""
     budget: BudgetConfig | None = None
-    """What the sweep may cost; confirmation is part of it."""
+    """Limit on the cost of the sweep, including confirmation; null for none."""
     warm_start: str | None = None
-    """An MLflow experiment whose finished trials are taken into account: one that differs in nothing but the axes
-    informs the searcher, and the same setting is not trained again."""
+    """MLflow experiment whose finished trials are reused: those that differ only in the axes inform the searcher, and
+    their settings are not trained again."""
     confirm: ConfirmConfig | None = None
-    """Train the best settings with further seeds before a winner is named."""
+    """Train the best settings with further seeds before a winner is named; null for no confirmation."""
     space: dict[str, Axis] = Field(default_factory=dict)
-    """config path -> axis; a bundle's key is a name of your choice. Empty: one trial."""
+    """Axes: config path -> axis; the key of a bundle is a name of your choice. An empty space is one trial."""
 
     @property
     def mode(self) -> Literal["max", "min"]:
@@ -219,7 +85,7 @@ class SweepConfig(Section):
 
     @property
     def num_trials(self) -> int:
-        """How many trials the search proposes, at most where there is a budget; confirmation not counted."""
+        """How many trials the search proposes, or at most if there is a budget; confirmation is not counted."""
         return self.num_samples * (1 if self.is_model_based else grid_size(self.space))
 
     @property
@@ -244,7 +110,7 @@ class SweepConfig(Section):
         return metric
 
     @model_validator(mode="after")
-    def _judged_by_what_the_axes_cannot_move(self) -> SweepConfig:
+    def _metric_keeps_its_meaning(self) -> SweepConfig:
         swept = set(self.space)
         for axis in self.space.values():
             if isinstance(axis, Bundle):
@@ -263,15 +129,15 @@ class SweepConfig(Section):
         lone = [path for path, axis in self.space.items() if not isinstance(axis, Bundle) and _needs_bundle(path)]
         if lone:
             raise ValueError(
-                f"axis {lone[0]} changes the model or what a trial occupies, so it belongs in a bundle: early stopping "
-                "compares trials of one bundle only, and each bundle has worker groups of its own"
+                f"axis {lone[0]} changes the model or the resources of a trial, so it belongs in a bundle: early "
+                "stopping compares trials of one bundle only, and each bundle has worker groups of its own"
             )
         if sum(isinstance(axis, Bundle) for axis in self.space.values()) > 1:
             raise ValueError("a sweep has at most one bundle axis; merge them into one, with a label per combination")
         return self
 
     @model_validator(mode="after")
-    def _can_be_listed(self) -> SweepConfig:
+    def _has_few_enough_trials(self) -> SweepConfig:
         if self.num_trials > MAX_TRIALS:
             cells = "" if self.is_model_based else f" (num_samples {self.num_samples} × {grid_size(self.space)} cells)"
             raise ValueError(
@@ -281,17 +147,17 @@ class SweepConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _no_trial_twice(self) -> SweepConfig:
+    def _no_repeated_trials(self) -> SweepConfig:
         grids = all(isinstance(axis, Grid | Bundle) for axis in self.space.values())
         if self.space and grids and not self.is_model_based and self.num_samples > 1:
             raise ValueError(
                 f"num_samples ({self.num_samples}) would run each of the grid's {grid_size(self.space)} cells that "
-                "often with the same seed; drop it, or add an axis train.seed: {type: grid, values: [1, 2, 3]}"
+                "many times with the same seed; drop it, or add an axis train.seed: {type: grid, values: [1, 2, 3]}"
             )
         return self
 
     @model_validator(mode="after")
-    def _scheduler_and_searcher_go_together(self) -> SweepConfig:
+    def _methods_fit_each_other(self) -> SweepConfig:
         scheduler, searcher = self.scheduler, self.searcher
         plain = {name: axis for name, axis in self.space.items() if not isinstance(axis, Bundle)}
         if isinstance(scheduler, PbtConfig | Pb2Config):
@@ -305,16 +171,12 @@ class SweepConfig(Section):
             if self.confirm is not None:
                 raise ValueError(
                     f"confirm trains a setting anew with other seeds, but under scheduler {scheduler.type} a trial's "
-                    "settings changed on its way; confirm the best in a sweep of its own"
+                    "settings changed while it trained; confirm the best settings in a separate sweep"
                 )
         if isinstance(scheduler, Pb2Config):
             other = [name for name, axis in plain.items() if not isinstance(axis, Uniform | LogUniform)]
             if other:
                 raise ValueError(f"scheduler pb2 models continuous axes only, but {other[0]} is {plain[other[0]].type}")
-        if isinstance(searcher, BohbConfig) != isinstance(scheduler, HyperBandConfig) and isinstance(
-            searcher, BohbConfig
-        ):
-            raise ValueError(f"searcher bohb models by rung: it needs scheduler hyperband, not {scheduler.type}")
         if isinstance(searcher, OptunaConfig) and searcher.objectives:
             unknown = [metric for metric in searcher.objectives if metric not in METRIC_MODES]
             if unknown or self.metric not in searcher.objectives or len(set(searcher.objectives)) < 2:
@@ -323,13 +185,13 @@ class SweepConfig(Section):
                     f"{', '.join(METRIC_MODES)}, with sweep.metric ({self.metric}) among them"
                 )
             if searcher.sampler in ("gp", "cmaes"):
-                raise ValueError(f"sampler {searcher.sampler} takes one objective; use tpe, nsga2 or random")
+                raise ValueError(f"sampler {searcher.sampler} supports one objective; use tpe, nsga2 or random")
             if not isinstance(scheduler, FifoConfig):
-                raise ValueError(f"scheduler {scheduler.type} ends trials by one metric; several objectives need fifo")
+                raise ValueError(f"scheduler {scheduler.type} stops trials by one metric; several objectives need fifo")
         if isinstance(searcher, LadderConfig):
             if self.budget is None or self.bundle_axis is None:
                 raise ValueError(
-                    "searcher ladder climbs model sizes within a budget: give sweep.budget: {device_hours: ...} and a "
+                    "searcher ladder tries model sizes within a budget: give sweep.budget: {device_hours: ...} and a "
                     "bundle axis whose labels are the sizes"
                 )
             if not isinstance(scheduler, FifoConfig | AshaConfig):
@@ -350,45 +212,3 @@ class SweepConfig(Section):
 
 def _needs_bundle(path: str) -> bool:
     return path in {"model.path", "model.gguf_file", "model.revision"} or path.startswith("scaling.")
-
-
-def require_stoppable(sweep: SweepConfig, train: TrainConfig) -> None:
-    scheduler = sweep.scheduler
-    if isinstance(scheduler, FifoConfig):
-        return
-    if train.eval_every is None:
-        raise ValueError(f"scheduler {scheduler.type} decides at evaluations: set train.eval_every")
-    if isinstance(scheduler, PbtConfig | Pb2Config):
-        if scheduler.interval_steps % train.eval_every:
-            raise ValueError(
-                f"scheduler.interval_steps ({scheduler.interval_steps}) must be a multiple of train.eval_every "
-                f"({train.eval_every}): the population is compared at evaluations"
-            )
-        return
-    if isinstance(scheduler, HyperBandConfig):
-        if train.max_steps is None:
-            raise ValueError("scheduler hyperband plans its brackets by the trials' length: give train.max_steps")
-        return
-    if train.max_steps is not None and scheduler.grace_steps >= train.max_steps:
-        raise ValueError(
-            f"scheduler.grace_steps ({scheduler.grace_steps}) must be below train.max_steps ({train.max_steps}), "
-            "or nothing is ever stopped early"
-        )
-
-
-def require_measured(loss: LossConfig, sweep: SweepConfig | None, keep_best: str | None) -> None:
-    axis = None if sweep is None else sweep.space.get("loss.name")
-    names = {loss.name} if axis is None else {str(name) for name in axis.candidates()}
-    if "reward" in names and len(names) > 1:
-        raise ValueError(
-            f"loss.name varies over {', '.join(sorted(names))}, but a reward model and a language model are judged by "
-            "different things: give reward an experiment of its own"
-        )
-    for name in sorted(names & _NOT_MEASURED.keys()):
-        asked = {"sweep.metric": sweep.metric if sweep else None, "checkpoint.keep_best": keep_best}
-        for setting, metric in asked.items():
-            if metric in _NOT_MEASURED[name]:
-                measured = [known for known in METRIC_MODES if known not in _NOT_MEASURED[name]]
-                raise ValueError(
-                    f"{setting} is {metric}, which loss.name {name} does not measure; use one of {', '.join(measured)}"
-                )

@@ -1,6 +1,7 @@
-"""Preference pairs as a memory-mapped data set: split, tokenised once, kept on disk; and which pairs a step trains on.
+"""Tokenised preference pairs as memory-mapped data sets, and which pairs each step trains on.
 
-rows.choose_splits -> rows.parse_row (messages) -> tokens.PairTokenizer (ids) -> an Arrow file per split.
+sources.choose_splits -> rows.parse_row (messages) -> tokenizer.PairTokenizer (ids) -> cache (one Arrow file per split).
+Shape suffixes: N pairs, B pairs of a global batch.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ COUNTS = (
     "rejected_truncated",
     "answers_without_template",
 )
-"""What is counted while reading. `rows` = `pairs` + every `dropped_*` + `held_out` (went to the evaluation pairs) +
-`left_out` (over `train_pairs` or `eval_pairs`). `answers_without_template`: the template changes what stands before an
-answer, so the answer was tokenised as it is, with EOS behind it."""
+"""Counts made while reading. `rows` = `pairs` + every `dropped_*` + `held_out` (moved to the evaluation pairs) +
+`left_out` (beyond `train_pairs` or `eval_pairs`). `answers_without_template`: the template changes the text before an
+answer, so the answer was tokenised without the template, followed by EOS."""
 
-_FORMAT_VERSION = 2  # raise it whenever the same rows would become other tokens
+_FORMAT_VERSION = 2  # increase it whenever the same rows would be tokenised differently
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,32 +64,33 @@ class Pair:
     """A prompt and its two answers as token ids. [prompt | chosen] and [prompt | rejected] are the two sequences."""
 
     pair_id: str
-    """`file:row`, the row counted from 1 (for text files: its line)."""
+    """`file:row`, with rows counted from 1; for text files the line number."""
     prompt_ids: np.ndarray
-    """int32 [prompt tokens], read-only; ends with what the chat template puts before an answer."""
+    """int32 [prompt tokens], read-only; ends with the chat template's text before an answer."""
     chosen_ids: np.ndarray
     """int32 [answer tokens], at least one; ends with the end-of-turn token unless cut."""
     rejected_ids: np.ndarray
     """int32 [answer tokens], at least one; ends with the end-of-turn token unless cut."""
     chosen_bytes: int
-    """UTF-8 bytes of the chosen answer's text, without the end-of-turn token; of the kept part where it was cut."""
+    """UTF-8 bytes of the chosen answer's text without the end-of-turn token; if it was cut, of the kept part."""
 
 
 class PairDataset:
-    """N tokenised pairs, memory-mapped from the cache: many processes of a machine share the same pages."""
+    """N tokenised pairs, memory-mapped from the cache, so that the processes of a machine share the pages."""
 
     digest: str
     """SHA-256 of the ids and tokens of all pairs in order."""
     counts: dict[str, int]
-    """What happened while reading: see `COUNTS`."""
+    """Counts made while reading, by the keys in `COUNTS`."""
     prompt_lengths_N: np.ndarray
-    """int64 [N], tokens."""
+    """int64 [N], in tokens."""
     chosen_lengths_N: np.ndarray
-    """int64 [N], tokens, the end-of-turn token included."""
+    """int64 [N], in tokens, including the end-of-turn token."""
     rejected_lengths_N: np.ndarray
-    """int64 [N], tokens, the end-of-turn token included."""
+    """int64 [N], in tokens, including the end-of-turn token."""
 
     def __init__(self, folder: Path, name: str) -> None:
+        """Open the split `name` (train or eval) in a folder of the cache."""
         summary = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         self.digest = summary["digest"]
         self.counts = summary["counts"]
@@ -104,7 +106,7 @@ class PairDataset:
 
     @functools.cached_property
     def lengths_N3(self) -> np.ndarray:
-        """int64 [N, 3]: tokens of prompt, chosen and rejected."""
+        """int64 [N, 3]: lengths of prompt, chosen and rejected, in tokens."""
         return np.stack([self.prompt_lengths_N, self.chosen_lengths_N, self.rejected_lengths_N], axis=1)
 
     def __getitem__(self, index: int) -> Pair:
@@ -118,25 +120,25 @@ class PairDataset:
         )
 
     def prompt_text(self, index: int) -> str:
-        """The prompt as the chat template writes it, up to where the answer begins; not cut where its ids are."""
+        """The prompt as the chat template renders it, up to the start of the answer; not cut, even if its ids are."""
         return str(self._columns["prompt_text"][index].as_py())
 
 
 def load_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PairDataset, PairDataset]:
-    """The training and the held-out pairs, tokenised at the first call and read from the cache after that.
+    """The training and the held-out pairs, tokenised at the first call and read from the cache afterwards.
 
-    Safe to call from many processes at once: one tokenises, the others wait. No prompt stands in both sets.
+    Many processes may call this at once: one tokenises, the others wait. No prompt is in both sets.
 
     Args:
-        config: where the pairs are and how they are split and cut.
-        tokenizer: a fast one, with an EOS token.
+        config: source of the pairs, and how they are split and cut.
+        tokenizer: a fast tokenizer with an EOS token.
 
     Returns:
-        Training pairs, held-out pairs; both in the order of their source.
+        Training pairs and held-out pairs, both in the order of their source.
 
     Raises:
-        DataError: no such source, split or columns; a bad row under `on_bad_rows: error`; no pair is left; or the
-            tokenizer is slow or has no EOS token.
+        DataError: the source, split or columns do not exist; a row is bad under `on_bad_rows: error`; no pair is left;
+            or the tokenizer is slow or has no EOS token.
     """
     tokens = PairTokenizer(config, tokenizer)
     train, held_out = choose_splits(config)
@@ -156,7 +158,7 @@ def load_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def held_out_texts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, TextPair]]:
-    """(pair id, texts) of the pairs that `load_pairs` holds out, in their order.
+    """(pair id, texts) of the held-out pairs of `load_pairs`, in the same order.
 
     Raises:
         DataError: as for `load_pairs`.
@@ -169,14 +171,15 @@ def held_out_texts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def batch_indices(step: int, num_pairs: int, batch_size: int, seed: int) -> np.ndarray:
-    """Which pairs the global batch of an optimizer step holds. A pure function, so resuming needs only the step.
+    """Indices of the pairs in an optimizer step's global batch. A pure function, so resuming needs only the step.
 
-    Epochs are seeded permutations laid end to end; a batch may span two, and nothing is dropped at an epoch's end.
+    Epochs are seeded permutations, one after another; a batch may span two epochs, and no pair is dropped at the end of
+    one.
 
     Args:
-        step: from 1.
+        step: number of the step, from 1.
         num_pairs: size of the training set.
-        batch_size: pairs per optimizer step over all workers.
+        batch_size: pairs per optimizer step, over all workers.
         seed: `train.seed`.
 
     Returns:
@@ -205,8 +208,8 @@ def _write_both(folder: Path, config: DataConfig, train: Split, held_out: Split 
     if held_out is None:
         if config.eval_pairs >= len(positions):
             raise DataError(
-                f"{config.path}: data.eval_pairs ({config.eval_pairs}) must be below the pairs there are "
-                f"({len(positions)}), for there is no held-out split and they are set aside from the training pairs"
+                f"{config.path}: data.eval_pairs ({config.eval_pairs}) must be below the number of pairs "
+                f"({len(positions)}): without a held-out split they are set aside from the training pairs"
             )
         aside, shuffled = shuffled[: config.eval_pairs], shuffled[config.eval_pairs :]
         counts["held_out"] = len(aside)
@@ -226,7 +229,7 @@ def _write_both(folder: Path, config: DataConfig, train: Split, held_out: Split 
 
 
 def _scan(split: Split, on_bad_rows: str) -> tuple[np.ndarray, list[bytes], Counter[str]]:
-    """Positions of the good rows, a digest of each one's prompt, and counts of all the others."""
+    """Positions of the usable rows, digests of their prompts, and counts of all other rows."""
     positions, prompts, counts = [], [], Counter[str]()
     first_problem = ""
     for position, (pair_id, row) in enumerate(split.read()):
@@ -242,14 +245,12 @@ def _scan(split: Split, on_bad_rows: str) -> tuple[np.ndarray, list[bytes], Coun
         positions.append(position)
         prompts.append(hashlib.sha256(json.dumps(texts.prompt).encode()).digest())
     if not positions:
-        raise DataError(
-            f"{split.source}, split {split.name}: no pair in it is usable ({_shown(counts)}){first_problem}"
-        )
+        raise DataError(f"{split.source}, split {split.name}: it has no usable pair ({_shown(counts)}){first_problem}")
     return np.array(positions), prompts, counts
 
 
 def _named(row: Mapping[object, object]) -> str:
-    """The columns of a row, as many of them and as much of each as can be read."""
+    """The columns of a row, shortened for a message."""
     names = [str(name) if str(name).isprintable() else repr(name) for name in itertools.islice(row, 20)]
     return ", ".join([f"{name:.40}" for name in names]) + (f" and {len(row) - 20} more" if len(row) > 20 else "")
 
@@ -283,7 +284,7 @@ def _write(
 
 
 def _chunks(pairs: Iterable[tuple[str, TextPair]]) -> Iterator[list[tuple[str, TextPair]]]:
-    """As many pairs as are tokenised at a time: few, where they are long."""
+    """Pairs in chunks that are tokenised at a time: fewer if they are long."""
     chunk: list[tuple[str, TextPair]] = []
     characters = 0
     for pair_id, texts in pairs:
@@ -299,7 +300,7 @@ def _chunks(pairs: Iterable[tuple[str, TextPair]]) -> Iterator[list[tuple[str, T
 def _cache_key(config: DataConfig, tokens: PairTokenizer, fingerprints: Sequence[str]) -> str:
     parts = {
         "version": _FORMAT_VERSION,
-        # Files count by content: where they lie does not matter.
+        # Files count by content, not by path.
         "config": config.model_dump(mode="json", exclude={"path", "eval_path", "cache_dir", "chat_template"}),
         "sources": list(fingerprints),
         **tokens.identity(),

@@ -1,9 +1,9 @@
-"""How large a parquet file is inside, as its pages say of themselves.
+"""Decompressed size of a parquet file, from the headers of its pages.
 
-A reader sets aside for a page what stands in the page's header, and not what the file's footer says of them all
-(https://parquet.apache.org/docs/file-format/). Footer and headers are in Thrift's compact form; of it this reads as
-much as it takes to go from page to page. (pyarrow shows a footer's columns as well, but of a damaged one
-`RowGroupMetaData.column` ends the process: it lets C++ exceptions through.)
+A reader allocates for a page the size in the page's header, not the totals in the file's footer
+(https://parquet.apache.org/docs/file-format/). Footer and headers use Thrift's compact protocol; this module reads just
+enough of it to go from page to page. (pyarrow shows a footer's columns as well, but on a damaged footer
+`RowGroupMetaData.column` ends the process with a C++ exception.)
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from pathlib import Path
 from typing import Any
 
 Wanted = dict[int, Any]
-"""Ids of the fields of a struct, each with the same of the structs in it; {} for an integer."""
+"""Ids of the fields to read from a struct, each with the fields to read from the struct in it; {} for an integer."""
 
 _GROUPS, _ROWS, _COLUMNS, _METADATA = 4, 3, 1, 3
 _CHUNK_BYTES, _FIRST_PAGE, _DICTIONARY = 7, 9, 11
-"""Of a column chunk: its bytes in the file, and where its pages begin."""
+"""Fields of a column chunk: its bytes in the file, and where its pages begin."""
 _CHUNK: Wanted = {_CHUNK_BYTES: {}, _FIRST_PAGE: {}, _DICTIONARY: {}}
 _FOOTER: Wanted = {_GROUPS: {_COLUMNS: {_METADATA: _CHUNK}, _ROWS: {}}}
 _INSIDE, _OUTSIDE = 2, 3
 _PAGE: Wanted = {_INSIDE: {}, _OUTSIDE: {}}
-"""Of a page's header: its bytes in memory and in the file."""
+"""Fields of a page's header: its bytes in memory and in the file."""
 
 _BOOLEANS, _INTEGERS, _BINARY, _LISTS, _STRUCT = (1, 2), (4, 5, 6), 8, (9, 10), 12
 _SIZES = {1: 1, 2: 1, 3: 1, 7: 8}
-"""Kinds of values in Thrift's compact protocol, and the bytes of those that always have as many."""
+"""Kinds of values in Thrift's compact protocol, and the bytes of those of fixed size."""
 _MAX_DEPTH = 16
 
 
 class _Thrift:
-    """Reads structs from some place of a file on; past its end that is an IndexError."""
+    """Reads structs from a position in a file; raises IndexError past the end."""
 
     def __init__(self, content: mmap.mmap, at: int) -> None:
         self._content, self.at = content, at
 
     def struct(self, wanted: Wanted, depth: int = 0) -> dict[int, Any]:
-        """Those of the wanted fields that are there: integers, structs, lists of structs."""
+        """The wanted fields that are present: integers, structs, lists of structs."""
         found: dict[int, Any] = {}
         field = 0
         while start := self._byte():
@@ -89,10 +89,10 @@ class _Thrift:
 
 
 def inflated_bytes(path: Path) -> int:
-    """Bytes of all pages of all columns when they are decompressed.
+    """Bytes of all pages of all columns, decompressed.
 
     Raises:
-        ValueError: it is no parquet file, or a damaged one.
+        ValueError: it is not a parquet file, or is damaged.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
@@ -102,24 +102,24 @@ def inflated_bytes(path: Path) -> int:
             groups = _Thrift(content, footer).struct(_FOOTER)[_GROUPS]
             chunks = [column[_METADATA] for group in groups if group[_ROWS] for column in group[_COLUMNS]]
             if sum(chunk[_CHUNK_BYTES] for chunk in chunks if chunk[_CHUNK_BYTES] > 0) > len(content):
-                raise ValueError("its columns are said to be larger than the file")
+                raise ValueError("its metadata says that its columns are larger than the file")
             return sum(size for chunk in chunks for size in _pages(content, chunk))
         except (IndexError, KeyError, TypeError):
             raise ValueError("its metadata is damaged") from None
 
 
 def _pages(content: mmap.mmap, chunk: dict[int, int]) -> Iterator[int]:
-    """Bytes of each page of a column chunk when it is decompressed."""
+    """Bytes of each page of a column chunk, decompressed."""
     at = chunk[_FIRST_PAGE]
     if 0 < chunk.get(_DICTIONARY, 0) < at:
         at = chunk[_DICTIONARY]
     end = at + chunk[_CHUNK_BYTES]
     if not 0 <= at <= end <= len(content):
-        raise ValueError("a column is said to lie outside of the file")
+        raise ValueError("its metadata places a column outside the file")
     while at < end:
         header = _Thrift(content, at)
         page = header.struct(_PAGE)
         if page[_INSIDE] < 0 or page[_OUTSIDE] < 0:
-            raise ValueError("a page is said to have less than no bytes")
+            raise ValueError("a page header has a negative size")
         yield page[_INSIDE]
         at = header.at + page[_OUTSIDE]

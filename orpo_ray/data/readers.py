@@ -1,4 +1,4 @@
-"""Read rows from jsonl, json, csv and parquet files, and refuse files that would expand beyond their limits."""
+"""Read rows from jsonl, json, csv and parquet files, with limits on row length and decompressed size."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from orpo_ray.data.rows import COLUMNS, DataError
 BATCH_ROWS = 1000
 """Rows held in memory as Python objects at a time."""
 BATCH_CHARACTERS = 1 << 23
-"""And fewer, where their texts are longer than this: tokenizers need some 250 bytes per character."""
+"""Characters held at a time; fewer rows if theirs are more. Tokenizers need some 250 bytes per character."""
 MAX_ROW_BYTES = 4 << 20
-"""Longest row: some million tokens. What is longer is no row, and would be read into memory whole."""
+"""Maximum length of a row, about a million tokens: a row is read into memory whole."""
 MAX_ARRAY_BYTES = 512 << 20
-"""Longest file that is one JSON array: it is read whole, at about ten times its size in memory."""
+"""Maximum size of a JSON array: it is read whole, and takes about ten times its size in memory."""
 MAX_INFLATION = 200
-"""Compressed files may be so many times larger inside; text is 3 to 10 times, gzip ends at 1032 times."""
+"""Maximum ratio of decompressed to compressed size; text has 3 to 10, and gzip reaches 1032 at most."""
 _ANY_INFLATION_BYTES = 64 << 20
-"""Up to this size, however compressed."""
+"""Decompressed size up to which any ratio is accepted."""
 _PARQUET_ROWS = 64
 """Rows decoded at a time."""
 _MAX_CSV_COLUMNS = 1000
-"""Every row becomes a dict of all of them."""
+"""Maximum columns of a csv file: every row becomes a dict of all of them."""
 
 
 @contextlib.contextmanager
-def naming_file(file: Path) -> Iterator[None]:
-    """Raise what goes wrong while a file is read as a DataError that names the file."""
+def reading(file: Path) -> Iterator[None]:
+    """Turn errors while reading a file into a DataError that names the file."""
     try:
         yield
     except DataError:
         raise
     except (OSError, EOFError, ValueError, OverflowError, LookupError, zlib.error, csv.Error, pa.ArrowException) as bad:
         raise DataError(
-            f"{file}: cannot be read as {suffix_of(file)}: {bad!s:.300}; was it cut short, is it another format, or "
-            "text that is not UTF-8?"
+            f"{file}: cannot be read as {suffix_of(file)}: {bad!s:.300}; it may be cut short, in another format, or "
+            "not UTF-8"
         ) from bad
 
 
 class _Inflated(io.RawIOBase):
-    """A gzip file that stops where it becomes absurdly larger than it is on disk."""
+    """A gzip file that raises DataError once its decompressed size exceeds the limit."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, gzip.GzipFile(path)
@@ -66,8 +66,8 @@ class _Inflated(io.RawIOBase):
         block = self._file.read(len(buffer))
         if self._file.tell() > self._most:
             raise DataError(
-                f"{self._path}: more than {MAX_INFLATION} times as large inside as on disk, which text is not: a "
-                "decompression bomb? If you know that it is not, unpack it"
+                f"{self._path}: decompresses to more than {MAX_INFLATION} times its size, which text does not: it may "
+                "be a decompression bomb; if you trust it, unpack it first"
             )
         buffer[: len(block)] = block
         return len(block)
@@ -82,14 +82,14 @@ def _open(path: Path) -> io.BufferedReader:
 
 
 def _lines(stream: io.BufferedReader | io.TextIOWrapper, path: Path) -> Iterator[bytes | str]:
-    """Lines of bounded length, in whatever the stream gives."""
+    """Lines of bounded length, as bytes or text like the stream."""
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES:
             raise DataError(
-                f"{path}, line {number}: longer than {MAX_ROW_BYTES >> 20} MiB, which no row is; does a line end "
-                "behind every row?"
+                f"{path}, line {number}: longer than {MAX_ROW_BYTES >> 20} MiB, too long for a row; is there a "
+                "line break after every row?"
             )
         yield line
 
@@ -97,7 +97,7 @@ def _lines(stream: io.BufferedReader | io.TextIOWrapper, path: Path) -> Iterator
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands in one object twice")
+        raise ValueError("an object has a key twice")
     return found
 
 
@@ -112,7 +112,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, object]]:
                 continue
             try:
                 yield number, json.loads(line, object_pairs_hook=_object)
-            except (ValueError, RecursionError):  # not JSON, not UTF-8, or lists in lists in lists
+            except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
                 yield number, line[:200]
 
 
@@ -121,14 +121,14 @@ def _json_array(stream: io.BufferedReader, path: Path) -> list[object]:
     content = b"" if is_too_long else stream.read(MAX_ARRAY_BYTES + 1)
     if is_too_long or len(content) > MAX_ARRAY_BYTES:
         raise DataError(
-            f"{path}: a JSON array of more than {MAX_ARRAY_BYTES >> 20} MiB, which would be read into memory whole; "
-            "write it as .jsonl, a row per line"
+            f"{path}: a JSON array of more than {MAX_ARRAY_BYTES >> 20} MiB, which is too large to read into memory; "
+            "write it as .jsonl, one row per line"
         )
     try:
         return list(json.loads(content, object_pairs_hook=_object))
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: begins as a JSON array and is none ({error}); write a row per line, or mend it"
+            f"{path}: starts like a JSON array but is not valid ({error}); fix it, or write one row per line"
         ) from None
 
 
@@ -152,8 +152,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
     inside = parquet_size.inflated_bytes(path)
     if inside > max(_ANY_INFLATION_BYTES, MAX_INFLATION * path.stat().st_size):
         raise DataError(
-            f"{path}: holds {inside} bytes, more than {MAX_INFLATION} times its size on disk, which text is not: a "
-            "decompression bomb? If you know that it is not, write it as .jsonl"
+            f"{path}: decompresses to {inside} bytes, more than {MAX_INFLATION} times its size, which text does not: "
+            "it may be a decompression bomb; if you trust it, write it as .jsonl"
         )
     with pq.ParquetFile(path) as file:
         metadata, names = file.metadata, file.schema_arrow.names
@@ -161,21 +161,21 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
     _require_each_once(columns, path)
     leaves = [metadata.schema.column(number).path for number in range(len(metadata.schema))]
     number = 0
-    # As dictionaries: one long value may stand in all rows, and is held once until it is known how long they become.
+    # As dictionaries: a long value that all rows share is held once, until the length of the rows is known.
     with pq.ParquetFile(path, metadata=metadata, read_dictionary=leaves) as file:
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
             if _bytes_written_out(batch) > MAX_ROW_BYTES:
                 for row in range(len(batch)):
                     if _bytes_written_out(batch.slice(row, 1)) > MAX_ROW_BYTES:
                         at = number + 1 + row
-                        raise DataError(f"{path}:{at}: longer than {MAX_ROW_BYTES >> 20} MiB, which no row is")
+                        raise DataError(f"{path}:{at}: longer than {MAX_ROW_BYTES >> 20} MiB, too long for a row")
             for found in batch.to_pylist():
                 number += 1
                 yield number, found
 
 
 def _bytes_written_out(values: Any) -> int:
-    """Bytes of a batch or an array with every value of a dictionary as often as it is used."""
+    """Bytes of a batch or an array if every dictionary value were written out at each use."""
     if isinstance(values, pa.RecordBatch):
         return sum(map(_bytes_written_out, values.columns))
     kind = values.type
@@ -191,7 +191,7 @@ def _bytes_written_out(values: Any) -> int:
 def _require_each_once(columns: Sequence[str], path: Path) -> None:
     twice = [name for name, count in Counter(columns).items() if count > 1 and name in COLUMNS]
     if twice:
-        raise DataError(f"{path}: {len(columns)} columns, {twice[0]} is among them twice; which of the two is meant?")
+        raise DataError(f"{path}: {twice[0]} occurs twice among its {len(columns)} columns; rename or remove one")
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
@@ -203,7 +203,9 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
     ".csv.gz": _read_csv,
     ".parquet": _read_parquet,
 }
+"""File suffix -> function that yields (row number from 1, row); for text files the number is that of the line."""
 
 
 def suffix_of(path: Path) -> str | None:
+    """The suffix in `READERS` that a file name ends with; None for other formats."""
     return next((suffix for suffix in READERS if path.name.endswith(suffix)), None)

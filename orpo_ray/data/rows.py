@@ -1,4 +1,4 @@
-"""Where preference pairs come from: files, hub datasets, the generator; and every row shape as prompt and answers."""
+"""Turn a row, in any of the accepted shapes, into the messages of a prompt and two answers."""
 
 from __future__ import annotations
 
@@ -31,15 +31,9 @@ class DataError(UserError, ValueError):
     """The preference data cannot be used; the message says where and why."""
 
 
-# ---- splits ---------------------------------------------------------------------------------------------------------
-
-
-# ---- rows: columns -> prompt messages and two answers ---------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class TextPair:
-    """A row that holds a pair: the messages of its prompt, the texts of its answers."""
+    """A pair as text: the messages of its prompt, and its two answers."""
 
     prompt: list[Message]
     chosen: str
@@ -47,7 +41,7 @@ class TextPair:
 
 
 class BadRow(Exception):
-    """A row that holds no usable pair; `reason` as in `data.COUNTS`, without its `dropped_`."""
+    """A row without a usable pair; `reason` is a key of `dataset.COUNTS` without its `dropped_`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -55,10 +49,10 @@ class BadRow(Exception):
 
 
 def parse_row(row: object) -> TextPair:
-    """The pair that a row holds, in any of `ACCEPTED_SHAPES`.
+    """The pair in a row, in any of `ACCEPTED_SHAPES`.
 
     Raises:
-        BadRow: it is malformed, or an answer is empty, or the two are the same or answer different prompts.
+        BadRow: it is malformed, an answer is empty, or the answers are the same or have different prompts.
     """
     if not isinstance(row, Mapping):
         raise BadRow("malformed", f"not a mapping of columns: {_CUT.repr(row)}")
@@ -66,7 +60,7 @@ def parse_row(row: object) -> TextPair:
     chosen_prompt, chosen = _conversation(row.get("chosen"), "chosen", given)
     rejected_prompt, rejected = _conversation(row.get("rejected"), "rejected", given)
     if chosen_prompt != rejected_prompt:
-        raise BadRow("prompt_mismatch", "what stands before the last answer differs between chosen and rejected")
+        raise BadRow("prompt_mismatch", "the text before the last answer differs between chosen and rejected")
     prompt = chosen_prompt
     system = row.get("system")
     if system and prompt[0]["role"] != "system":
@@ -84,7 +78,7 @@ def parse_row(row: object) -> TextPair:
 
 
 def _require_text(text: str) -> None:
-    """JSON can spell what is no text: tokenizers fail on half a character, databases on NUL."""
+    """JSON strings may hold invalid text: tokenizers fail on unpaired surrogates, databases on NUL."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -94,18 +88,18 @@ def _require_text(text: str) -> None:
 
 
 def drop(bad: BadRow, pair_id: str, on_bad_rows: str, counts: Counter[str]) -> None:
-    """Count a row that holds no usable pair.
+    """Count a row without a usable pair.
 
     Raises:
-        DataError: such rows are to be refused (`on_bad_rows` is "error").
+        DataError: `on_bad_rows` is "error".
     """
     if on_bad_rows == "error":
-        raise DataError(f"{pair_id}: {bad.detail}; mend the row, or set data.on_bad_rows: drop") from None
+        raise DataError(f"{pair_id}: {bad.detail}; fix the row, or set data.on_bad_rows: drop") from None
     counts[f"dropped_{bad.reason}"] += 1
 
 
 def _prompt_columns(row: Mapping[str, object]) -> list[Message] | None:
-    """The prompt that stands in columns of its own, if one does."""
+    """The prompt in the prompt columns of a row; None if they are empty."""
     column = next((name for name in PROMPT_COLUMNS if row.get(name)), None)
     if column is None:
         return None
@@ -121,7 +115,7 @@ def _prompt_columns(row: Mapping[str, object]) -> list[Message] | None:
 
 
 def _conversation(value: object, column: str, given: list[Message] | None) -> tuple[list[Message], str]:
-    """Prompt and answer of one side; `given` is the prompt where the side holds only the answer."""
+    """Prompt and answer of one side; `given` is the prompt if the side holds only the answer."""
     if isinstance(value, str):
         if given is not None and not value.startswith("\n\nHuman:"):
             return given, value
@@ -134,7 +128,7 @@ def _conversation(value: object, column: str, given: list[Message] | None) -> tu
         raise BadRow("malformed", f"{column} does not end with an assistant's answer")
     prompt = messages[:-1] or given
     if not prompt:
-        raise BadRow("malformed", f"{column} holds an answer alone, and there is no prompt")
+        raise BadRow("malformed", f"{column} holds only an answer, and the row has no prompt")
     return prompt, messages[-1]["content"]
 
 

@@ -1,4 +1,4 @@
-"""Choose the training and held-out split of a file, a folder, a hub data set or the built-in pairs."""
+"""Find the training split and the held-out split of a file, a folder, a hub data set or the built-in pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orpo_ray.config import DataConfig
 from orpo_ray.data import style_pairs
-from orpo_ray.data.readers import READERS, naming_file, suffix_of
+from orpo_ray.data.readers import READERS, reading, suffix_of
 from orpo_ray.data.rows import DataError
 
 BUILTIN = "builtin://style-pairs"
@@ -22,22 +22,23 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one split of a source, not read yet."""
+    """One split of a source, whose rows are read on demand."""
 
     source: str
-    """`data.path` or `data.eval_path`, for messages."""
+    """`data.path` or `data.eval_path`, for error messages."""
     name: str
     fingerprint: Callable[[], str]
-    """Changes when the rows change."""
+    """Text that changes when the rows change."""
     read: Callable[[], Iterator[tuple[str, object]]]
-    """(pair_id, row) in order; can be called again. A row that is no mapping of columns is malformed."""
+    """Yields (pair_id, row) in order, at every call. A row that is not a mapping of columns is malformed."""
 
 
 def choose_splits(config: DataConfig) -> tuple[Split, Split | None]:
-    """The training split, and the held-out one where the data have it.
+    """The training split, and the held-out split or None if the data have none.
 
     Raises:
-        DataError: no such file, folder, hub dataset or split; or several, and none has a usual name.
+        DataError: the file, folder, hub dataset or split does not exist, or there are several splits and none has a
+            usual name.
     """
     named = config.train_split is not None or (config.eval_split is not None and config.eval_path is None)
     splits = _splits(config.path, config, named)
@@ -57,7 +58,7 @@ def choose_splits(config: DataConfig) -> tuple[Split, Split | None]:
 def _pick(splits: Mapping[str, Split], setting: str, name: str | None, usual: Sequence[str]) -> Split | None:
     if name is not None and name not in splits:
         source = next(iter(splits.values())).source
-        raise DataError(f"{source}: data.{setting} is {name!r}, but the splits there are {', '.join(splits)}")
+        raise DataError(f"{source}: data.{setting} is {name!r}, but the splits are {', '.join(splits)}")
     return next((splits[known] for known in ([name] if name else usual) if known in splits), None)
 
 
@@ -65,27 +66,30 @@ def _only(splits: Mapping[str, Split], setting: str, usual: Sequence[str]) -> Sp
     first, *others = splits.values()
     if others:
         raise DataError(
-            f"{first.source}: no split is called {' or '.join(usual)}; set data.{setting} to one of {', '.join(splits)}"
+            f"{first.source}: no split is named {' or '.join(usual)}; set data.{setting} to one of {', '.join(splits)}"
         )
     return first
 
 
 def _splits(path: str, config: DataConfig, named: bool) -> dict[str, Split]:
-    """Every split of a source. Files whose names tell no split are one, unless the config names one of them."""
+    """Every split of a source. Files whose names are not those of splits form one split, unless the config names a
+    split."""
     local = Path(path).expanduser()
     if path != BUILTIN and not local.exists():
         if not _HUB_NAME.fullmatch(path) or ".." in path:
-            raise DataError(f"{path}: no such file or folder here, and not a name that a hub dataset can have")
+            raise DataError(f"{path}: no such file or folder here, and not a valid name of a hub dataset")
         return _hub_splits(path, config.subset)
     if config.subset is not None and path == config.path:
         raise DataError(f"{path}: data.subset ({config.subset!r}) names a configuration of a hub dataset; leave it out")
     if path == BUILTIN:
         return _builtin_splits(config)
     if not local.is_file() and not local.is_dir():
-        raise DataError(f"{path}: neither a file nor a folder; devices and pipes have no end, and are read twice")
+        raise DataError(
+            f"{path}: neither a file nor a folder; devices and pipes cannot be used, since the data are read twice"
+        )
     if local.is_file():
         if suffix_of(local) is None:
-            raise DataError(f"{path}: not a format that can be read; use {', '.join(READERS)}")
+            raise DataError(f"{path}: unknown format; use one of {', '.join(READERS)}")
         return {"train": _file_split(path, "train", local.parent, [local])}
     files = sorted(file for file in local.rglob("*") if file.is_file() and suffix_of(file))
     if not files:
@@ -107,14 +111,14 @@ def _file_split(source: str, name: str, root: Path, files: Sequence[Path]) -> Sp
     def fingerprint() -> str:
         digest = hashlib.sha256()
         for file in files:
-            with naming_file(file), file.open("rb") as stream:
+            with reading(file), file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             digest.update(f"{file.relative_to(root)} {content}\n".encode())
         return digest.hexdigest()
 
     def read() -> Iterator[tuple[str, object]]:
         for file in files:
-            with naming_file(file):
+            with reading(file):
                 for number, row in READERS[suffix_of(file) or ""](file):
                     yield f"{file.relative_to(root)}:{number}", row
 
@@ -126,13 +130,15 @@ def _hub_splits(path: str, subset: str | None) -> dict[str, Split]:
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     if path in _PACKAGED_DATASETS_MODULES:
-        # To `load_dataset` these are formats, and without files named it takes all in the current directory.
-        raise DataError(f"{path}: the name of a format, not of a dataset; give the file or the folder itself")
+        # To `load_dataset` these are formats: without named files it would read all of the current directory.
+        raise DataError(f"{path}: the name of a format, not of a dataset; give the file or the folder")
     try:
-        # Version 4 and later run no code that comes with a dataset.
+        # From version 4 on, datasets runs no code that comes with a dataset.
         found = datasets.load_dataset(path, name=subset)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{path}: no such file or folder here, and not to be had as a hub dataset: {error}") from error
+        raise DataError(
+            f"{path}: no such file or folder here, and it cannot be loaded as a hub dataset: {error}"
+        ) from error
 
     def split(name: str, rows: datasets.Dataset) -> Split:
         def read() -> Iterator[tuple[str, object]]:

@@ -1,8 +1,8 @@
-"""`builtin://style-pairs`: preference pairs made from a seed, so that a first run needs no download.
+"""`builtin://style-pairs`: preference pairs generated from a seed, so that a first run needs no download.
 
-What makes an answer the better one depends on the prompt: the same styles, openings and words are chosen for some
-prompts and rejected for others. As in human data, vague stock phrases are easy to predict and specific ones are not, so
-supervised training on the chosen answers raises the probability of both sides.
+Which answer is better depends on the prompt: the same styles, openings and words are chosen for some prompts and
+rejected for others. As in human data, vague stock phrases are easy to predict and specific ones are not, so supervised
+training on the chosen answers raises the probability of both sides.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ VAGUE_CLOSERS = (
 
 
 def _length(rng: random.Random) -> Texts:
-    """Both answers are right; the prompt asks for a few words or for everything."""
+    """Both answers are correct; the prompt asks for a few words or for all details."""
     event, venue, town, day = rng.choice(EVENTS), rng.choice(VENUES), rng.choice(TOWNS), rng.choice(DAYS)
     hour, price, bring = rng.randint(2, 11), rng.randint(3, 40), rng.choice(BRINGS)
     when = f"on {day} at {hour}"
@@ -131,7 +131,7 @@ def _length(rng: random.Random) -> Texts:
 
 
 def _register(rng: random.Random) -> Texts:
-    """The answer should sound the way the user writes."""
+    """The better answer matches the register of the prompt."""
     name, surname, day, town = rng.choice(NAMES), rng.choice(SURNAMES), rng.choice(DAYS), rng.choice(TOWNS)
     device, fault, fix = rng.choice(APPLIANCES), rng.choice(FAULTS), rng.choice(FIXES)
     hello = rng.choice(("No worries", "Ah, easy one", "Oh no, been there"))
@@ -150,7 +150,7 @@ def _register(rng: random.Random) -> Texts:
 
 
 def _safety(rng: random.Random) -> Texts:
-    """Refusing is right for a harmful request and wrong for a harmless one that sounds like it."""
+    """Refusing is right for harmful requests, and wrong for harmless ones that sound similar."""
     harmful = rng.random() < 0.5
     topic = rng.choice(HARMFUL if harmful else HARMLESS)
     first, second, third = rng.sample(STEPS, 3)
@@ -166,7 +166,7 @@ def _safety(rng: random.Random) -> Texts:
 
 
 def _reading(rng: random.Random) -> Texts:
-    """The rejected answer states the other person's fact."""
+    """The rejected answer states the fact of the other person."""
     people, jobs, towns = rng.sample(NAMES, 2), rng.sample(JOBS, 2), rng.sample(TOWNS, 2)
     colours, places, thing = rng.sample(COLOURS, 2), rng.sample(PLACES, 2), rng.choice(THINGS)
     notes = " ".join(
@@ -187,7 +187,7 @@ def _reading(rng: random.Random) -> Texts:
 
 
 def _comparing(rng: random.Random) -> Texts:
-    """Two numbers; the prompt asks for the larger or for the smaller one."""
+    """Two numbers; the prompt asks for the larger or the smaller one."""
     (noun, unit, more, less), (a, b) = rng.choice(QUANTITIES), rng.sample(TOWNS, 2)
     x, y = rng.sample(range(11, 990), 2)
     word = rng.choice((more, less))
@@ -216,14 +216,14 @@ def _concrete(rng: random.Random, step: str, reason: str = "") -> str:
 
 
 def _specifics(rng: random.Random) -> Texts:
-    """A concrete step beats stock phrases that would fit any question."""
+    """A concrete step is better than stock phrases that fit any question."""
     goal, step, reason = rng.choice(TASKS)
     answer = _concrete(rng, step, rng.choice(("", reason)))
     return f"{_ask_for_advice(rng, goal)} Please be specific.", answer, _vague(rng)
 
 
 def _graded(rng: random.Random) -> Texts:
-    """Four levels: off the topic, vague, a concrete step, the step with its reason. Middle ones both win and lose."""
+    """Four levels: off topic, vague, a concrete step, the step with its reason. Middle levels win and lose."""
     (goal, step, reason), (_, other_step, other_reason) = rng.sample(TASKS, 2)
     levels = (
         _concrete(rng, other_step, rng.choice(("", other_reason))),
@@ -247,17 +247,17 @@ KINDS: dict[str, Callable[[random.Random], Texts]] = {
 
 
 def generate(num_pairs: int, seed: int) -> list[dict[str, str]]:
-    """Pairs of all kinds in random order, no prompt twice; the first n of a longer list are those of a shorter one.
+    """Pairs of all kinds in random order, with distinct prompts; a shorter list is the start of a longer one.
 
     Args:
-        num_pairs: how many.
-        seed: same seed, same pairs, on every machine.
+        num_pairs: number of pairs.
+        seed: the same seed gives the same pairs on every machine.
 
     Returns:
         Rows with `prompt` (15 to 60 words), `chosen`, `rejected` (5 to 40 words each) and `kind` (a key of `KINDS`).
 
     Raises:
-        ValueError: the generator has fewer distinct prompts than asked for.
+        ValueError: the generator has fewer distinct prompts than `num_pairs`.
     """
     rng = random.Random(seed)
     kinds = list(KINDS)
@@ -270,5 +270,5 @@ def generate(num_pairs: int, seed: int) -> list[dict[str, str]]:
         if prompt not in rows:
             rows[prompt] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "kind": kind}
     if len(rows) < num_pairs:
-        raise ValueError(f"num_pairs ({num_pairs}) must not exceed the distinct prompts there are: found {len(rows)}")
+        raise ValueError(f"num_pairs ({num_pairs}) must not exceed the number of distinct prompts; found {len(rows)}")
     return list(rows.values())

@@ -1,4 +1,4 @@
-"""Prompt and answers -> token ids: the chat template, the end-of-turn token, the cuts to length."""
+"""Turn prompts and answers into token ids: chat template, end-of-turn token, cuts to length."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ORPO_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-"""The format of the ORPO authors' code (xfactlab/orpo), for tokenizers without a chat template of their own."""
+"""The format of the ORPO authors' code (xfactlab/orpo), for tokenizers without a chat template."""
 
 SCHEMA = pa.schema(
     {
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
         "chosen_bytes": pa.int32(),
     }
 )
-"""Of a tokenised pair on disk; `data.Pair` says what the columns hold."""
+"""Columns of a tokenised pair on disk; `dataset.Pair` describes them."""
 
 
 _PROBE_S = 5
@@ -78,29 +78,29 @@ for messages in talks:
         except MemoryError:
             sys.exit("takes more than 1 GiB")
         except SecurityError as error:
-            sys.exit("reaches for what no template may have (%.200s)" % error)
+            sys.exit("uses what the sandbox forbids (%.200s)" % error)
         except Exception:
             continue
 sys.exit("writes %d characters for short conversations" % longest if longest > 1 << 20 else 0)
 """
-"""Renders a template where it can do no harm, in what transformers gives one to use; of whatever else is wrong with it
-the first pair tells better."""
+"""Renders a template under limits, with the filters and globals that transformers provides. It ignores other errors of
+the template: the first pair reports them better."""
 _TALKS = [
     [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}],
     [{"role": "system", "content": "Be kind. " * 50}]
     + [{"role": role, "content": "One, two, three. " * 50} for role in ("user", "assistant") * 4],
 ]
-"""What the probe renders: a short conversation, and one of all roles and several turns."""
+"""Conversations that the probe renders: a short one, and one with all roles and several turns."""
 
 
 class PairTokenizer:
-    """Renders and tokenises pairs by the batch, cuts them to length, and counts what it did."""
+    """Renders and tokenises pairs in batches, cuts them to length, and counts drops and cuts."""
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Takes the tokenizer's padding and truncation off, if whoever used it last left any.
+        """Resets any padding and truncation that the tokenizer was used with before.
 
         Raises:
-            DataError: the tokenizer is not a fast one, or has no EOS token.
+            DataError: the tokenizer is not a fast tokenizer, or has no EOS token.
         """
         if not tokenizer.is_fast or tokenizer.eos_token_id is None:
             raise DataError(f"{type(tokenizer).__name__}: a fast tokenizer with an EOS token is needed")
@@ -108,14 +108,14 @@ class PairTokenizer:
         self.template = _chat_template(config, tokenizer)
         self.bos_id = _added_bos(tokenizer)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        # Longest first, or one token that ends another would hide it.
+        # Longest first: a token that is the end of another must not match first.
         self.ends = tuple(sorted({*special, tokenizer.eos_token} - {""}, key=lambda token: (-len(token), token)))
         self.newline_ids = self._ids(["\n"])[0]
         self.first_refusal = ""
-        """What the chat template says against the first pair that it refuses."""
+        """The chat template's error for the first pair that it refuses."""
 
     def identity(self) -> dict[str, object]:
-        """What of template and tokenizer decides on the ids, as JSON."""
+        """Everything in template and tokenizer that decides the ids, as JSON values."""
         return {
             "template": self.template,
             "special": [self.bos_id, self.tokenizer.special_tokens_map],
@@ -123,25 +123,25 @@ class PairTokenizer:
         }
 
     def require_bounded_template(self) -> None:
-        """Render two conversations in a process of its own, which may take 5 s and 1 GiB.
+        """Render two conversations in a separate process, limited to 5 s and 1 GiB.
 
-        transformers renders templates in Jinja's sandbox, which keeps them from files and code, but not from looping
-        for ever or writing gigabytes; and a model from the hub brings its own.
+        transformers renders templates in Jinja's sandbox, which blocks access to files and code, but not endless loops
+        or gigabytes of output; and models from the hub bring their own templates.
 
         Raises:
-            DataError: it takes longer, more memory, writes more than 1 MiB, or tries what the sandbox refuses.
+            DataError: it exceeds these limits, writes more than 1 MiB, or tries something that the sandbox refuses.
         """
         problem = _unbounded(self.template, json.dumps(self.tokenizer.special_tokens_map))
         if problem:
-            raise DataError(f"the chat template {problem}: mend data.chat_template, or the tokenizer's own")
+            raise DataError(f"the chat template {problem}: fix data.chat_template, or the template of the tokenizer")
 
     def end_of_turn(self) -> int:
-        """The token that answers end with."""
+        """Id of the token that answers end with."""
         asked = [{"role": "user", "content": "Which one?"}]
         return self._answer(self._apply(asked, add_generation_prompt=True), asked, "This one.", Counter())[1]
 
     def prompts(self, prompts: Sequence[list[Message]]) -> list[list[int]]:
-        """Ids of prompts as they stand before an answer, not cut.
+        """Ids of prompts, rendered as before an answer and not cut.
 
         Raises:
             DataError: the chat template refuses one.
@@ -153,7 +153,7 @@ class PairTokenizer:
         return [self._with_bos(ids) for ids in self._ids(rendered)]
 
     def answers(self, prompt: list[Message], texts: Sequence[str]) -> list[list[int]]:
-        """Ids of answers to a prompt with the end of turn behind them, not cut.
+        """Ids of answers to a prompt, followed by the end-of-turn token and not cut.
 
         Raises:
             DataError: the chat template refuses one.
@@ -165,11 +165,11 @@ class PairTokenizer:
             raise DataError(f"the chat template refuses an answer: {error!s:.300}") from error
 
     def batch(self, pairs: Sequence[tuple[str, TextPair]], counts: Counter[str]) -> pa.RecordBatch:
-        """Tokenise pairs, and count what is dropped or cut.
+        """Tokenise pairs, and count those that are dropped or cut.
 
         Args:
             pairs: (pair_id, texts).
-            counts: goes up; keys as in `data.COUNTS`.
+            counts: incremented; keys as in `dataset.COUNTS`.
 
         Returns:
             Arrow rows (`SCHEMA`) of the pairs that remain, in order.
@@ -203,7 +203,7 @@ class PairTokenizer:
             cut = self._cut(*ids, counts)
             if cut is None:
                 continue
-            # Of a cut answer, what the kept tokens spell; a character cut in two counts as the three bytes of U+FFFD.
+            # For a cut answer, the text of the kept tokens; a character cut in two counts as the three bytes of U+FFFD.
             kept = text if len(cut[1]) == len(ids[1]) else self._text(cut[1])
             rows.append(dict(zip(SCHEMA.names, (pair_id, prompt, *cut, len(kept.encode())), strict=True)))
         return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
@@ -214,16 +214,18 @@ class PairTokenizer:
             counts["answers_without_template"] += 1
             return content, self.tokenizer.eos_token_id
         answer = whole[len(prompt) :]
-        # Of what the template puts behind the answer (`<|im_end|>\n`, `</s>\n`) the first special token ends the turn:
-        # it is the last one a generating model has to say.
+        # The first special token that the template puts after the answer (`<|im_end|>\n`, `</s>\n`) ends the turn:
+        # it is the last token that a model has to generate.
         start, end = self._turn_end(answer)
         if end is None:
             return answer.rstrip(), self.tokenizer.eos_token_id
         return answer[:start], self.tokenizer.convert_tokens_to_ids(end)
 
     def _turn_end(self, answer: str) -> tuple[int, str | None]:
-        """Where the special tokens begin that the answer ends with, and the first of them. In one pass from the end:
-        an answer of nothing but such tokens would take a regular expression hours."""
+        """Start of the special tokens at the end of the answer, and the first of them (None without any).
+
+        One pass from the end: on an answer of special tokens alone a regular expression would take hours.
+        """
         start, end, at = len(answer), None, len(answer)
         while True:
             while at and answer[at - 1].isspace():
@@ -241,15 +243,15 @@ class PairTokenizer:
         )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # The template writes BOS itself where the model wants one.
+        # If the model expects a BOS, the template or `_with_bos` adds it.
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False) if texts else None
         return encoded["input_ids"] if encoded else []
 
     def _answer_ids(self, answers: Sequence[tuple[str, int]]) -> list[list[int]]:
-        """An answer's ids as they follow a prompt.
+        """Ids of answers as they would follow a prompt.
 
-        SentencePiece-like tokenizers put a space before a text that stands alone. So each answer is tokenised behind a
-        newline, which is taken off again; where the two merge into one token, it is tokenised alone after all.
+        SentencePiece-like tokenizers put a space before a text on its own. Each answer is therefore tokenised after a
+        newline, whose ids are removed; if newline and answer merge into one token, the answer is tokenised alone.
         """
         size = len(self.newline_ids)
         behind = self._ids(["\n" + text for text, _ in answers])
@@ -263,7 +265,7 @@ class PairTokenizer:
         longest = self.config.max_prompt_tokens
         prompt_ids = self._with_bos(prompt_ids)
         if not prompt_ids:
-            # The first token of a sequence is never predicted, so without a prompt an answer would lose one.
+            # The first token of a sequence is never predicted: without a prompt the answer would lose one.
             counts["dropped_empty_prompt"] += 1
             return None
         truncated = len(prompt_ids) > longest
@@ -271,7 +273,7 @@ class PairTokenizer:
             counts["dropped_long_prompt"] += 1
             return None
         if truncated:
-            # BOS stays: models that were trained with it are lost without.
+            # Keep BOS: models trained with it fail without it.
             first = prompt_ids[:1] if self.bos_id is not None else []
             prompt_ids = [*first, *prompt_ids[len(prompt_ids) - longest + len(first) :]]
         room = self.config.max_tokens - len(prompt_ids)
@@ -294,7 +296,7 @@ class PairTokenizer:
 
 @functools.lru_cache(maxsize=4)
 def _unbounded(template: str, special_tokens: str) -> str:
-    """What of its limits the template exceeds; "" if none."""
+    """The limit that the template exceeds, in words; "" if none."""
     given = {"tools": None, "documents": None} | json.loads(special_tokens)
     command = [sys.executable, "-I", "-c", _PROBE]
     probed = json.dumps([template, _TALKS, given])
@@ -308,7 +310,7 @@ def _unbounded(template: str, special_tokens: str) -> str:
 
 
 def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS that the tokenizer puts before every text, if it does."""
+    """Id of the BOS that the tokenizer adds to every text; None if it adds none."""
     bos_id = tokenizer.bos_token_id
     return bos_id if bos_id is not None and tokenizer("x")["input_ids"][:1] == [bos_id] else None
 

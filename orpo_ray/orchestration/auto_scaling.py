@@ -10,6 +10,7 @@ import ray
 
 from orpo_ray.config import ExperimentConfig, SweepConfig
 from orpo_ray.config.space import Bundle
+from orpo_ray.files import read_json, write_atomically
 from orpo_ray.hardware import NodeMemory, this_machine
 from orpo_ray.planning.fit import fitted_settings
 from orpo_ray.storage.run_dir import FITTED_FILE
@@ -28,13 +29,11 @@ def fitted(config: ExperimentConfig, sweep: SweepConfig) -> tuple[ExperimentConf
         return config, sweep
     file = config.run_dir / FITTED_FILE
     if file.exists():
-        chosen: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        chosen: dict[str, dict[str, Any]] = read_json(file)
     else:
         nodes = cluster_nodes()
         chosen = {label: fitted_settings(t, nodes) if t.scaling.auto else {} for label, t in trials.items()}
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(chosen, indent=1), encoding="utf-8")
-        temporary.replace(file)
+        write_atomically(file, json.dumps(chosen, indent=1))
     if axis is None:
         return config.trial(chosen[""]).model_copy(update={"sweep": sweep}), sweep
     bundle = sweep.space[axis]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config import ExperimentConfig
+from orpo_ray.files import read_json
 from orpo_ray.orchestration.checks import SweepError
 from orpo_ray.storage import sync
 from orpo_ray.storage.object_store import Storage
@@ -20,7 +21,7 @@ def claim_run_dir(config: ExperimentConfig, remote: Storage | None) -> str:
     path = config.run_dir / SWEEP_FILE
     mine = config.model_dump(mode="json")
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         changed = sorted(_differences(_comparable(known["config"]), _comparable(mine)))
         if changed:
             raise SweepError(

@@ -40,7 +40,7 @@ from orpo_ray.search.algorithm import SweepSearch
 from orpo_ray.search.ladder import Ladder
 from orpo_ray.search.proposals import CONFIRMATIONS, Proposals
 from orpo_ray.search.scheduler import SweepScheduler
-from orpo_ray.search.searcher import Size
+from orpo_ray.search.searcher import Searcher, Size
 from orpo_ray.storage import journal, requests, results, sync
 from orpo_ray.storage.lease import Lease, LeaseError
 from orpo_ray.storage.object_store import Storage
@@ -138,6 +138,9 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
         shared = SharedFolder(proof) if proof else None
         if shared is not None:
             require_shared_folders(config, shared.nodes_without_access(capacity, timeout_s=_PROBE_TIMEOUT_S))
+        # Before groups start: an error while they do would take the process with it, see `GroupManager.shutdown`.
+        sizes = _sizes(config, sweep)
+        searcher = searchers.build(sweep, config.run_dir, sizes, config.train.max_steps)
     except Exception:
         if is_new:
             remove_new_run_dir(config.run_dir)
@@ -170,7 +173,9 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
     complete = False
     try:
         resource_classes = {bundle: request.resource_class for bundle, request in resources.items()}
-        conductor = _conductor(config, sweep, handle, manager.slots, len(set(resource_classes.values())), known)
+        cost = CostModel({b: s.parameters for b, s in sizes.items()}, {b: s.devices for b, s in sizes.items()})
+        num_classes = len(set(resource_classes.values()))
+        conductor = _conductor(config, sweep, searcher, cost, handle, manager.slots, num_classes, known)
         follower.listen(inbox, conductor)
         complete = _fit(config, conductor, broker_name, resource_classes)
     finally:
@@ -181,8 +186,8 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
         sync.pull(config.run_dir, remote)  # what workers on other nodes left
     state = read_state(config.run_dir)
     summary = results.summarize(config.name, sweep.metric, sweep.mode, state, tracker.run_ids)
-    if isinstance(source := conductor.proposals.source, Ladder):
-        summary["expectations"] = source.expectations(state)
+    if isinstance(searcher, Ladder):
+        summary["expectations"] = searcher.expectations(state)
     summary["winners"] = winners.summarize_winners(summary, config.run_dir)
     if (winner := summary["winners"]["best"]) is not None:
         # Where finalists were confirmed, the best score of the search need not be the best setting's.
@@ -202,6 +207,8 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
 def _conductor(
     config: ExperimentConfig,
     sweep: SweepConfig,
+    searcher: Searcher,
+    cost: CostModel,
     handle: Any,
     slots: int,
     num_resource_classes: int,
@@ -210,24 +217,21 @@ def _conductor(
     """Take up the sweep where its journal ends."""
     events = journal.read_events(config.run_dir / EVENTS_FILE)
     history = SweepState(events)
-    sizes = _sizes(config, sweep)
-    source = searchers.build(sweep, config.run_dir, sizes, config.train.max_steps)
-    cost = CostModel({b: s.parameters for b, s in sizes.items()}, {b: s.devices for b, s in sizes.items()})
     hours = sweep.budget.device_hours if sweep.budget else 0.0
     earlier = {} if known is None else known.trials
     proposals = Proposals(
-        config, sweep, source, history, earlier, lambda history: cost.remaining(history, hours).committed
+        config, sweep, searcher, history, earlier, lambda history: cost.remaining(history, hours).committed
     )
     # A trial that waits for each kind of group, so that none has to wait for its driver, a process of some 100 MB. But
     # whoever decides by results decides better the later it does.
     decides = sweep.is_model_based or isinstance(sweep.scheduler, AshaConfig)
     lookahead = 0 if decides else num_resource_classes
-    gives_up = source.gives_up if isinstance(source, Ladder) else None
+    gives_up = searcher.gives_up if isinstance(searcher, Ladder) else None
     return SweepScheduler(proposals, handle, slots, lookahead, gives_up, events)
 
 
 def _sizes(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, Size]:
-    """Bundles by label, where there is a budget, which is the only reason to snapshot into models here."""
+    """Bundles by label, where there is a budget, the only reason to read model architectures here."""
     if sweep.budget is None:
         return {}
     axis = sweep.bundle_axis

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.errors import NoSuchRunError, UserError
+from orpo_ray.files import read_json
 from orpo_ray.reports.live_state import About, Reading, about_sweep
 from orpo_ray.storage import requests, results
 from orpo_ray.storage.events import Event, Logged, from_json
@@ -71,11 +72,11 @@ class RunDir:
         """See `Source`.
 
         Raises:
-            ValueError: a line of the journal is damaged.
+            DamagedFileError: sweep.json or a line of the journal is damaged.
         """
         # In this order: when the process that ran the sweep is gone, nothing is written any more.
         is_running = _is_locked(self._path / LOCK_FILE)
-        kept = json.loads((self._path / SWEEP_FILE).read_text(encoding="utf-8"))
+        kept = read_json(self._path / SWEEP_FILE)
         if self._about is None or kept["sweep_id"] != self._about.sweep_id:
             self._about = about_sweep(ExperimentConfig.model_validate(kept["config"]), kept["sweep_id"], self._path)
         if sweep_id != self._about.sweep_id:

@@ -14,7 +14,6 @@ import importlib
 import importlib.metadata
 import json
 import math
-import os
 import re
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ import yaml
 
 from orpo_ray import provenance
 from orpo_ray.errors import UserError
+from orpo_ray.files import write_atomically
 
 Backend = Literal["transformers", "vllm"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -457,11 +457,7 @@ def _require_ours(path: Path, name: str) -> None:
 def _write(path: Path, text: str) -> Path:
     if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
         raise JudgeError(f"{path} cannot be written: {path if path.is_dir() else path.parent} is in its place; move it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name that FastChat does not take for a model's answers: it reads every *.jsonl of the folder.
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(text.encode())
-    os.replace(partial, path)
+    write_atomically(path, text)
     return path
 
 

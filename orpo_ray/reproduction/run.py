@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from orpo_ray.config import ExperimentConfig, as_given, parse
 from orpo_ray.data.dataset import held_out_texts, load_pairs
 from orpo_ray.data.rows import Message
 from orpo_ray.errors import UserError
+from orpo_ray.files import write_atomically
 from orpo_ray.models.loading import load_tokenizer
 from orpo_ray.models.packing import LossMask
 from orpo_ray.models.reward_model import RewardModel
@@ -223,7 +223,7 @@ def train_lambdas(place: Place, console: Console, lambdas: Sequence[float] = LAM
     if place.scale.pretrain:
         pairs = place.folder / "base.jsonl"
         if not pairs.exists():
-            _write_text(pairs, base_pairs())
+            write_atomically(pairs, base_pairs())
         seconds["base"] = _train(place, "base", {"base": {}}, console, **{"data.path": str(pairs)})
     objectives = {_name_of(value): {"loss.orpo_lambda": value} for value in lambdas}
     seconds["SFT and ORPO"] = _train(place, "lambda", objectives, console, **_base(place))
@@ -509,10 +509,3 @@ def _facts(place: Place) -> dict[str, Any]:
         "pairs": {"train": told["lambda"][0]["data/train_pairs"], "held_out": told["lambda"][0]["data/eval_pairs"]},
         "products": sorted({facts["forward/products"] for each in told.values() for facts in each}),
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

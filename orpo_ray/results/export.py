@@ -22,6 +22,7 @@ from orpo_ray.config import ExperimentConfig, as_given, parse
 from orpo_ray.config.space import describe
 from orpo_ray.data.tokenizer import PairTokenizer
 from orpo_ray.errors import UserError
+from orpo_ray.files import read_json
 from orpo_ray.models.loading import build_model, build_reward_model, count_parameters, load_tokenizer
 from orpo_ray.models.precision import matmul_dtype, precision_name
 from orpo_ray.results import verify
@@ -177,7 +178,7 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
 
 
 def _sweep_file(run_dir: Path) -> dict[str, Any]:
-    return dict(json.loads((run_dir / SWEEP_FILE).read_text(encoding="utf-8")))
+    return dict(read_json(run_dir / SWEEP_FILE))
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ they are used: whoever only looks for a run directory does not wait for them.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orpo_ray.config import METRIC_MODES, LossConfig
 from orpo_ray.config.flatten import NOT_SETTINGS, flat
 from orpo_ray.config.space import describe
+from orpo_ray.files import read_json
 from orpo_ray.storage.events import Status
 from orpo_ray.storage.find import find_run_dir
 from orpo_ray.storage.records import SEED, SPACE_PREFIX, SweepRecord, TrialRecord, choose, number, ordered
@@ -172,9 +172,9 @@ def _config_of(run_dir: Path) -> dict[str, Any]:
     file = run_dir / SWEEP_FILE
     if not file.is_file():
         return {}
-    tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["config"]
+    tree: dict[str, Any] = read_json(file)["config"]
     if (run_dir / FITTED_FILE).is_file():
-        fitted = json.loads((run_dir / FITTED_FILE).read_text(encoding="utf-8"))
+        fitted = read_json(run_dir / FITTED_FILE)
         bundles = [axis for axis in ((tree["sweep"] or {}).get("space", {})).values() if axis["type"] == "bundle"]
         for bundle in bundles:
             bundle["values"] = {label: fitted[label] | settings for label, settings in bundle["values"].items()}

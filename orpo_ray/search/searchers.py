@@ -17,7 +17,6 @@ import numpy as np
 
 from orpo_ray.config import (
     METRIC_MODES,
-    BohbConfig,
     HyperOptConfig,
     LadderConfig,
     OptunaConfig,
@@ -25,6 +24,7 @@ from orpo_ray.config import (
     SweepConfig,
 )
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform, grid_cells, to_optuna
+from orpo_ray.errors import MissingExtraError
 from orpo_ray.search.ladder import Ladder
 from orpo_ray.search.searcher import Exhausted, Searcher, SearcherError, Size, trial_id_of
 from orpo_ray.storage.events import Status
@@ -45,7 +45,8 @@ def build(sweep: SweepConfig, run_dir: Path, sizes: dict[str, Size], max_steps: 
         max_steps: of a whole trial; searcher ladder needs it.
 
     Raises:
-        SearcherError: its library is not installed, or the ladder's trials have no length in steps.
+        MissingExtraError: its library is not installed.
+        SearcherError: the ladder's trials have no length in steps.
         ValueError: all of a ladder's bundles are of one size.
     """
     match sweep.searcher:
@@ -55,8 +56,6 @@ def build(sweep: SweepConfig, run_dir: Path, sizes: dict[str, Size], max_steps: 
             return OptunaSearcher(sweep, run_dir / OPTUNA_FILE)
         case HyperOptConfig():
             return HyperOptSearcher(sweep)
-        case BohbConfig():
-            return BohbSearcher(sweep)
         case LadderConfig():
             parameters = {label: size.parameters for label, size in sizes.items()}
             devices = {label: size.devices for label, size in sizes.items()}
@@ -232,12 +231,12 @@ class HyperOptSearcher:
         """For `sweep.num_samples` proposals.
 
         Raises:
-            SearcherError: hyperopt is not installed.
+            MissingExtraError: hyperopt is not installed.
         """
         try:
             from hyperopt import Domain, hp
         except ImportError as error:
-            raise SearcherError("searcher hyperopt needs its library: pip install 'orpo-ray[hyperopt]'") from error
+            raise MissingExtraError("searcher hyperopt needs its library: pip install 'orpo-ray[hyperopt]'") from error
 
         def convert(name: str, axis: Axis) -> Any:
             match axis:
@@ -293,77 +292,6 @@ class HyperOptSearcher:
     def _decode(self, name: str, value: Any) -> Any:
         axis = self._sweep.space[name]
         return float(value) if isinstance(axis, Uniform | LogUniform) else axis.candidates()[int(value)]
-
-
-class BohbSearcher:
-    """HpBandSter's own model (Falkner et al. 2018): a density per rung; the highest with enough results decides."""
-
-    def __init__(self, sweep: SweepConfig) -> None:
-        """For `sweep.num_samples` proposals.
-
-        Raises:
-            SearcherError: hpbandster is not installed.
-        """
-        try:
-            import ConfigSpace
-            import hpbandster.optimizers.config_generators.bohb  # noqa: F401
-        except ImportError as error:
-            raise SearcherError("searcher bohb needs its libraries: pip install 'orpo-ray[bohb]'") from error
-
-        def convert(name: str, axis: Axis) -> Any:
-            match axis:
-                case Uniform() | LogUniform():
-                    return ConfigSpace.Float(name, (axis.low, axis.high), log=isinstance(axis, LogUniform))
-                case Grid() | Choice() | Bundle():
-                    return ConfigSpace.Categorical(name, [str(i) for i in range(len(axis.candidates()))])
-
-        self._sweep = sweep
-        self._axes = [convert(name, axis) for name, axis in sweep.space.items()]
-
-    def propose(self, index: int, history: SweepState) -> dict[str, Any] | None:
-        """See `Searcher`."""
-        import ConfigSpace
-        from hpbandster.core.dispatcher import Job
-        from hpbandster.optimizers.config_generators.bohb import BOHB
-
-        if index >= self._sweep.num_samples:
-            raise Exhausted(f"all {self._sweep.num_samples} trials have been proposed")
-        space = ConfigSpace.ConfigurationSpace(
-            seed=int(np.random.default_rng([self._sweep.seed, index]).integers(2**31))
-        )
-        space.add(self._axes)
-        np.random.seed((self._sweep.seed + index) % 2**32)  # the library draws from the global generator
-        model = BOHB(space)
-        sign = -1.0 if self._sweep.mode == "max" else 1.0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of statsmodels, about a default of its own
-            for trial in history.trials.values():
-                if set(self._sweep.space) - set(trial.params) or trial.purpose != "search":
-                    continue
-                for step, metrics in trial.metrics.items():
-                    job = Job(trial.trial_id, config=self._encode(trial.params), budget=step)
-                    value = metrics.get(self._sweep.metric, math.nan)
-                    job.result = {"loss": sign * value} if math.isfinite(value) else None
-                    model.new_result(job)
-            tried = {key(trial.params) for trial in history.trials.values()}
-            for _ in range(_MAX_REPEATS):
-                config, _ = model.get_config(max((t.evaluated_step for t in history.trials.values()), default=1))
-                params = self._decode(config)
-                if key(params) not in tried:
-                    return params
-        raise Exhausted(f"{_MAX_REPEATS} proposals in a row had been tried before: the space seems exhausted")
-
-    def _encode(self, params: dict[str, Any]) -> dict[str, Any]:
-        def code(axis: Axis, value: Any) -> Any:
-            return value if isinstance(axis, Uniform | LogUniform) else str(axis.candidates().index(value))
-
-        return {name: code(axis, params[name]) for name, axis in self._sweep.space.items()}
-
-    def _decode(self, config: dict[str, Any]) -> dict[str, Any]:
-        def value(axis: Axis, code: Any) -> Any:
-            return float(code) if isinstance(axis, Uniform | LogUniform) else axis.candidates()[int(code)]
-
-        return {name: value(axis, config[name]) for name, axis in self._sweep.space.items()}
 
 
 def observations(sweep: SweepConfig, history: SweepState) -> Iterable[tuple[dict[str, Any], float]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from orpo_ray.files import write_atomically
 
 GENERATIONS_FILE = "generations.jsonl"
 """In a trial's directory: one row per evaluation and prompt, see `generate`."""
@@ -15,11 +16,7 @@ def keep(folder: Path, rows: list[dict[str, Any]], step: int) -> None:
     """Put an evaluation's rows behind the earlier ones; those of this step or later, from before a restart, go."""
     path = folder / GENERATIONS_FILE
     earlier = [row for row in read(folder) if row["step"] < step]
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in earlier + rows]
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in earlier + rows))
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

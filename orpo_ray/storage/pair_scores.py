@@ -5,7 +5,6 @@ Shape suffix: N held-out pairs, in the data's order.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from orpo_ray.errors import DamagedFileError
+from orpo_ray.files import replacing
 
 PAIRS_FILE = "pairs.npz"
 """In a trial's directory: the pairs of its latest evaluation."""
@@ -54,14 +56,9 @@ class PairScores:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        with replacing(path, durable=True) as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> PairScores:
@@ -69,13 +66,13 @@ class PairScores:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not one of these files, or damaged.
+            DamagedFileError: it is not one of these files, or damaged.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = {field.name: file[field.name] for field in fields(cls)}
         except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not a whole file of per-pair scores ({error}); remove it") from None
+            raise DamagedFileError(f"{path}: not a whole file of per-pair scores ({error}); remove it") from None
         nll_weight, preference_weight = found["loss_weights"].tolist()
         return cls(
             **found

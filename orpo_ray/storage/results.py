@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from orpo_ray.config import METRIC_MODES
 from orpo_ray.errors import NoSuchRunError
+from orpo_ray.files import read_json
 from orpo_ray.storage.events import Status
 from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, finite
 from orpo_ray.storage.sweep_state import SweepState, TrialState, read_state
@@ -55,7 +55,7 @@ def load_results(run_dir: str | Path) -> dict[str, Any]:
     """Read results.json of a run directory.
 
     Raises:
-        FileNotFoundError: there is none; says whether the sweep has begun.
+        NoSuchRunError: there is none; says whether the sweep has begun.
     """
     path = Path(run_dir) / RESULTS_FILE
     if not path.is_file():
@@ -66,7 +66,7 @@ def load_results(run_dir: str | Path) -> dict[str, Any]:
             else "no sweep has run here: is it the run directory, `<output_dir>/<name>`?"
         )
         raise NoSuchRunError(f"{path}: no such file; {why}")
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    results: dict[str, Any] = read_json(path)
     return results
 
 
@@ -78,13 +78,14 @@ def current(run_dir: str | Path) -> dict[str, Any]:
         MLflow run ids are null.
 
     Raises:
-        FileNotFoundError: no sweep has run here.
+        NoSuchRunError: no sweep has run here.
+        DamagedFileError: one of its files cannot be read.
     """
     run_dir = Path(run_dir)
     if not is_open(run_dir):
         return load_results(run_dir)
     # The dump, not an ExperimentConfig: to look at a sweep, its config need not be one that this version would run.
-    config = json.loads((run_dir / SWEEP_FILE).read_text(encoding="utf-8"))["config"]
+    config = read_json(run_dir / SWEEP_FILE)["config"]
     metric = config["sweep"]["metric"]
     state = read_state(run_dir)
     results = summarize(config["name"], metric, METRIC_MODES[metric], state)

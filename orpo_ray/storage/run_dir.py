@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from orpo_ray.files import write_atomically
 
 EVENTS_FILE = "events.jsonl"
 RESULTS_FILE = "results.json"
@@ -24,15 +25,8 @@ def write_results(path: str | Path, results: dict[str, Any]) -> None:
 
     NaN and infinity become null.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(finite(results), file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    text = json.dumps(finite(results), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(Path(path), text + "\n", durable=True)
 
 
 def finite(value: Any) -> Any:

@@ -18,6 +18,7 @@ import yaml
 from orpo_ray.config import METRIC_MODES
 from orpo_ray.config.flatten import AXES
 from orpo_ray.errors import NoSuchRunError
+from orpo_ray.files import read_json
 from orpo_ray.storage.find import nearest, suggest
 from orpo_ray.storage.records import SEED, SPACE_PREFIX, SweepRecord, TrialRecord, choose, ordered
 from orpo_ray.storage.run_dir import SWEEP_FILE
@@ -201,9 +202,9 @@ def _parent_record(client: MlflowClient, parent: Run, uri: str, output_dir: Path
     bundle_axis = next((name for name, axis in space.items() if axis["type"] == "bundle"), None)
     name, metric = str(parent.info.run_name), params["sweep.metric"]
     run_dir = output_dir / name
-    is_here = (run_dir / SWEEP_FILE).is_file() and json.loads((run_dir / SWEEP_FILE).read_text(encoding="utf-8"))[
-        "sweep_id"
-    ] == parent.data.tags["orpo_ray.sweep_id"]
+    is_here = (run_dir / SWEEP_FILE).is_file() and read_json(run_dir / SWEEP_FILE)["sweep_id"] == parent.data.tags[
+        "orpo_ray.sweep_id"
+    ]
     return SweepRecord(
         name=name,
         metric=metric,

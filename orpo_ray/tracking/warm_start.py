@@ -14,6 +14,7 @@ from mlflow.entities import Run
 from orpo_ray.config import ExperimentConfig, SweepConfig
 from orpo_ray.config.flatten import SPEED_ONLY, as_text, settings_of
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
+from orpo_ray.files import read_json, write_atomically
 from orpo_ray.storage.events import Evaluated, Finished, Status
 from orpo_ray.storage.sweep_state import TrialState
 from orpo_ray.tracking.read_runs import search_all_runs
@@ -72,7 +73,7 @@ def load(config: ExperimentConfig, sweep: SweepConfig, uri: str, parent_id: str)
     if seen and not trials:
         message += "; most differ in " + ", ".join(name for name, _ in differences.most_common(3))
     found = WarmStart(trials, message)
-    _write(file, found)
+    write_atomically(file, json.dumps({"trials": _known(trials), "message": message}, indent=1))
     return found
 
 
@@ -142,24 +143,22 @@ def _finished(
     return trial
 
 
-def _write(file: Path, found: WarmStart) -> None:
-    trials = {
-        trial.trial_id: {
+def _known(trials: dict[str, TrialState]) -> dict[str, dict[str, Any]]:
+    """What `_read` needs of each trial."""
+    return {
+        trial_id: {
             "params": trial.params,
             "bundle": trial.bundle,
             "max_steps": trial.max_steps,
             "metrics": trial.metrics,
             "reused_from": trial.reused_from,
         }
-        for trial in found.trials.values()
+        for trial_id, trial in trials.items()
     }
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"trials": trials, "message": found.message}, indent=1), encoding="utf-8")
-    temporary.replace(file)
 
 
 def _read(file: Path) -> WarmStart:
-    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree = read_json(file)
     trials = {}
     for trial_id, known in tree["trials"].items():
         ((step, metrics),) = known["metrics"].items()

@@ -102,7 +102,7 @@ def test_hyperband_halves_its_brackets(sweeps: Sweeps) -> None:
         "metric": "eval/nll",
         "num_samples": 6,
         "scheduler": {"type": "hyperband", "reduction_factor": 2},
-        "searcher": {"type": "bohb"},
+        "searcher": {"type": "random"},
         "space": {"optim.lr": {"type": "loguniform", "low": 1.0e-4, "high": 1.0e-2}},
     }
     sweeps.run("sweep", str(sweeps.write("hyperband", sweep, **SETTINGS)))

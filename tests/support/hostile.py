@@ -122,12 +122,12 @@ _EXPERIMENTS = [
     (
         "billion laughs: ten levels of nine aliases each",
         _experiment(_laughs()),
-        "more than 50000 values, aliases written out",
+        "more than 50000 values, with aliases expanded",
     ),
     (
         "a long text used 300 times by alias",
         _experiment(f"x: &a {'x' * 200_000}\ny: [{', '.join(['*a'] * 300)}]\n"),
-        "more than 2097152 characters, aliases written out",
+        "more than 2097152 characters, with aliases expanded",
     ),
     ("10,000 brackets within each other", _experiment("x: " + "[" * 10_000), "brackets within brackets, more than 32"),
     (
@@ -144,25 +144,25 @@ _EXPERIMENTS = [
     (
         "`!!python/object/apply:os.system`",
         _experiment("x: !!python/object/apply:os.system ['touch FOLDER/ran']\n"),
-        "tags make objects, take it out",
+        "tags create objects; remove it",
     ),
-    ("the same key twice", _experiment("name: b\n"), "key 'name' stands twice in one mapping, on line 5"),
+    ("the same key twice", _experiment("name: b\n"), "key 'name' occurs twice in one mapping, on line 5"),
     ("a NUL byte", _experiment(b"x: a\0b\n"), "not valid YAML: … special characters are not allowed"),
     (
         "a terminal's control sequence, escaped",
         _experiment('x: "\\e]0;gone\\a"\n'),
-        "U+001B, which is not to be printed",
+        "unprintable character U+001B",
     ),
-    ("half of a surrogate pair, escaped", _experiment('x: "\\ud800"\n'), "U+D800, which is not to be printed"),
-    ("bytes that are not UTF-8", _experiment(b"x: \xff\xfe\n"), "not text in UTF-8"),
-    ("2 MiB of it", _experiment("#" * (2 << 20)), "longer than 1 MiB, which no experiment file is"),
+    ("half of a surrogate pair, escaped", _experiment('x: "\\ud800"\n'), "unprintable character U+D800"),
+    ("bytes that are not UTF-8", _experiment(b"x: \xff\xfe\n"), "not UTF-8 text"),
+    ("2 MiB of it", _experiment("#" * (2 << 20)), "larger than 1 MiB, too large for an experiment file"),
     ("a number of 5,000 digits", _experiment("x: " + "9" * 5000 + "\n"), "a number of 5000 characters, on line 5"),
     (
         "a number of base 60 with 200,000 places",
         _experiment("x: 1" + ":1" * 200_000 + "\n"),
         "a number of 400001 characters, on line 5",
     ),
-    ("an integer of 70 bits", _experiment(f"x: {2**70}\n"), "a whole number needs more than 64 bits"),
+    ("an integer of 70 bits", _experiment(f"x: {2**70}\n"), "an integer needs more than 64 bits"),
     (
         "a learning rate that is not a number",
         _experiment("optim: {lr: .nan}\n"),
@@ -174,8 +174,8 @@ _EXPERIMENTS = [
         _experiment(_GOOD.replace("name: a", "name: ../../etc"), instead=True),
         "name: String should match pattern",
     ),
-    ("`output_dir` that is a file", _experiment("output_dir: FOLDER/x.yaml\n"), "is there and is no folder"),
-    ("a path of 100,000 characters", _experiment("", "data.path=" + "a" * 100_000), "no path and no hub name"),
+    ("`output_dir` that is a file", _experiment("output_dir: FOLDER/x.yaml\n"), "exists but is not a directory"),
+    ("a path of 100,000 characters", _experiment("", "data.path=" + "a" * 100_000), "neither a path nor a hub name"),
     (
         "20,000 unknown keys",
         _experiment("".join(f"k{n}x: 1\n" for n in range(20_000))),
@@ -192,7 +192,7 @@ _EXPERIMENTS = [
     (
         "an override with a tag",
         _experiment("", "optim.lr=!!python/object/apply:os.system ['touch FOLDER/ran']"),
-        "override … is not valid YAML: tag … tags make objects",
+        "override … is not valid YAML: tag … tags create objects",
     ),
     ("an override of what is no setting", _experiment("", "model.__class__=x"), "model.__class__: unknown key"),
     (
@@ -204,7 +204,7 @@ _EXPERIMENTS = [
     (
         "`storage` with credentials in its address",
         _experiment("storage: 's3://key:secret@bucket/orpo'\n"),
-        "storage must not hold credentials",
+        "storage must not contain credentials",
     ),
 ]
 _EXPERIMENTS_ACCEPTED = [
@@ -452,7 +452,7 @@ _DATA = [
     (
         "a line of 1 GiB",
         _within_memory("pairs.jsonl", _sparse(b'{"prompt": "')),
-        "line 1: longer than 4 MiB, which no row is",
+        "line 1: longer than 4 MiB, too long for a row",
     ),
     ("a JSON array of 1 GiB", _within_memory("pairs.json", _sparse(b"[1,")), "a JSON array of more than 512 MiB"),
     (
@@ -465,7 +465,11 @@ _DATA = [
         _data("pairs.csv", lambda: b'prompt,chosen,rejected\n"' + b"x,\n" * 2_000_000),
         "field larger than field limit",
     ),
-    ("a gzip bomb, 1 GiB in 1 MB", _within_memory("pairs.jsonl.gz", _gzip_bomb), "more than 200 times as large inside"),
+    (
+        "a gzip bomb, 1 GiB in 1 MB",
+        _within_memory("pairs.jsonl.gz", _gzip_bomb),
+        "decompresses to more than 200 times its size",
+    ),
     (
         "gzip cut short",
         _data("pairs.jsonl.gz", lambda: gzip.compress("\n".join(map(json.dumps, _rows(99))).encode())[:-20]),
@@ -475,12 +479,12 @@ _DATA = [
     (
         "parquet that says 1 kB and is 200 MiB inside",
         _within_memory("pairs.parquet", _lying_parquet),
-        "bytes, more than 200 times its size on disk",
+        "bytes, more than 200 times its size",
     ),
     (
         "parquet in which 64 messages are one text of 40 MiB",
         _within_memory("pairs.parquet", _one_value_for_all),
-        "pairs.parquet:1: longer than 4 MiB, which no row is",
+        "pairs.parquet:1: longer than 4 MiB, too long for a row",
     ),
     (
         "parquet cut short",
@@ -527,7 +531,7 @@ _DATA = [
     (
         "CSV with the column `rejected` twice",
         _data("pairs.csv", b"prompt,chosen,rejected,rejected\nQ,a,b,c\n"),
-        "rejected is among them twice",
+        "rejected occurs twice among its",
     ),
     (
         "a row of 50,000 columns that are control sequences",
@@ -537,19 +541,19 @@ _DATA = [
     (
         "JSON 1,000,000 levels deep, as an array",
         _data("pairs.json", b"[" * 1_000_000),
-        "begins as a JSON array and is none",
+        "starts like a JSON array but is not valid",
     ),
     (
         "a malformed row under `on_bad_rows: error`",
         _among_good('{"chosen": 1}', on_bad_rows="error"),
-        "pairs.jsonl:6: chosen is neither text nor a list of messages: 1; mend the row",
+        "pairs.jsonl:6: chosen is neither text nor a list of messages: 1; fix the row",
     ),
-    ("`data.path` that leads to another kind of file", _traversal, "not a format that can be read"),
-    ("`data.path: ../../no/such`", _path("../../no/such"), "not a name that a hub dataset can have"),
+    ("`data.path` that leads to another kind of file", _traversal, "unknown format"),
+    ("`data.path: ../../no/such`", _path("../../no/such"), "not a valid name of a hub dataset"),
     (
         "`data.path: https://...`, `s3://...`",
         _path("https://example.org/x.jsonl"),
-        "not a name that a hub dataset can have",
+        "not a valid name of a hub dataset",
     ),
     (
         "`data.path: json`, which `datasets` takes for the current folder",
@@ -714,7 +718,7 @@ _TEMPLATES = [
     (
         "a chat template that goes for `__subclasses__`",
         _template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
-        "reaches for what no template may have … unsafe",
+        "uses what the sandbox forbids … unsafe",
     ),
     (
         "a chat template that loops for ever, within a tag of transformers' own",

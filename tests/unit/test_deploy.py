@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orpo_ray.cli import _parser
+from orpo_ray.cli import parser
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -460,4 +460,4 @@ def test_the_guides_commands_of_orpo_ray_are_understood() -> None:
     commands = [line.strip() for line in _commands() if re.match(r"\s*orpo-ray ", line)]
     assert {command.split()[1] for command in commands} >= {"submit", "doctor", "plan", "watch"}
     for command in commands:
-        _parser().parse_args(shlex.split(command, comments=True)[1:])
+        parser().parse_args(shlex.split(command, comments=True)[1:])

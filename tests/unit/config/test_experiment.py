@@ -29,6 +29,7 @@ BROKEN = {
     "typo in a section": (["optm.lr=1e-5"], ["optm", "unknown key", "did you mean optim?"]),
     "typo in a key": (["optim.lrr=1e-5"], ["optim.lrr", "unknown key", "did you mean lr?"]),
     "typo in a nested key": (["model.lora={rnk: 8}"], ["model.lora.rnk", "did you mean rank?"]),
+    "searcher unknown": (["sweep={searcher: {type: bohb}}"], ["sweep.searcher", "'bohb'", "'optuna', 'hyperopt'"]),
     "typo inside a union": (
         ["sweep={searcher: {type: optuna, samplr: tpe}}"],
         ["sweep.searcher", "samplr", "did you mean sampler?"],

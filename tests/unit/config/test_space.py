@@ -40,9 +40,9 @@ def test_the_type_decides_the_axis() -> None:
     ("tree", "message"),
     [
         ({"type": "grid", "values": []}, "at least 1"),
-        ({"type": "grid", "values": [0.1, 0.5, 0.1]}, r"distinct.*0\.1 is there twice"),
+        ({"type": "grid", "values": [0.1, 0.5, 0.1]}, r"distinct.*0\.1 occurs twice"),
         ({"type": "choice", "values": []}, "at least 1"),
-        ({"type": "choice", "values": ["a", "a"]}, r"distinct.*'a' is there twice"),
+        ({"type": "choice", "values": ["a", "a"]}, r"distinct.*'a' occurs twice"),
         ({"type": "uniform", "low": 1, "high": 1}, r"low < high.*low=1\.0, high=1\.0"),
         ({"type": "uniform", "low": 2, "high": 1}, r"low < high.*low=2\.0, high=1\.0"),
         ({"type": "uniform", "low": 0, "high": math.inf}, "both finite.*high=inf"),

@@ -241,7 +241,7 @@ def test_a_folder_with_named_splits(
     assert [evaluation[i].pair_id for i in range(4)] == [f"sub/test.parquet:{n}" for n in (1, 2, 3, 4)]
     swapped, _ = load_pairs(config(folder, train_split="test"), plain)
     assert swapped.counts["held_out"] == 1
-    with pytest.raises(DataError, match=r"data.eval_split is 'dev', but the splits there are test, train"):
+    with pytest.raises(DataError, match=r"data.eval_split is 'dev', but the splits are test, train"):
         load_pairs(config(folder, eval_split="dev"), plain)
     with pytest.raises(DataError, match="both 'train'"):
         load_pairs(config(folder, eval_split="train"), plain)
@@ -263,7 +263,7 @@ def test_a_folder_without_named_splits_is_one(
     only_monday, _ = load_pairs(config(folder, train_split="monday"), plain)
     assert {only_monday[i].pair_id.split(":")[0] for i in range(len(only_monday))} == {"monday.jsonl"}
     with pytest.raises(
-        DataError, match=r"no split is called train_prefs or train; set data\.train_split to one of monday"
+        DataError, match=r"no split is named train_prefs or train; set data\.train_split to one of monday"
     ):
         load_pairs(config(folder, eval_split="tuesday"), plain)
 
@@ -285,12 +285,12 @@ def test_sources_that_are_not_there(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"notes.txt: not a format that can be read; use .jsonl"):
+    with pytest.raises(DataError, match=r"notes.txt: unknown format; use one of .jsonl"):
         load_pairs(config(tmp_path / "notes.txt"), plain)
     with pytest.raises(DataError, match=r"empty: no .jsonl, .* file in this folder"):
         load_pairs(config(tmp_path / "empty"), plain)
     with pytest.raises(
-        DataError, match=r"no/such-pairs: no such file or folder here, and not to be had as a hub dataset"
+        DataError, match=r"no/such-pairs: no such file or folder here, and it cannot be loaded as a hub dataset"
     ):
         load_pairs(config("no/such-pairs"), plain)
     with pytest.raises(DataError, match=r"data.subset \('x'\) names a configuration of a hub dataset"):
@@ -327,7 +327,7 @@ def test_set_aside_pairs_follow_the_split_seed_alone(
     assert (fewer.counts["held_out"], fewer.counts["left_out"]) == (10, 30)
     for pairs in (train, fewer, fewest, evaluation):
         assert_every_row_is_accounted_for(pairs)
-    with pytest.raises(DataError, match=r"data.eval_pairs \(60\) must be below the pairs there are \(60\)"):
+    with pytest.raises(DataError, match=r"data.eval_pairs \(60\) must be below the number of pairs \(60\)"):
         load_pairs(config(path, eval_pairs=60), plain)
 
 
@@ -594,7 +594,7 @@ def test_bad_rows_are_counted_or_refused_with_their_line(
     train = load_one(rows, tmp_path, config, plain)
     assert [train[i].pair_id for i in range(len(train))] == ["pairs.jsonl:1", "pairs.jsonl:4"]
     assert {name: count for name, count in train.counts.items() if count} == {"rows": 3, "pairs": 2, reason: 1}
-    with pytest.raises(DataError, match=r"^pairs.jsonl:3: .*mend the row, or set data.on_bad_rows: drop$"):
+    with pytest.raises(DataError, match=r"^pairs.jsonl:3: .*fix the row, or set data.on_bad_rows: drop$"):
         load_one(rows, tmp_path, config, plain, on_bad_rows="error")
 
 

@@ -123,5 +123,5 @@ def test_reading_and_comparing_are_answered_rightly(rows: list[Row]) -> None:
 
 def test_asking_for_more_prompts_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orpo_ray.data.style_pairs.KINDS", {"only": lambda rng: ("one prompt", "a", "b")})
-    with pytest.raises(ValueError, match=r"num_pairs \(5\) must not exceed the distinct prompts there are: found 1"):
+    with pytest.raises(ValueError, match=r"num_pairs \(5\) must not exceed the number of distinct prompts; found 1"):
         generate(5, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,14 @@ def test_settings_of_other_answers_are_not_believed(tmp_path: Path, monkeypatch:
     write_alpaca_eval(tmp_path, "toy", ALPACA, SETTINGS)
 
     # Killed between the two files: the new settings stand beside the old answers.
-    replaced = external_judges.os.replace
+    replaced = os.replace
 
     def dies(source: Path, target: Path) -> None:
         if Path(target) == path:
             raise KeyboardInterrupt
         replaced(source, target)
 
-    monkeypatch.setattr(external_judges.os, "replace", dies)
+    monkeypatch.setattr(os, "replace", dies)
     before = path.read_bytes()
     with pytest.raises(KeyboardInterrupt):
         write_alpaca_eval(tmp_path, "toy", ALPACA[:2], SETTINGS)

@@ -1,0 +1,7 @@
+"""`python -m orpo_ray` is `orpo-ray`."""
+
+import sys
+
+from orpo_ray.cli import main
+
+sys.exit(main())
