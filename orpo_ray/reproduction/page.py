@@ -24,7 +24,7 @@ _NOT_CLAIMED = "shown, nothing claimed"
 _SHOWN = {"sft": "SFT (λ = 0)", "orpo": "odds ratio, λ = 1", "probability": "probability ratio, λ = 1"}
 _CANNOT = (
     "That ORPO's margin over DPO grows with size: there is one size.",
-    "Table 1 (AlpacaEval) and MT-Bench: their judges are behind an API. `external_judges` writes the files they read.",
+    "Table 1 (AlpacaEval) and MT-Bench: their judges are behind an API. `alpaca_eval` and `mt_bench` write the files that they read.",
     "Table 6 (IFEval) and Table 4 to the point: 7B models, and Gemini-Pro's embeddings.",
 )
 
