@@ -7,9 +7,10 @@ from itertools import product
 from typing import Any
 
 from orpo_ray.config import ConfigError, ExperimentConfig
+from orpo_ray.formatting import gib
 from orpo_ray.hardware import Device, NodeMemory, device_of
 from orpo_ray.planning.architecture import architecture_of
-from orpo_ray.planning.memory import GIB, Memory, peak_memory
+from orpo_ray.planning.memory import Memory, peak_memory
 
 SAFETY = 0.85
 """Share of a memory that a prediction may fill: predictions are within 15 % of what is measured."""
@@ -178,17 +179,15 @@ def _nothing_fits(
 ) -> str:
     has = "; ".join(
         (f"{count} × " if count > 1 else "")
-        + f"{n.cpus} CPU, {n.memory_bytes / GIB:.1f} GiB"
-        + (f", {n.gpus} GPU of {n.gpu_memory_bytes / GIB:.1f} GiB" if n.gpus else "")
+        + f"{n.cpus} CPU, {gib(n.memory_bytes)}"
+        + (f", {n.gpus} GPU of {gib(n.gpu_memory_bytes)}" if n.gpus else "")
         for n, count in Counter(nodes).items()
     )
     what = f"scaling: auto: {config.model.path} fits in no way"
     if smallest is None:
         return f"{what}: there is no {'GPU' if on_gpu else 'CPU'}, or the settings given exclude each other ({has})"
     _, memory, settings = smallest
-    needs = f"{memory.peak / GIB:.1f} GiB" + (
-        f" of GPU and {memory.host / GIB:.1f} GiB of host memory" if on_gpu else ""
-    )
+    needs = gib(memory.peak) + (f" of GPU and {gib(memory.host)} of host memory" if on_gpu else "")
     return (
         f"{what}. The least is {needs} per worker, with {', '.join(f'{k} {v}' for k, v in settings.items())}; of each "
         f"memory {SAFETY:.0%} may be filled, and there is: {has}. Use a smaller model, model.lora or a shorter "

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orpo_ray.config import ExperimentConfig, LoraConfig
+from orpo_ray.formatting import GIB, MIB
 from orpo_ray.hardware import Device
 from orpo_ray.planning.architecture import Architecture
 
-MIB, GIB = 2**20, 2**30
 _FP32, _BF16 = 4, 2
 
 _CHUNK_BYTES, _KEPT_BYTES = 64 * MIB, 256 * MIB

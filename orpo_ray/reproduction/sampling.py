@@ -192,7 +192,7 @@ def _by_vllm(
 
 
 def _batches(lengths: Sequence[int], settings: SamplingSettings) -> list[list[int]]:
-    """Batches of indices, longest prompts first: equal lengths need little padding, and memory runs out early or never."""
+    """Batches of indices, longest prompts first: similar lengths pad little, and memory runs out early or never."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     cut: list[list[int]] = []
     while order:

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_ray.config import ConfigError, ExperimentConfig, parse
+from orpo_ray.formatting import GIB
 from orpo_ray.hardware import Device, NodeMemory, device_of
 from orpo_ray.planning.architecture import architecture_of
 from orpo_ray.planning.fit import SAFETY, fit_to, fitted_settings
-from orpo_ray.planning.memory import GIB, peak_memory
+from orpo_ray.planning.memory import peak_memory
 
 LLAMA_8B = {
     "model_type": "llama",
