@@ -70,7 +70,7 @@ def test_a_sound_node_has_no_problem_though_the_client_has_no_gpu_build_of_torch
         ),
         ("packages", {"python": "3.12.1"}, "python 3.12.1, where this process has 3.11.7", "pip"),
         ("code", {"code": None}, "cannot be imported", "--working-dir"),
-        ("code", {"code": "xyz"}, "other code (digest xyz)", "same commit"),
+        ("code", {"code": "xyz"}, "code (digest xyz) differs", "same commit"),
         ("C++ compiler", {"compiler": None}, "none found", "install g++"),
         ("ninja", {"ninja": None}, "none found", "pip install ninja"),
         ("compiled ops", {"locks": ["/x/lock"]}, "/x/lock was left", "remove it"),
@@ -78,7 +78,7 @@ def test_a_sound_node_has_no_problem_though_the_client_has_no_gpu_build_of_torch
         ("GPUs", {"gpus": {"names": ["H200"], "cuda": "12.6", "error": None}}, "torch sees 1", "nvidia-smi"),
         ("GPUs", {"gpus": {"names": ["H200"] * 8, "cuda": "12.6", "error": None}}, "torch sees 8", "--num-gpus=8"),
         ("GPUs", {"gpus": {"names": [], "cuda": None, "error": "OSError: libcu"}}, "OSError: libcu", "again"),
-        ("auth", {"auth": ""}, "RAY_AUTH_MODE is unset here, token on the head", "same on every node"),
+        ("auth", {"auth": ""}, "RAY_AUTH_MODE is unset here, token on the head", "same value on every node"),
         ("disk", {"temp_free": 2**30}, "1.0 GiB free in /tmp, 5 GiB are needed", "--temp-dir"),
         ("shared memory", {"shm": 64 * 2**20}, "0.1 GiB in /dev/shm", "--shm-size"),
         ("open files", {"files": 1024}, "may open 1024, 4096 are needed", "ulimit -n"),
@@ -120,7 +120,7 @@ def test_a_cluster_without_authentication_is_warned_of_unless_it_is_on_loopback(
 def test_a_file_of_mlflow_is_asked_for_where_the_sweep_writes_it_only() -> None:
     found = judge("a", Answers(FACTS, skew_s=0.0), CLIENT, "sqlite:////x/mlflow.db", None, NODE, FACTS)
     by_check = {finding.check: finding for finding in found}
-    assert by_check["MLflow"].detail.startswith("not asked")
+    assert by_check["MLflow"].detail.startswith("not tested")
     assert (by_check["storage"].status, by_check["storage"].detail) == ("warning", "not checked")
 
 
@@ -157,6 +157,8 @@ def test_a_storage_that_does_not_hold_what_others_wrote_is_told(
     here = str(tmp_path)
     assert node_probe.storage_problem(here, write="x/node-0") is None
     assert node_probe.storage_problem(here, read=["x/node-0"]) is None
-    assert node_probe.storage_problem(here, read=["x/node-0", "x/node-1"]) == "what node-1 wrote into it is not seen"
+    assert (
+        node_probe.storage_problem(here, read=["x/node-0", "x/node-1"]) == "objects written by node-1 are not visible"
+    )
     (tmp_path / "file").touch()
     assert "cannot write" in str(node_probe.storage_problem(f"{here}/file", write="x/node-0"))
