@@ -115,7 +115,7 @@ def _line(status: Status, text: str) -> Text:
     return Text.assemble((f"{status:<7} ", _COLOURS[status]), text)
 
 
-def judge(
+def diagnose(
     name: str,
     answers: Answers,
     client: dict[str, Any],

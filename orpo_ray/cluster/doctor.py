@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Any
 
 from orpo_ray.cluster import node_probe
-from orpo_ray.cluster.diagnosis import Answers, Diagnosis, Failure, Node, accelerator, client_auth, is_served, judge
+from orpo_ray.cluster.diagnosis import Answers, Diagnosis, Failure, Node, accelerator, client_auth, diagnose, is_served
 from orpo_ray.errors import UserError
 from orpo_ray.provenance import without_password
 
@@ -44,7 +44,7 @@ def this_machine(tracking_uri: str, storage: str | None = None) -> Diagnosis:
         skew_s=None,
     )
     assert not isinstance(answers.facts, Failure)
-    findings = judge("", answers, answers.facts, tracking_uri, storage)
+    findings = diagnose("", answers, answers.facts, tracking_uri, storage)
     return Diagnosis([*findings, accelerator(answers.facts), client_auth()])
 
 
@@ -77,8 +77,8 @@ def cluster(tracking_uri: str, storage: str | None = None, timeout_s: float = TI
         name = node.address if isinstance(got.facts, Failure) else f"{node.address} ({got.facts['host']})"
         if on_address[node.address] > 1:
             name += f" {node.node_id[:6]}"
-        findings += judge(name, got, mine.facts, tracking_uri, storage, node, head)
-    own = judge(_CLIENT, mine, mine.facts, tracking_uri, storage)
+        findings += diagnose(name, got, mine.facts, tracking_uri, storage, node, head)
+    own = diagnose(_CLIENT, mine, mine.facts, tracking_uri, storage)
     findings += [finding for finding in own if finding.check in _CLIENT_CHECKS]
     return Diagnosis(findings)
 
@@ -111,7 +111,7 @@ def require_reachable(address: str) -> None:
         ) from error
 
 
-def not_let_in(address: str, error: Exception) -> DoctorError:
+def connection_error(address: str, error: Exception) -> DoctorError:
     """Error for an address at which something listens, but Ray cannot connect."""
     has_token = bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
     return DoctorError(

@@ -145,11 +145,11 @@ async def _follow(client: Any, submission_id: str, log: _Log, give_up_s: float) 
         tail.cancel()
         await asyncio.wait([tail], timeout=_LAST_LINES_S)
     log.restart()
-    log.take(await _aside(client.get_job_logs, submission_id))  # lines that the stream missed
+    log.take(await _in_thread(client.get_job_logs, submission_id))  # lines that the stream missed
     return details
 
 
-async def _aside(call: Callable[..., Any], *arguments: Any) -> Any:
+async def _in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
     """Run a call in a daemon thread and return its result; cancellation does not wait for the thread.
 
     With `asyncio.to_thread`, Ctrl-C would wait until a request to a server that hangs has timed out.
@@ -190,7 +190,7 @@ async def _end_of(client: Any, submission_id: str, give_up_s: float) -> Any:
     last_seen = time.monotonic()
     while True:
         try:
-            details = await _aside(client.get_job_info, submission_id)
+            details = await _in_thread(client.get_job_info, submission_id)
         except SubmitError:
             raise
         except (OSError, RuntimeError) as error:  # OSError: requests' errors; RuntimeError: an unsuccessful reply

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from orpo_ray.cluster import node_probe
-from orpo_ray.cluster.diagnosis import Answers, Diagnosis, Failure, Finding, Node, judge
+from orpo_ray.cluster.diagnosis import Answers, Diagnosis, Failure, Finding, Node, diagnose
 from orpo_ray.cluster.doctor import DoctorError, require_reachable
 
 SERVER = "http://user:secret@mlflow:5000"
@@ -44,7 +44,7 @@ def findings(
     **facts: Any,
 ) -> dict[str, Finding]:
     answers = Answers(FACTS | facts, mlflow, storage, *skew)
-    found = judge("node a", answers, CLIENT, SERVER, "s3://bucket/x", node, FACTS)
+    found = diagnose("node a", answers, CLIENT, SERVER, "s3://bucket/x", node, FACTS)
     assert len({finding.check for finding in found}) == len(found)
     return {finding.check: finding for finding in found}
 
@@ -108,24 +108,24 @@ def test_a_skew_within_what_cannot_be_measured_better_is_no_problem() -> None:
 
 def test_a_cluster_without_authentication_is_warned_of_unless_it_is_on_loopback() -> None:
     facts = FACTS | {"auth": ""}
-    open_to_all = judge("a", Answers(facts, skew_s=0.0), CLIENT, SERVER, "/x", NODE, facts)
+    open_to_all = diagnose("a", Answers(facts, skew_s=0.0), CLIENT, SERVER, "/x", NODE, facts)
     (warning,) = [finding for finding in open_to_all if finding.status != "ok"]
     assert (warning.check, warning.status) == ("auth", "warning")
     assert Diagnosis(open_to_all).ok
     inside = Node("n", "127.0.0.1", is_head=True, gpus=2.0)
-    alone = judge("a", Answers(facts, skew_s=0.0), CLIENT, SERVER, "/x", inside, facts)
+    alone = diagnose("a", Answers(facts, skew_s=0.0), CLIENT, SERVER, "/x", inside, facts)
     assert {finding.status for finding in alone} == {"ok"}
 
 
 def test_a_file_of_mlflow_is_asked_for_where_the_sweep_writes_it_only() -> None:
-    found = judge("a", Answers(FACTS, skew_s=0.0), CLIENT, "sqlite:////x/mlflow.db", None, NODE, FACTS)
+    found = diagnose("a", Answers(FACTS, skew_s=0.0), CLIENT, "sqlite:////x/mlflow.db", None, NODE, FACTS)
     by_check = {finding.check: finding for finding in found}
     assert by_check["MLflow"].detail.startswith("not tested")
     assert (by_check["storage"].status, by_check["storage"].detail) == ("warning", "not checked")
 
 
 def test_a_node_that_says_nothing_is_one_problem() -> None:
-    (finding,) = judge("a", Answers(Failure("no answer within 9 s")), CLIENT, SERVER, None, NODE)
+    (finding,) = diagnose("a", Answers(Failure("no answer within 9 s")), CLIENT, SERVER, None, NODE)
     assert (finding.check, finding.status, finding.detail) == ("answers", "problem", "no answer within 9 s")
 
 
