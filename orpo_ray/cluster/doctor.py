@@ -14,7 +14,8 @@ from collections import Counter
 from typing import Any
 
 from orpo_ray.cluster import node_probe
-from orpo_ray.cluster.diagnosis import Answers, Diagnosis, Failure, Node, accelerator, client_auth, diagnose, is_served
+from orpo_ray.cluster.diagnosis import Answers, Failure, Node, accelerator, client_auth, diagnose, is_served
+from orpo_ray.cluster.findings import Diagnosis
 from orpo_ray.errors import UserError
 from orpo_ray.provenance import without_password
 

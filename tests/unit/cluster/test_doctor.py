@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from orpo_ray.cluster import node_probe
-from orpo_ray.cluster.diagnosis import Answers, Diagnosis, Failure, Finding, Node, diagnose
+from orpo_ray.cluster.diagnosis import Answers, Failure, Node, diagnose
 from orpo_ray.cluster.doctor import DoctorError, require_reachable
+from orpo_ray.cluster.findings import Diagnosis, Finding
 
 SERVER = "http://user:secret@mlflow:5000"
 FACTS: dict[str, Any] = {
