@@ -29,9 +29,10 @@ from benchmarks.rounds import RESULTS, ROOT, described, save
 from benchmarks.workload import CACHE, WorkloadError, hh_path
 from orpo_ray.config import experiment as configs
 from orpo_ray.config import parse
+from orpo_ray.formatting import GIB
 from orpo_ray.hardware import device_of, this_machine
 from orpo_ray.planning.architecture import architecture_of
-from orpo_ray.planning.memory import GIB, peak_memory, tokens_per_pass
+from orpo_ray.planning.memory import peak_memory, tokens_per_pass
 
 TARGET = 0.15
 """Largest relative error that is accepted."""

@@ -28,3 +28,28 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+MIB, GIB = 2**20, 2**30
+
+
+def gib(count: int) -> str:
+    """Bytes in GiB with one decimal."""
+    return f"{count / GIB:.1f} GiB"
+
+
+def mib(count: int) -> str:
+    """Bytes in MiB with one decimal."""
+    return f"{count / MIB:.1f} MiB"
+
+
+def byte_size(count: int) -> str:
+    """Bytes in GiB, or in whole MiB below 1 GiB."""
+    return gib(count) if count >= GIB else f"{count / MIB:.0f} MiB"
+
+
+def rough_duration(hours: float) -> str:
+    """Hours as whole minutes (at least 1), hours or days, whichever fits an estimate."""
+    if hours < 1:
+        return f"{max(1, round(60 * hours))} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

@@ -187,8 +187,8 @@ def test_who_has_no_token_is_told(guarded_cluster: RayCluster, sweeps: Sweeps, t
     disabled = submit("denied.yaml", RAY_AUTH_MODE="disabled", **client)
     missing = submit("denied.yaml", **client, **nobody)
     wrong = submit("denied.yaml", RAY_AUTH_TOKEN="f" * 64, **client)
-    assert "asks for a token: export RAY_AUTH_MODE=token" in disabled
-    assert "asks for a token: export RAY_AUTH_MODE=token" in missing
+    assert "requires a token: export RAY_AUTH_MODE=token" in disabled
+    assert "requires a token: export RAY_AUTH_MODE=token" in missing
     assert "refuses the token" in wrong
     for printed in (disabled, missing, wrong):
         assert "Traceback" not in printed
