@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -292,7 +292,7 @@ class Optimum:
     """Lowest and highest among the settings tied with it; None where ties are not known."""
 
 
-def optima(results: dict[str, Any], run_dir: str | Path, parameters: dict[str, int]) -> list[Optimum]:
+def optima(results: dict[str, Any], run_dir: str | Path, parameters: Mapping[str, int]) -> list[Optimum]:
     """The optimum of each model size by itself, small to large.
 
     Args:

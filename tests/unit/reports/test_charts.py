@@ -1,9 +1,11 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from orpo_ray.reports import chart_style, charts
+from orpo_ray.reports import axis_charts, chart_style, curve_charts, setting_charts
+from orpo_ray.reports.report_data import ReportData
 from orpo_ray.results.frames import load_evaluations_frame, load_runs_frame
 from orpo_ray.results.winners import optima, summarize_winners
 from orpo_ray.storage.journal import read_events
@@ -28,11 +30,15 @@ def small(rows, metric=METRIC, mode="max"):
     return {"name": "toy", "metric": metric, "mode": mode, "best": None, "trials": trials}
 
 
+def data_of(results, events):
+    return ReportData(Path("nowhere"), results, events, load_runs_frame(results), load_evaluations_frame(events))
+
+
 def test_a_heat_map_is_the_mean_over_seeds_and_says_why_cells_are_empty():
     rows = [(0.1, 1e-3, 0.6, "finished"), (0.1, 1e-3, 0.8, "finished"), (0.5, 1e-3, None, "diverged")]
     rows += [(0.1, 1e-2, 0.9, "stopped_early"), (0.5, 1e-4, 0.65, "finished")]
     results = small(rows)
-    (chart,) = charts.heat_maps(results, load_runs_frame(results)).charts
+    (chart,) = axis_charts.heat_maps(results, load_runs_frame(results)).charts
     heat, empty = chart.figure.data
     assert [*heat.x] == ["1e-4", "1e-3", "1e-2"]
     assert [*heat.y] == ["0.1", "0.5"]
@@ -51,7 +57,7 @@ def test_a_heat_map_is_the_mean_over_seeds_and_says_why_cells_are_empty():
 def test_many_learning_rates_share_cells():
     rates = np.geomspace(1e-4, 1e-2, 40)
     results = small([(lam, float(lr), 0.5, "finished") for lam in (0.0, 1.0) for lr in rates])
-    panel = charts.heat_maps(results, load_runs_frame(results))
+    panel = axis_charts.heat_maps(results, load_runs_frame(results))
     heat = panel.charts[0].figure.data[0]
     assert len(heat.x) < 9
     assert heat.x[0].startswith("1e-4<br>")
@@ -63,7 +69,7 @@ def test_many_learning_rates_share_cells():
 def test_lower_is_better_turns_the_colours_round():
     rows = [(0.0, 1e-3, 2.0, "finished"), (0.1, 1e-3, 1.0, "finished"), (0.1, 1e-2, 3.0, "finished")]
     results = small(rows, "eval/nll", "min")
-    heat = charts.heat_maps(results, load_runs_frame(results)).charts[0].figure.data[0]
+    heat = axis_charts.heat_maps(results, load_runs_frame(results)).charts[0].figure.data[0]
     assert heat.reversescale is True
     assert heat.text[1][0] == "1.000<br>★"
 
@@ -73,14 +79,14 @@ def test_what_cannot_be_drawn_is_a_sentence():
     frame = load_runs_frame(results)
     winners = summarize_winners(results, "nowhere")
     panels = [
-        charts.intervals(winners),
-        charts.heat_maps(results, frame),
-        charts.curves(results, frame, load_evaluations_frame([])),
-        charts.pareto(winners["pareto"]),
-        charts.parallel(results, frame),
-        charts.importance(results, frame),
-        charts.scaling(optima(results, "nowhere", {}), METRIC),
-        charts.divergence(results, frame, winners["divergence"]),
+        setting_charts.intervals(winners),
+        axis_charts.heat_maps(results, frame),
+        curve_charts.curves(data_of(results, [])),
+        setting_charts.pareto(winners["pareto"]),
+        setting_charts.parallel(results, frame),
+        setting_charts.importance(results, frame),
+        setting_charts.scaling(optima(results, "nowhere", {}), METRIC),
+        axis_charts.divergence(results, frame, winners["divergence"]),
     ]
     for panel in panels:
         assert panel.charts == ()
@@ -96,7 +102,7 @@ def test_importance_finds_the_setting_that_matters_and_how_sure_that_is():
         for lr in 10 ** rng.uniform(-4, -2, 60)
     ]
     results = small(rows)
-    panel = charts.importance(results, load_runs_frame(results))
+    panel = setting_charts.importance(results, load_runs_frame(results))
     rows_by_name = {row[0]: [float(cell) for cell in row[1:]] for row in panel.charts[0].rows}
     lr, lam = rows_by_name["learning rate"], rows_by_name["λ"]
     assert lr[0] > 1.0  # shuffled, it costs more than knowing nothing
@@ -107,10 +113,10 @@ def test_importance_finds_the_setting_that_matters_and_how_sure_that_is():
 def test_importance_is_silent_on_few_trials_and_on_noise():
     rows = [(i / 10, 1e-3 * (i + 1), 0.5 + i / 100, "finished") for i in range(9)]
     results = small(rows)
-    assert "Not enough trials to say: 9 settings" in charts.importance(results, load_runs_frame(results)).text
+    assert "Not enough trials to say: 9 settings" in setting_charts.importance(results, load_runs_frame(results)).text
     noise = np.random.default_rng(1).normal(size=24)
     results = small([(i / 10, 1e-3, float(noise[i]), "finished") for i in range(24)])
-    panel = charts.importance(results, load_runs_frame(results))
+    panel = setting_charts.importance(results, load_runs_frame(results))
     assert panel.charts == ()
     assert "says nothing about importance" in panel.text
 
@@ -119,14 +125,13 @@ def test_seeds_of_one_setting_are_one_setting_to_the_forest():
     results = small([(i / 10, 1e-3, 0.5 + i / 100, "finished") for i in range(9) for _ in range(5)])
     for number, one in enumerate(results["trials"]):
         one["params"]["train.seed"] = number % 5
-    assert "9 settings finished" in charts.importance(results, load_runs_frame(results)).text
+    assert "9 settings finished" in setting_charts.importance(results, load_runs_frame(results)).text
 
 
 def test_curves_show_the_best_of_each_lambda_and_keep_the_rest_back(sweep):
     results, run_dir = sweep
-    frame = load_runs_frame(results)
-    evaluations = load_evaluations_frame(read_events(run_dir / "events.jsonl"))
-    panel = charts.curves(results, frame, evaluations)
+    data = data_of(results, read_events(run_dir / "events.jsonl"))
+    panel, evaluations = curve_charts.curves(data), data.evaluations
     assert [chart.title for chart in panel.charts] == [*SIZES]
     best = results["winners"]["best"]
     mine = next(c for c in panel.charts if c.title == best["params"]["model"])
@@ -148,7 +153,7 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     steps = np.arange(1, 5001)
     events = [{"event": "eval", "trial_id": "t00", "step": int(s), "metrics": {"eval/log_odds": s / 5}} for s in steps]
     results = small([(0.1, 1e-3, 0.5, "finished")])
-    panel = charts.curves(results, load_runs_frame(results), load_evaluations_frame(events))
+    panel = curve_charts.curves(data_of(results, events))
     (trace,) = panel.charts[0].figure.data
     assert len(trace.x) <= 120
     assert (trace.x[0], trace.x[-1], trace.y[-1]) == (1, 5000, 1000.0)
@@ -168,7 +173,7 @@ def test_the_optimum_of_each_size_and_how_far_its_ties_reach(sweep):
         assert optimum.mean == pytest.approx(max(np.mean(values) for values in means.values()))
         low, high = optimum.tied["optim.lr"]
         assert low <= optimum.at["optim.lr"] <= high
-    panel = charts.scaling(found, METRIC)
+    panel = setting_charts.scaling(found, METRIC)
     lr, lam = panel.charts
     assert [*lr.figure.data[0].x] == [*SIZES.values()]
     assert [*lr.figure.data[0].y] == [o.at["optim.lr"] for o in found]
@@ -185,7 +190,7 @@ def test_the_front_is_numbered_and_a_setting_that_went_wrong_is_left_out():
         for i, nll in enumerate(nlls)
     ]
     results = {"name": "toy", "metric": "eval/nll", "mode": "min", "best": trials[0], "trials": trials}
-    panel = charts.pareto(summarize_winners(results, "nowhere")["pareto"])
+    panel = setting_charts.pareto(summarize_winners(results, "nowhere")["pareto"])
     others, front = panel.charts[0].figure.data
     assert [*front.text] == ["1"]
     assert front.x[0] == pytest.approx(2.0)
