@@ -49,3 +49,8 @@ def status_text(status: str) -> str:
 def ended_as(statuses: Mapping[str, int]) -> str:
     """How many trials have each status, in the order given: `12 finished, 1 diverged`; statuses of none left out."""
     return ", ".join(f"{count} {status_text(status)}" for status, count in statuses.items() if count)
+
+
+def better_when(mode: str) -> str:
+    """Which direction of a metric is better: `higher` for mode `max`, `lower` for `min`."""
+    return "higher" if mode == "max" else "lower"

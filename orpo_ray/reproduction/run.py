@@ -33,7 +33,7 @@ from orpo_ray.reports.progress import SweepProgress
 from orpo_ray.reproduction import flops, sampling, win_rate
 from orpo_ray.reproduction.diversity import Diversity, Embed, diversity, local_embedder
 from orpo_ray.reproduction.scales import LAMBDAS, MAIN_LAMBDA, SEEDS, Scale, base_pairs
-from orpo_ray.results import export
+from orpo_ray.results import export, export_source
 from orpo_ray.results.bootstrap import LEVEL, RESAMPLES, draws
 from orpo_ray.storage.journal import read_events
 from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores
@@ -287,10 +287,10 @@ def _train(
                 f"{role}: training {name} did not finish ({[(t['status'], t['error']) for t in found]}); remove "
                 f"{outcome.run_dir} to try it again, and what was made with it"
             )
-        candidate = export.find(str(outcome.run_dir / "trials" / found[0]["trial_id"]))
+        candidate = export_source.find(str(outcome.run_dir / "trials" / found[0]["trial_id"]))
         try:
             export.require_own(place.model(name), candidate)
-        except export.ExportError as error:
+        except export_source.ExportError as error:
             raise ReproduceError(
                 f"{place.model(name)} is of an earlier training than {outcome.run_dir}, and what came after it was "
                 f"made with that: remove {place.folder} to start over"

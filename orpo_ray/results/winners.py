@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from orpo_ray.results.bootstrap import (
 )
 from orpo_ray.results.divergence import divergence_boundaries
 from orpo_ray.results.frames import LAMBDA, LR, setting_key, setting_of
-from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores, on_shared_pairs
+from orpo_ray.results.pair_files import load_pair_scores
+from orpo_ray.storage.pair_scores import PairScores, on_shared_pairs
 
 NLL, NLL_PER_BYTE, ACCURACY = "eval/nll", "eval/nll_per_byte", "eval/preference_accuracy"
 
@@ -239,23 +239,11 @@ def _load(
     """
     found: dict[str, PairScores] = {}
     for trial in trials:
-        trial_id, reported = trial["trial_id"], trial["metrics"][metric]
-        try:
-            scores = PairScores.load(run_dir / "trials" / trial_id / PAIRS_FILE)
-        except FileNotFoundError:
-            why = " (its result was taken over from an earlier run)" if trial.get("reused_from") else ""
-            return {}, 0, f"per-pair file of trial {trial_id} missing{why}"
-        except (OSError, ValueError) as error:
-            return {}, 0, f"per-pair file of trial {trial_id} unreadable ({error})"
-        if not math.isclose(scores.value(metric), reported, rel_tol=1e-4, abs_tol=1e-6):
-            return (
-                {},
-                0,
-                (
-                    f"per-pair file of trial {trial_id} is of another evaluation: its {metric} is "
-                    f"{scores.value(metric):.6g}, the trial's last one {reported:.6g}"
-                ),
-            )
+        trial_id, logged = trial["trial_id"], {metric: trial["metrics"][metric]}
+        folder, is_reused = run_dir / "trials" / trial_id, bool(trial.get("reused_from"))
+        scores = load_pair_scores(folder, f"trial {trial_id}", logged, is_reused)
+        if isinstance(scores, str):
+            return {}, 0, scores
         found[trial_id] = scores
     if not found:
         return {}, 0, None

@@ -1,0 +1,136 @@
+"""Which trial an export takes, and what its run directory tells about it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orpo_ray.config import ExperimentConfig, as_given, parse
+from orpo_ray.config.space import describe
+from orpo_ray.errors import UserError
+from orpo_ray.models.precision import name_of, product_type
+from orpo_ray.storage import checkpoint_files
+from orpo_ray.storage.find import find_run_dir
+from orpo_ray.storage.journal import read_events
+from orpo_ray.storage.object_store import Storage
+from orpo_ray.storage.results import current
+from orpo_ray.storage.run_dir import EVENTS_FILE, SWEEP_FILE
+from orpo_ray.tracking.read_runs import sweep_of_run
+from orpo_ray.tracking.uri import resolve_uri
+
+
+class ExportError(UserError, RuntimeError):
+    """Nothing can be exported or registered; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A trial with a checkpoint."""
+
+    run_dir: Path
+    sweep_id: str
+    results: dict[str, Any]
+    """results.json of its sweep, as far as that has come."""
+    trial: dict[str, Any]
+    """Of `results`."""
+    config: ExperimentConfig
+    """The trial's."""
+    checkpoint: Path
+    manifest: dict[str, Any]
+    """Of the checkpoint (`checkpoint.read_manifest`)."""
+    logged: dict[str, float | None]
+    """Held-out metrics that the run logged at the checkpoint's step; empty where it was not evaluated there."""
+    products: str
+    """What its matrix products ran in: `fp32` or `bf16`."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.manifest["step"])
+
+
+def find(run: str, tracking_uri: str | None = None) -> Candidate:
+    """The trial that `run` means, with its newest whole checkpoint or, with `checkpoint.keep_best`, its best.
+
+    Args:
+        run: a run directory, a sweep's name or its place in an object store (its best trial), a trial's directory
+            (`runs/NAME/trials/ID`), or an MLflow run id: of a child run (that trial) or of a parent (its best trial).
+        tracking_uri: where that MLflow run is; by default MLFLOW_TRACKING_URI, else `runs/mlflow.db`.
+
+    Raises:
+        FileNotFoundError: there is no such sweep.
+        ExportError: no such trial or MLflow run, or no checkpoint.
+        TrackingError: the tracking URI is a relative path.
+    """
+    path = Path(run).expanduser().absolute()
+    if path.parent.name == "trials" and path.is_dir():
+        return _candidate(path.parent.parent, path.name)
+    if re.fullmatch("[0-9a-f]{32}", run) and not path.exists():
+        return _candidate(*_of_mlflow_run(run, resolve_uri(tracking_uri, Path("runs").absolute())))
+    return _candidate(find_run_dir(run).absolute(), None)
+
+
+def _of_mlflow_run(run_id: str, uri: str) -> tuple[Path, str | None]:
+    """Run directory and trial id (None: a parent run) of an MLflow run."""
+    sweep_id, trial_id, config = sweep_of_run(run_id, uri)
+    if sweep_id is None:
+        raise ExportError(f"MLflow run {run_id} was not made by orpo-ray; give a run directory, or another run id")
+    run_dir = Path(config["output_dir"]).expanduser().absolute() / config["name"]
+    if not (run_dir / SWEEP_FILE).is_file() or _sweep_file(run_dir)["sweep_id"] != sweep_id:
+        raise ExportError(
+            f"MLflow run {run_id} is of the sweep {config['name']!r}, whose run directory {run_dir} is not here; "
+            "go where the sweep was started, or give its run directory"
+        )
+    return run_dir, trial_id
+
+
+def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
+    results = current(run_dir)
+    trials = {trial["trial_id"]: trial for trial in results["trials"]}
+    if trial_id is None and results["best"] is None:
+        raise ExportError(
+            f"{run_dir}: no trial has ended with a value of {results['metric']}, so none is the best; wait for one, or "
+            f"name a trial that has a checkpoint: {run_dir / 'trials'}/ID"
+        )
+    trial = results["best"] if trial_id is None else trials.get(trial_id)
+    if trial is None:
+        raise ExportError(f"{run_dir} has no trial {trial_id!r}; its trials are {', '.join(trials)}")
+    if trial["reused_from"]:
+        raise ExportError(
+            f"trial {trial['trial_id']} was not trained here: its result was taken over from MLflow run "
+            f"{trial['reused_from']}. Export that one: orpo-ray export {trial['reused_from']}"
+        )
+    known = _sweep_file(run_dir)
+    config = parse(as_given(known["config"]), source=SWEEP_FILE).trial(trial["params"])
+    folder = run_dir / "trials" / trial["trial_id"]
+    remote = None if config.storage is None else Storage(config.storage) / config.name / "trials" / trial["trial_id"]
+    taken = checkpoint_files.chosen(folder, config.checkpoint.keep_best, remote)
+    if taken is None:
+        raise ExportError(
+            f"trial {trial['trial_id']} ({describe(trial['params'])}, {trial['status'].replace('_', ' ')} after "
+            f"{trial['steps']} steps) has no whole checkpoint in {remote or folder}. One is written every "
+            "train.checkpoint_every steps (by default at each evaluation, train.eval_every) and after the last step: "
+            "set train.checkpoint_every to fewer steps and train it again, or export another trial"
+        )
+    manifest = checkpoint_files.read_manifest(taken)
+    logged: dict[str, float | None] = {}
+    products = name_of(product_type(config.train.precision))
+    of_others: dict[str, dict[str, float | None]] = {}
+    """At this checkpoint's step."""
+    for event in read_events(run_dir / EVENTS_FILE):
+        is_own, is_at = event["trial_id"] == trial["trial_id"], event.get("step") == manifest["step"]
+        if event["event"] == "eval" and is_at:
+            of_others[event["trial_id"]] = event["metrics"]
+            logged = event["metrics"] if is_own else logged
+        elif event["event"] == "forked" and is_own and is_at:
+            logged = of_others.get(event["donor"], {})  # the checkpoint is the donor's
+        elif event["event"] == "started" and is_own:
+            products = event.get("facts", {}).get("forward/products", products)
+    return Candidate(run_dir, known["sweep_id"], results, trial, config, taken, manifest, logged, products)
+
+
+def _sweep_file(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / SWEEP_FILE).read_text(encoding="utf-8")))
