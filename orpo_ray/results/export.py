@@ -1,4 +1,4 @@
-"""A sweep's best model as a folder that plain transformers loads, checked against the run, registered in MLflow."""
+"""Export a trial's model as a folder that plain transformers loads, check it against the run, register it in MLflow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from orpo_ray.training import checkpoint
 Dtype = Literal["float32", "bfloat16"]
 
 ALIAS = "champion"
-"""Of the registered version that was exported last."""
+"""Alias of the registered version that was exported last."""
 
 MARKER_FILE = "orpo_ray.json"
 _EXPERIMENT = "experiment.yaml"
@@ -39,13 +39,13 @@ _MODEL_PREFIX = "lm."  # of `forward.PairModel`
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A folder with a model."""
+    """A folder with an exported model."""
 
     folder: Path
     digest: str
-    """SHA-256 of weights, configuration and tokenizer; the card does not count."""
+    """SHA-256 of weights, configuration and tokenizer, without the model card."""
     check: verify.Check | None
-    """None where it was not asked for."""
+    """None where no check was requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Registered:
     name: str
     version: str
     is_new: bool
-    """False: the same files of the same run were registered before, and only the alias was set."""
+    """False where the same files of the same run were registered before, so that only the alias was set."""
     uri: str
     """`models:/NAME@champion`."""
 
@@ -66,23 +66,23 @@ class Registered:
 def export(candidate: Candidate, folder: Path | None = None, dtype: Dtype = "float32", check: bool = True) -> Exported:
     """Write the trial's model: weights (safetensors), configuration, tokenizer with the training's chat template, card.
 
-    The folder appears whole or not at all: it is written under another name, checked, and renamed.
+    The folder appears complete or not at all: it is written under a temporary name, checked, and renamed.
 
     Args:
-        candidate: from `find`.
+        candidate: from `export_source.find`.
         folder: by default `<run_dir>/export/<trial_id>`. An earlier export of the same trial is replaced.
-        dtype: of the weights. The default is what training kept, so that nothing is lost: at ORPO's learning rates
-            many a step is smaller than bf16's distance between two numbers. Who wants half the size rounds once,
-            here or with `from_pretrained(..., dtype=...)`.
+        dtype: dtype of the weights. The default keeps the training's precision: at ORPO's learning rates many steps are
+            smaller than the spacing of bf16 numbers. To halve the size, round once, here or with
+            `from_pretrained(..., dtype=...)`.
         check: load the folder with plain transformers and compute the run's held-out metrics again.
 
     Returns:
-        Where it is. After a check that did not pass that is the folder of the other name, left to be looked into.
+        The export. If the check failed, `folder` is the temporary one, kept for inspection.
 
     Raises:
         ExportError: the folder holds something else, the checkpoint does not fit the model, or the run logged nothing
             to check against.
-        CheckpointError, ModelError, DataError: what the trial was trained from cannot be read (any more).
+        CheckpointError, ModelError, DataError: the trial's checkpoint, base model or data can no longer be read.
     """
     folder = (folder or candidate.run_dir / "export" / candidate.trial["trial_id"]).expanduser().absolute()
     require_own(folder, candidate)
@@ -99,7 +99,7 @@ def export(candidate: Candidate, folder: Path | None = None, dtype: Dtype = "flo
     digest = _digest(partial)
     found, pairs = None, None
     if check:
-        gc.collect()  # the trained model: two of them need not fit
+        gc.collect()  # free the trained model: memory may not hold two
         rounded = dtype != "float32" or candidate.products != "fp32"
         found, pairs = verify.check(partial, candidate.config, candidate.logged, candidate.step, rounded)
     facts = CardFacts(
@@ -133,7 +133,7 @@ def _identity(candidate: Candidate) -> dict[str, str]:
 
 
 def require_own(folder: Path, candidate: Candidate) -> None:
-    """Nothing but an earlier export of the same trial may be replaced.
+    """Check that the folder is empty, missing, or an earlier export of the same trial.
 
     Raises:
         ExportError: the folder holds something else.
@@ -143,17 +143,17 @@ def require_own(folder: Path, candidate: Candidate) -> None:
     try:
         there = json.loads((folder / MARKER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ExportError(f"{folder} is there and is no export of orpo-ray; choose another folder with --to") from None
+        raise ExportError(f"{folder} exists but is not an orpo-ray export; choose another folder with --to") from None
     mine = _identity(candidate)
     if {key: there.get(key) for key in mine} != mine:
         raise ExportError(
-            f"{folder} holds trial {there.get('trial_id')} of sweep {there.get('sweep_id')}, this is trial "
+            f"{folder} holds trial {there.get('trial_id')} of sweep {there.get('sweep_id')}, but this is trial "
             f"{mine['trial_id']} of {mine['sweep_id']}; choose another folder with --to, or remove that one"
         )
 
 
 def _replace(folder: Path, by: Path) -> None:
-    """Two renames, so that no reader finds half a folder."""
+    """Replace a folder with two renames, so that no reader finds it half written."""
     old = folder.with_name(f".{folder.name}.orpo-ray-old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -163,33 +163,33 @@ def _replace(folder: Path, by: Path) -> None:
 
 
 def _write_model(candidate: Candidate, folder: Path, dtype: Dtype) -> int:
-    """Weights, configuration and tokenizer; returns the number of parameters."""
+    """Write weights, configuration and tokenizer; returns the number of parameters."""
     config = candidate.config
     tokenizer = copy.deepcopy(load_tokenizer(config.model))
     tokens = PairTokenizer(config.data, tokenizer)
     tokenizer.chat_template = tokens.template
     model = trained_model(candidate)
     if config.loss.is_reward:
-        model.config.pad_token_id = tokenizer.pad_token_id  # transformers looks for an answer's end by it
+        model.config.pad_token_id = tokenizer.pad_token_id  # transformers finds an answer's end with it
     else:
         stop_at(model, tokens.end_of_turn())
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="5GB")
-    for weights in folder.glob("*.safetensors"):  # written for their owner alone
+    for weights in folder.glob("*.safetensors"):  # transformers makes them readable for their owner alone
         weights.chmod((folder / "config.json").stat().st_mode)
     tokenizer.save_pretrained(folder)
     return count_parameters(model)[0]
 
 
 def trained_model(candidate: Candidate) -> PreTrainedModel:
-    """The base model with the checkpoint's weights in it, fp32, adapters merged.
+    """The model with the checkpoint's weights, in fp32, adapters merged.
 
-    Adapters alone are in a LoRA checkpoint; the base is read again, or made again from the trial's seed.
+    A LoRA checkpoint holds only the adapters; the base model is loaded again, or built again from the trial's seed.
 
     Raises:
-        ExportError: the checkpoint's names are not those of the model.
+        ExportError: the checkpoint's weight names do not match the model's.
     """
     config = candidate.config
-    # Whatever kernel the training used, transformers may choose its own here; it is not saved.
+    # transformers may choose an attention kernel other than the training's; the choice is not saved.
     plain = config.model.model_copy(update={"gradient_checkpointing": False, "attention": "shared_prompt"})
     build = build_reward_model if config.loss.is_reward else build_model
     model = build(plain, config.train.seed)
@@ -201,14 +201,14 @@ def trained_model(candidate: Candidate) -> PreTrainedModel:
     unknown = model.load_state_dict(state, strict=False).unexpected_keys
     if lost := sorted(trainable - state.keys()) + unknown:
         raise ExportError(
-            f"{candidate.checkpoint} is not of model {config.model.path}: {len(lost)} weights are in only one of them, "
-            f"e.g. {lost[0]}; was the model at that path changed since?"
+            f"{candidate.checkpoint} does not fit model {config.model.path}: {len(lost)} weights are in only one of "
+            f"them, e.g. {lost[0]}; was the model at that path changed since?"
         )
     return model if config.model.lora is None else model.merge_and_unload()
 
 
 def stop_at(model: PreTrainedModel, end_id: int) -> None:
-    """Let `generate` stop where an answer ends; base models often name only the end of a document."""
+    """Let `generate` stop at the end of an answer too; base models often define only the end of a document."""
     generation = model.generation_config
     known = generation.eos_token_id
     ends = known if isinstance(known, list) else [] if known is None else [known]
@@ -218,17 +218,14 @@ def stop_at(model: PreTrainedModel, end_id: int) -> None:
     try:
         generation.validate(strict=True)
     except ValueError:
-        # Published ones may hold a temperature and not say that they sample, which is refused once they are changed.
+        # Published configs may set a temperature without do_sample; transformers rejects that once a config is changed.
         generation.do_sample = True
 
 
 def _experiment(candidate: Candidate) -> str:
-    elsewhere: dict[str, Any] = {
-        "output_dir": True,
-        "tracking": True,
-        "data": {"cache_dir"},
-    }  # of the machine that trained it
-    tree = candidate.config.model_dump(mode="json", exclude_defaults=True, exclude=elsewhere)
+    """The experiment that trains this model again, as YAML, without paths of the machine that trained it."""
+    local: dict[str, Any] = {"output_dir": True, "tracking": True, "data": {"cache_dir"}}
+    tree = candidate.config.model_dump(mode="json", exclude_defaults=True, exclude=local)
     tree["name"] = f"{candidate.config.name[:60]}-{candidate.trial['trial_id'][:38]}"
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
@@ -253,9 +250,9 @@ def register(candidate: Candidate, exported: Exported, name: str | None = None, 
     The same files of the same run are never registered twice.
 
     Args:
-        candidate: what was exported.
-        exported: the folder.
-        name: of the registered model; by default the sweep's.
+        candidate: the exported trial.
+        exported: the exported folder.
+        name: name of the registered model; by default the sweep's name.
         uri: tracking URI; by default the sweep's own `tracking.uri`, MLFLOW_TRACKING_URI, or the SQLite file beside the
             run directory.
 
@@ -269,7 +266,7 @@ def register(candidate: Candidate, exported: Exported, name: str | None = None, 
     if run_id is None:
         raise ExportError(
             f"results.json names no MLflow run of trial {candidate.trial['trial_id']}: run the sweep's command again "
-            "to its end, which delivers what MLflow lacks, or export with --no-register"
+            "until it ends, which sends MLflow everything it lacks, or export with --no-register"
         )
     name = name or candidate.results["name"]
     uri = resolve_uri(uri or candidate.config.tracking.uri, candidate.run_dir.parent)

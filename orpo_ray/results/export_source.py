@@ -11,6 +11,7 @@ from typing import Any
 from orpo_ray.config import ExperimentConfig, as_given, parse
 from orpo_ray.config.space import describe
 from orpo_ray.errors import UserError
+from orpo_ray.formatting import status_text
 from orpo_ray.models.precision import name_of, product_type
 from orpo_ray.storage import checkpoint_files
 from orpo_ray.storage.find import find_run_dir
@@ -23,7 +24,7 @@ from orpo_ray.tracking.uri import resolve_uri
 
 
 class ExportError(UserError, RuntimeError):
-    """Nothing can be exported or registered; the message says why and what to do."""
+    """A model cannot be exported or registered; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,36 +34,36 @@ class Candidate:
     run_dir: Path
     sweep_id: str
     results: dict[str, Any]
-    """results.json of its sweep, as far as that has come."""
+    """results.json of its sweep; for a running sweep, the results so far."""
     trial: dict[str, Any]
-    """Of `results`."""
+    """The trial's entry in `results`."""
     config: ExperimentConfig
-    """The trial's."""
+    """The trial's config."""
     checkpoint: Path
     manifest: dict[str, Any]
-    """Of the checkpoint (`checkpoint.read_manifest`)."""
+    """The checkpoint's manifest (`checkpoint_files.read_manifest`)."""
     logged: dict[str, float | None]
     """Held-out metrics that the run logged at the checkpoint's step; empty where it was not evaluated there."""
     products: str
-    """What its matrix products ran in: `fp32` or `bf16`."""
+    """Precision of the training's matrix products: `fp32` or `bf16`."""
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Optimizer steps done at the checkpoint."""
         return int(self.manifest["step"])
 
 
 def find(run: str, tracking_uri: str | None = None) -> Candidate:
-    """The trial that `run` means, with its newest whole checkpoint or, with `checkpoint.keep_best`, its best.
+    """Find a trial and its newest complete checkpoint or, with `checkpoint.keep_best`, its best one.
 
     Args:
-        run: a run directory, a sweep's name or its place in an object store (its best trial), a trial's directory
+        run: a run directory, a sweep's name or its URI in an object store (its best trial), a trial's directory
             (`runs/NAME/trials/ID`), or an MLflow run id: of a child run (that trial) or of a parent (its best trial).
-        tracking_uri: where that MLflow run is; by default MLFLOW_TRACKING_URI, else `runs/mlflow.db`.
+        tracking_uri: MLflow tracking URI to look up that run; by default MLFLOW_TRACKING_URI, else `runs/mlflow.db`.
 
     Raises:
         FileNotFoundError: there is no such sweep.
-        ExportError: no such trial or MLflow run, or no checkpoint.
+        ExportError: there is no such trial or MLflow run, or no checkpoint.
         TrackingError: the tracking URI is a relative path.
     """
     path = Path(run).expanduser().absolute()
@@ -74,15 +75,15 @@ def find(run: str, tracking_uri: str | None = None) -> Candidate:
 
 
 def _of_mlflow_run(run_id: str, uri: str) -> tuple[Path, str | None]:
-    """Run directory and trial id (None: a parent run) of an MLflow run."""
+    """Run directory and trial id (None for a parent run) of an MLflow run."""
     sweep_id, trial_id, config = sweep_of_run(run_id, uri)
     if sweep_id is None:
         raise ExportError(f"MLflow run {run_id} was not made by orpo-ray; give a run directory, or another run id")
     run_dir = Path(config["output_dir"]).expanduser().absolute() / config["name"]
     if not (run_dir / SWEEP_FILE).is_file() or _sweep_file(run_dir)["sweep_id"] != sweep_id:
         raise ExportError(
-            f"MLflow run {run_id} is of the sweep {config['name']!r}, whose run directory {run_dir} is not here; "
-            "go where the sweep was started, or give its run directory"
+            f"MLflow run {run_id} belongs to the sweep {config['name']!r}, whose run directory {run_dir} is not on this "
+            "machine; run this where the sweep was started, or give its run directory"
         )
     return run_dir, trial_id
 
@@ -110,23 +111,22 @@ def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
     taken = checkpoint_files.chosen(folder, config.checkpoint.keep_best, remote)
     if taken is None:
         raise ExportError(
-            f"trial {trial['trial_id']} ({describe(trial['params'])}, {trial['status'].replace('_', ' ')} after "
-            f"{trial['steps']} steps) has no whole checkpoint in {remote or folder}. One is written every "
+            f"trial {trial['trial_id']} ({describe(trial['params'])}, {status_text(trial['status'])} after "
+            f"{trial['steps']} steps) has no complete checkpoint in {remote or folder}. One is written every "
             "train.checkpoint_every steps (by default at each evaluation, train.eval_every) and after the last step: "
             "set train.checkpoint_every to fewer steps and train it again, or export another trial"
         )
     manifest = checkpoint_files.read_manifest(taken)
     logged: dict[str, float | None] = {}
     products = name_of(product_type(config.train.precision))
-    of_others: dict[str, dict[str, float | None]] = {}
-    """At this checkpoint's step."""
+    at_step: dict[str, dict[str, float | None]] = {}  # trial id -> its metrics at this checkpoint's step
     for event in read_events(run_dir / EVENTS_FILE):
         is_own, is_at = event["trial_id"] == trial["trial_id"], event.get("step") == manifest["step"]
         if event["event"] == "eval" and is_at:
-            of_others[event["trial_id"]] = event["metrics"]
+            at_step[event["trial_id"]] = event["metrics"]
             logged = event["metrics"] if is_own else logged
         elif event["event"] == "forked" and is_own and is_at:
-            logged = of_others.get(event["donor"], {})  # the checkpoint is the donor's
+            logged = at_step.get(event["donor"], {})  # the checkpoint is the donor's
         elif event["event"] == "started" and is_own:
             products = event.get("facts", {}).get("forward/products", products)
     return Candidate(run_dir, known["sweep_id"], results, trial, config, taken, manifest, logged, products)

@@ -296,7 +296,7 @@ def test_refusals(zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     export.export(export_source.find(zoo.trial_dir("tied")), target, check=False)  # the same one again
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(export_source.ExportError, match="no export of orpo-ray"):
+    with pytest.raises(export_source.ExportError, match="not an orpo-ray export"):
         export.export(export_source.find(zoo.trial_dir("tied")), tmp_path / "mine", check=False)
     assert (tmp_path / "mine" / "thesis.txt").is_file()
     with pytest.raises(export_source.ExportError, match="no evaluation at step 2"):
@@ -308,7 +308,7 @@ def test_refusals(zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         shutil.rmtree(kept)
     assert cli.main(["export", str(copy / "trials" / "tied"), "--no-register"]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert "has no whole checkpoint" in message
+    assert "has no complete checkpoint" in message
     assert "train.checkpoint_every" in message
     (copy / "trials" / "nobody").mkdir()
     with pytest.raises(export_source.ExportError, match="has no trial 'nobody'"):

@@ -83,9 +83,7 @@ def test_sweeps_that_carry_no_study_are_refused(tmp_path) -> None:
     with pytest.raises(TransferError, match="judged by eval/log_odds and eval/nll; choose one with --metric"):
         transfer_page.gather([one, other])
     assert transfer_page.gather([one, other], "eval/nll").metric == "eval/nll"
-    with pytest.raises(
-        TransferError, match="'nll' is not a held-out metric; use one of eval/preference"
-    ):
+    with pytest.raises(TransferError, match="'nll' is not a held-out metric; use one of eval/preference"):
         transfer_page.gather([one], "nll")
     with pytest.raises(TransferError, match=r"no trial of gone can be fitted \(84 failed\)"):
         transfer_page.gather([read_sweep(swept(tmp_path, "gone", statuses=dict.fromkeys(range(84), "failed")))])

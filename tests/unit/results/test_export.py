@@ -87,7 +87,7 @@ def test_a_trials_directory_means_that_trial(run_dir: Path) -> None:
 def test_what_cannot_be_exported_says_what_to_do(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(export_source.ExportError, match=f"orpo-ray export {'f' * 32}"):
         export_source.find(str(run_dir / "trials" / "c"))
-    with pytest.raises(export_source.ExportError, match=r"no whole checkpoint.*train\.checkpoint_every"):
+    with pytest.raises(export_source.ExportError, match=r"no complete checkpoint.*train\.checkpoint_every"):
         export_source.find(str(run_dir / "trials" / "d"))
     with pytest.raises(FileNotFoundError):
         export_source.find(str(tmp_path / "losse"))
