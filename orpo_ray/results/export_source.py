@@ -82,8 +82,8 @@ def _of_mlflow_run(run_id: str, uri: str) -> tuple[Path, str | None]:
     run_dir = Path(config["output_dir"]).expanduser().absolute() / config["name"]
     if not (run_dir / SWEEP_FILE).is_file() or _sweep_file(run_dir)["sweep_id"] != sweep_id:
         raise ExportError(
-            f"MLflow run {run_id} belongs to the sweep {config['name']!r}, whose run directory {run_dir} is not on this "
-            "machine; run this where the sweep was started, or give its run directory"
+            f"MLflow run {run_id} belongs to the sweep {config['name']!r}, whose run directory {run_dir} is not "
+            "on this machine; run this where the sweep was started, or give its run directory"
         )
     return run_dir, trial_id
 
