@@ -128,7 +128,7 @@ def metric_by(axis: str, results: dict[str, Any], frame: pd.DataFrame) -> Panel:
         figure.add_scatter(
             x=[*values.index],
             y=[mean for mean, *_ in intervals],
-            error_y={"array": [half if seeds >= _MIN_FOR_INTERVAL else 0 for _, half, seeds in intervals]},
+            error_y={"array": [half if seeds >= _MIN_FOR_INTERVAL else None for _, half, seeds in intervals]},
             mode="lines",
             line={"width": 1.5, "color": GREY},
             name="mean",

@@ -162,7 +162,7 @@ def _draw_error(axis: Axes, trace: Any, way: str, x: list[float], y: list[float]
     if bars.array is None or not len(bars.array):
         return
     below = bars.array if bars.arrayminus is None else bars.arrayminus
-    spread: dict[str, Any] = {f"{way}err": np.maximum([below, bars.array], 0)}
+    spread: dict[str, Any] = {f"{way}err": np.array([below, bars.array], dtype=float).clip(0)}
     axis.errorbar(x, y, **spread, fmt="none", ecolor=bars.color or colour, elinewidth=bars.thickness or 1.5, capsize=3)
 
 

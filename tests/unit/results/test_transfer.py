@@ -96,7 +96,7 @@ def test_noise_alone_says_nothing() -> None:
         for law in (found.lr, found.orpo_lambda):
             for each in law.extrapolations:
                 assert each.says_nothing
-                assert each.statement.startswith(f"Of {'lr' if law.axis == 'lr' else 'λ'} at ")
+                assert each.statement.startswith(f"About {'lr' if law.axis == 'lr' else 'λ'} at ")
                 assert "says nothing" in each.statement
 
 
