@@ -217,7 +217,8 @@ def binned(values: pd.Series, log: bool) -> tuple[pd.Series, list[str]]:
     unique = np.unique(values.dropna())
     write = lr_text if log else lambda v: f"{v:.3g}"
     if len(unique) <= _MAX_CELLS:
-        return values.map({v: i for i, v in enumerate(unique)}), [write(v) for v in unique]
+        places = {name: place for place, name in enumerate(dict.fromkeys(map(write, unique)))}
+        return values.map({v: places[write(v)] for v in unique}), [*places]  # values with the same name share a cell
     edges = (np.geomspace if log and unique[0] > 0 else np.linspace)(unique[0], unique[-1], _MAX_CELLS - 1)
     cells = pd.Series(np.clip(np.digitize(values, edges[1:-1]), 0, len(edges) - 2), index=values.index)
     return cells, [f"{write(a)}<br>–{write(b)}" for a, b in pairwise(edges)]

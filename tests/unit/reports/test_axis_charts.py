@@ -38,6 +38,13 @@ def test_many_learning_rates_share_cells():
     assert "values within each range" in panel.text
 
 
+def test_learning_rates_with_the_same_name_share_a_cell():
+    results = small([(0.0, 1.70e-3, 0.4, "finished"), (0.1, 1.73e-3, 0.5, "finished"), (0.1, 3e-3, 0.6, "finished")])
+    heat = axis_charts.heat_maps(results, load_runs_frame(results)).charts[0].figure.data[0]
+    assert [*heat.x] == ["1.7e-3", "3e-3"]
+    assert [[*row] for row in heat.z] == [[0.4, None], [0.5, 0.6]]
+
+
 def test_lower_is_better_turns_the_colours_round():
     rows = [(0.0, 1e-3, 2.0, "finished"), (0.1, 1e-3, 1.0, "finished"), (0.1, 1e-2, 3.0, "finished")]
     results = small(rows, "eval/nll", "min")
