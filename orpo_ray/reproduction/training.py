@@ -22,7 +22,7 @@ from orpo_ray.reproduction.scales import (
     base_pairs,
 )
 from orpo_ray.reproduction.workspace import ReproduceError, Workspace
-from orpo_ray.results import export
+from orpo_ray.results import export, export_source
 
 
 def train_lambdas(workspace: Workspace, console: Console, lambdas: Sequence[float] = LAMBDAS) -> dict[str, float]:
@@ -112,10 +112,10 @@ def _train(
 
 def _export(model: Path, run_dir: Path, trial_id: str, folder: Path) -> None:
     """Export a trial's model, unless the folder has it already."""
-    candidate = export.find(str(run_dir / "trials" / trial_id))
+    candidate = export_source.find(str(run_dir / "trials" / trial_id))
     try:
         export.require_own(model, candidate)
-    except export.ExportError as error:
+    except export_source.ExportError as error:
         raise ReproduceError(
             f"{model} comes from an earlier training than {run_dir}, and later steps were made with it: remove "
             f"{folder} to start over"
