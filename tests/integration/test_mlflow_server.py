@@ -27,7 +27,7 @@ from orpo_ray.storage.results import summarize
 from orpo_ray.tracking import delivery
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from orpo_ray.tracking.uri import TrackingError
-from tests.integration.conftest import Sweeps
+from tests.support.real_sweeps import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

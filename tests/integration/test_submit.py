@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Sweeps
 from tests.support.ray_clusters import RayCluster
+from tests.support.real_sweeps import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from tests.integration.conftest import Sweeps
+from tests.support.real_sweeps import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
