@@ -4,7 +4,6 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 # As workers do: to another ninja their compiled ops would be out of date, and ours to theirs; a minute each.
@@ -18,6 +17,7 @@ from orpo_ray.config import DataConfig, ModelConfig
 from orpo_ray.data.dataset import Pair, load_pairs
 from orpo_ray.models.loading import load_tokenizer
 from orpo_ray.models.packing import NllScope
+from tests.support.pair_sources import sources_of_pairs
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -27,30 +27,17 @@ NaiveLogps = Callable[[torch.nn.Module, Sequence[Pair], NllScope], dict[str, tor
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """The folder with real preference data: $ORPO_RAY_SHARED, or `shared` beside the repository."""
-    default = Path(__file__).resolve().parents[2] / "shared"
-    folder = Path(os.environ.get("ORPO_RAY_SHARED", default))
-    if not folder.is_dir():
-        pytest.skip(f"needs real preference data: no folder {folder}; name it in ORPO_RAY_SHARED")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """The presets' tokenizer: byte-level, 1,024 tokens, BOS, EOS and padding."""
     return load_tokenizer(ModelConfig(path="tiny-llama-1m"))
 
 
-@pytest.fixture(scope="module", params=["hh-rlhf", "style-pairs"])
+@pytest.fixture(scope="module", params=sources_of_pairs().items(), ids=lambda source: source[0])
 def real_pairs(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Pair]:
-    """Eight pairs of unlike lengths: of HH-RLHF where it is there, and of the built-in generator."""
-    path = "builtin://style-pairs"
-    if request.param == "hh-rlhf":
-        shared: Path = request.getfixturevalue("shared_dir")
-        path = str(shared / "data" / "hh-rlhf-harmless-base-test.jsonl.gz")
+    """Eight pairs of unlike lengths, of each source that is at hand; a test's id names the source."""
+    _, path = request.param
     cache = str(tmp_path_factory.mktemp("pairs"))
     # More than are taken: pairs with long prompts are dropped.
     lengths = {"max_tokens": 256, "max_prompt_tokens": 192}
