@@ -49,7 +49,7 @@ def test_resume_reproduces_the_tail(workers: int, stages: list[int], cache: Path
 def test_full_fine_tuning_resumes_exactly_in_another_process(cache: Path, tmp_path: Path) -> None:
     whole = train(experiment(cache), tmp_path / "whole")
     train(experiment(cache), tmp_path / "cut", stop_at=10)
-    second = train(experiment(cache), tmp_path / "cut")
+    second = train(experiment(cache), tmp_path / "cut", fresh=True)
     _same(second, whole, range(11, 21), rel=0)
 
 
