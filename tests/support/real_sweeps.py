@@ -54,9 +54,9 @@ class Sweeps:
         self._started.append(process)
         return process
 
-    def run(self, *arguments: str, timeout_s: float = 300) -> str:
+    def run(self, *arguments: str, timeout_s: float = 300, env: dict[str, str] | None = None) -> str:
         """The same, to its end. Returns what it printed; the exit code must be 0."""
-        process = self.start(*arguments)
+        process = self.start(*arguments, env=env)
         output, _ = process.communicate(timeout=timeout_s)
         assert process.returncode == 0, output
         return output
@@ -117,3 +117,11 @@ class Sweeps:
         for process in self._started:
             if process.poll() is None:
                 self.kill(process)
+
+
+def table_of(client: Any, run_id: str, folder: Path) -> dict[str, Any]:
+    """A run's table of generations; asserts that a tag tells MLflow's user interface of it."""
+    tag = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
+    assert tag == [{"path": "generations.json", "type": "table"}]
+    written = client.download_artifacts(run_id, "generations.json", str(folder))
+    return dict(json.loads(Path(written).read_text(encoding="utf-8")))
