@@ -10,7 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
 
 import pytest
+import scipy.linalg  # noqa: F401 (it brings a BLAS beside numpy's)
 import torch
+from threadpoolctl import threadpool_limits
 from transformers import PreTrainedTokenizerBase
 
 from orpo_ray.config import DataConfig, ModelConfig
@@ -22,6 +24,8 @@ from tests.support.pair_sources import sources_of_pairs
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 torch.set_num_threads(1)
+# Threads of BLAS that wait for a busy core spin: with two tests at a time, seconds of work would take minutes.
+threadpool_limits(limits=1)
 
 NaiveLogps = Callable[[torch.nn.Module, Sequence[Pair], NllScope], dict[str, torch.Tensor]]
 
