@@ -239,21 +239,21 @@ def _run_rank(job: dict[str, Any]) -> None:
 
     import orpo_ray.orchestration.worker  # noqa: F401
     from benchmarks.probe import Probe
-    from orpo_ray.training import loop, trial
+    from orpo_ray.training import evaluate, loop, steps, trial
     from orpo_ray.training.engine import init_process_group
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     init_process_group()
     idle = psutil.Process().memory_info().rss
     case = MemoryCase(job["name"], job["settings"])
-    largest, forward = 0, loop.pair_logps
+    largest, forward = 0, steps.pair_logps
 
     def watched(model: Any, batch: Any) -> Any:
         nonlocal largest
         largest = max(largest, batch.input_ids_RT.numel())
         return forward(model, batch)
 
-    loop.pair_logps = watched
+    steps.pair_logps = evaluate.pair_logps = watched
     cache_dir = None if job["cache"] is None else Path(job["cache"])
     loop.train(case.experiment(cache_dir), trial.RankContext(Path(job["dir"]) / "trial"))
     peak = Probe("cpu").peaks()["peak_gib"]

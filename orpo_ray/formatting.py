@@ -6,13 +6,12 @@ import math
 import re
 from collections.abc import Mapping
 
+MIB, GIB = 2**20, 2**30
+
 
 def number(value: float | None, spec: str = ".4f") -> str:
     """A number in the given format; a dash for None or NaN."""
     return "–" if value is None or math.isnan(value) else f"{value:{spec}}"
-
-
-MIB, GIB = 2**20, 2**30
 
 
 def markdown_table(titles: list[str], rows: list[list[str]]) -> str:

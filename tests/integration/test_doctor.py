@@ -22,7 +22,7 @@ import pytest
 from orpo_ray.storage import object_store
 from tests.support.s3 import S3
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 AHEAD = "import time\n_now = time.time\ntime.time = lambda: _now() + 5.0\n"

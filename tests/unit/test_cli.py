@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orpo_ray.storage.history import History
 
 from orpo_ray.cli import main
 from orpo_ray.config import parse
 from orpo_ray.orchestration import ray_session
 from orpo_ray.orchestration import sweep as sweeps
 from orpo_ray.search import searchers
+from orpo_ray.search.searcher import Size
 from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE
+from tests.support.events import as_state
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -81,14 +82,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (tmp_path / "runs" / name / file).write_text(text)
 
     def proposed(config: Any, display: Any) -> None:
-        history = History()
-        history.apply(
-            {"event": "submitted", "trial_id": "0", "params": {"optim.lr": 0.001, "size": "l"}, "bundle": "l"}
+        at = {"trial_id": "0", "steps": 4, "train_seconds": 1e6}
+        history = as_state(
+            [
+                {"event": "submitted", "trial_id": "0", "params": {"optim.lr": 0.001, "size": "l"}, "bundle": "l"},
+                {"event": "eval", "trial_id": "0", "step": 4, "metrics": {"eval/preference_accuracy": 0.5}},
+                {"event": "finished", "status": "finished", **at},
+            ]
         )
-        metrics = {"eval/preference_accuracy": 0.5}
-        history.apply({"event": "eval", "trial_id": "0", "step": 4, "metrics": metrics, "seconds": 1e6})
-        history.apply({"event": "finished", "trial_id": "0", "status": "finished", "steps": 4, "train_seconds": 1e6})
-        sizes = {"s": searchers.Size(2_000_000, 1), "l": searchers.Size(8_000_000, 1)}
+        sizes = {"s": Size(2_000_000, 1), "l": Size(8_000_000, 1)}
         searchers.build(config.sweep, tmp_path, sizes, config.train.max_steps).propose(1, history)
 
     monkeypatch.setattr(sweeps, "run", proposed)
