@@ -29,9 +29,10 @@ from benchmarks.rounds import RESULTS, ROOT, described, save
 from benchmarks.workload import CACHE, WorkloadError, hh_path
 from orpo_ray.config import experiment as configs
 from orpo_ray.config import parse
+from orpo_ray.formatting import GIB
 from orpo_ray.hardware import device_of, this_machine
 from orpo_ray.planning.architecture import architecture_of
-from orpo_ray.planning.memory import GIB, peak_memory, tokens_per_pass
+from orpo_ray.planning.memory import peak_memory, tokens_per_pass
 
 TARGET = 0.15
 """Largest relative error that is accepted."""
@@ -238,21 +239,21 @@ def _run_rank(job: dict[str, Any]) -> None:
 
     import orpo_ray.orchestration.worker  # noqa: F401
     from benchmarks.probe import Probe
-    from orpo_ray.training import loop, trial
+    from orpo_ray.training import evaluate, loop, steps, trial
     from orpo_ray.training.engine import init_process_group
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     init_process_group()
     idle = psutil.Process().memory_info().rss
     case = MemoryCase(job["name"], job["settings"])
-    largest, forward = 0, loop.pair_logps
+    largest, forward = 0, steps.pair_logps
 
     def watched(model: Any, batch: Any) -> Any:
         nonlocal largest
         largest = max(largest, batch.input_ids_RT.numel())
         return forward(model, batch)
 
-    loop.pair_logps = watched
+    steps.pair_logps = evaluate.pair_logps = watched
     cache_dir = None if job["cache"] is None else Path(job["cache"])
     loop.train(case.experiment(cache_dir), trial.RankContext(Path(job["dir"]) / "trial"))
     peak = Probe("cpu").peaks()["peak_gib"]

@@ -21,13 +21,16 @@ from rich.console import Console
 
 from benchmarks.rounds import RESULTS, described, save
 from orpo_ray.orchestration import ray_session
-from orpo_ray.reproduction import run, scales
+from orpo_ray.reproduction import scales
+from orpo_ray.reproduction.log_probabilities import SIDES, changes, curves, start
+from orpo_ray.reproduction.training import train_lambdas, train_ratio
+from orpo_ray.reproduction.workspace import Workspace
 
 NAME = "more-steps-cpu"
 _MODELS = {"sft": "SFT", "orpo": "λ = 1", "probability": "probability ratio"}
 HEADER = ["step", *(f"{side}, {shown}" for shown in _MODELS.values() for side in ("chosen", "rejected"))]
 _COMPARED = {"orpo less sft": ("less SFT's", 1), "probability less odds": ("less the odds ratio's", 2)}
-"""Of `reproduce.changes`: what it is called here, and under which of the models it stands."""
+"""Of `log_probabilities.changes`: what it is called here, and under which of the models it stands."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -54,30 +57,30 @@ def trained(model: str, steps: int, folder: Path, console: Console) -> dict[str,
     """Held-out log-probabilities over the steps, and how far they moved. Ray must be initialised."""
     scale = scales.scale("tiny", model, "builtin://style-pairs")
     longer = {"policy": {"max_steps": steps}, "train_pairs": steps * scale.batch}
-    place = run.Place(folder, replace(scale, **longer, evaluations={"eval_every": 20}))
-    place.begin()
-    run.train_lambdas(place, console, (0.0, scales.MAIN_LAMBDA))
-    run.train_ratio(place, console)
-    start_N2 = run.start(place, console)
-    curves, changes = run.curves(place, start_N2), run.changes(place, start_N2)
+    workspace = Workspace(folder, replace(scale, **longer, evaluations={"eval_every": 20}))
+    workspace.begin()
+    train_lambdas(workspace, console, (0.0, scales.MAIN_LAMBDA))
+    train_ratio(workspace, console)
+    start_N2 = start(workspace, console)
+    over_steps, changed = curves(workspace, start_N2), changes(workspace, start_N2)
     return {
         "steps": steps,
         "pairs": len(start_N2),
-        "curves": {name: curves[name] for name in _MODELS},
-        "changes": {name: changes[name] for name in (*_MODELS, *_COMPARED)},
+        "curves": {name: over_steps[name] for name in _MODELS},
+        "changes": {name: changed[name] for name in (*_MODELS, *_COMPARED)},
     }
 
 
 def shown(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """Under `HEADER`: a row for every evaluation, one for the change, and those that compare changes pair by pair."""
     both = zip(*(found["curves"][name] for name in _MODELS), strict=True)
-    rows = [(f"{p[0]['step']:.0f}", *(f"{each[side]:.3f}" for each in p for side in run.SIDES)) for p in both]
-    changes = found["changes"]
-    moved = [_interval(changes[name][side]) for name in _MODELS for side in run.SIDES]
+    rows = [(f"{p[0]['step']:.0f}", *(f"{each[side]:.3f}" for each in p for side in SIDES)) for p in both]
+    moved_by = found["changes"]
+    moved = [_interval(moved_by[name][side]) for name in _MODELS for side in SIDES]
     rows.append(("change", *moved))
     for name, (title, at) in _COMPARED.items():
         cells = ["–"] * len(moved)
-        cells[2 * at : 2 * at + 2] = (_interval(changes[name][side]) for side in run.SIDES)
+        cells[2 * at : 2 * at + 2] = (_interval(moved_by[name][side]) for side in SIDES)
         rows.append((title, *cells))
     return rows
 

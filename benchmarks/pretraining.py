@@ -21,7 +21,8 @@ from rich.console import Console
 
 from benchmarks.rounds import RESULTS, described, save
 from orpo_ray.orchestration import ray_session
-from orpo_ray.reproduction import run, scales
+from orpo_ray.reproduction import log_probabilities, scales, training
+from orpo_ray.reproduction.workspace import Workspace
 
 STEPS = (15, 30, 60, 120, 240)
 """Of pretraining; the last is the scale's own."""
@@ -51,11 +52,12 @@ def main(words: list[str] | None = None) -> int:
 
 def changed(steps: int, folder: Path, console: Console) -> dict[str, Any]:
     """Held-out log-probabilities before SFT and ORPO, and how far both move them. Ray must be initialised."""
-    place = run.Place(folder, replace(scales.scale("tiny"), base={"max_steps": steps}))
-    place.begin()
-    run.train_lambdas(place, console, _LAMBDAS)
-    start_N2 = run.start(place, console)
-    start, changes = run.curves(place, start_N2)["sft"][0], run.changes(place, start_N2)
+    workspace = Workspace(folder, replace(scales.scale("tiny"), base={"max_steps": steps}))
+    workspace.begin()
+    training.train_lambdas(workspace, console, _LAMBDAS)
+    start_N2 = log_probabilities.start(workspace, console)
+    start = log_probabilities.curves(workspace, start_N2)["sft"][0]
+    changes = log_probabilities.changes(workspace, start_N2)
     return {"steps": steps, "start": start, "changes": {name: changes[name] for name in ("sft", "orpo")}}
 
 
@@ -68,7 +70,7 @@ def known(section: str, results: Path) -> dict[str, Any] | None:
 
 def shown(row: dict[str, Any]) -> tuple[str, ...]:
     """Under `HEADER`."""
-    moved = [row["changes"][name][side] for name in ("sft", "orpo") for side in run.SIDES]
+    moved = [row["changes"][name][side] for name in ("sft", "orpo") for side in log_probabilities.SIDES]
     cells = [f"{m['mean']:+.3f} ({m['low']:+.3f} to {m['high']:+.3f})" for m in moved]
     return (f"{row['steps']} steps", f"{row['start']['rejected_logp']:.3f}", *cells)
 

@@ -1,4 +1,4 @@
-"""The machine a worker runs on: its devices, memory and CPUs."""
+"""Devices, memory and CPUs of a machine that a worker runs on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")
-"""Of CPUs that multiply bf16 matrices faster than fp32 ones, as Linux and torch write them: Intel's with AMX, AMD's
-from Zen 4 on. (Some of Intel's have AVX-512 BF16 without AMX: no such machine was at hand.)"""
+"""Flags of CPUs that multiply bf16 matrices faster than fp32 ones, as Linux and torch spell them: Intel's with AMX,
+AMD's from Zen 4 on. (Some of Intel's have AVX-512 BF16 without AMX; no such machine was available for a test.)"""
 
 
 class Device(StrEnum):
-    """What a worker computes on."""
+    """Device that a worker computes on."""
 
     CPU = "cpu"
     CPU_BF16 = "cpu with bf16 units"
@@ -25,7 +25,7 @@ class Device(StrEnum):
 
 
 def this_machine() -> NodeMemory:
-    """CPUs, GPUs and memory of the machine this runs on."""
+    """CPUs, GPUs and memory of the machine that runs this process."""
     gpus = _gpu_memory()
     cpu_info = Path("/proc/cpuinfo")
     known = cpu_info.read_text(encoding="utf-8") if cpu_info.is_file() else ""
@@ -39,7 +39,7 @@ def this_machine() -> NodeMemory:
 
 
 def _gpu_memory() -> list[int]:
-    """Bytes of each of this machine's GPUs."""
+    """Memory of each of this machine's GPUs, in bytes."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -50,19 +50,19 @@ def _gpu_memory() -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class NodeMemory:
-    """A node of the cluster, as far as it decides what fits."""
+    """Resources of one node, which determine what fits."""
 
     cpus: int
     gpus: int
     memory_bytes: int
     gpu_memory_bytes: int = 0
-    """Of each GPU."""
+    """Memory of each GPU; 0 without GPUs, or where it is not known."""
     bf16_units: bool = False
     """Its CPUs multiply bf16 matrices faster than fp32 ones (AMX or AVX-512 BF16)."""
 
 
 def device_of(on_gpu: bool, nodes: list[NodeMemory]) -> Device:
-    """What workers compute on; CPUs count as having bf16 units where all nodes' have."""
+    """Device that workers compute on. CPUs count as having bf16 units if those of all nodes do."""
     if on_gpu:
         return Device.CUDA
     return Device.CPU_BF16 if nodes and all(node.bf16_units for node in nodes) else Device.CPU

@@ -4,36 +4,30 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 # As workers do: to another ninja their compiled ops would be out of date, and ours to theirs; a minute each.
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
 
 import pytest
+import scipy.linalg  # noqa: F401 (it brings a BLAS beside numpy's)
 import torch
+from threadpoolctl import threadpool_limits
 from transformers import PreTrainedTokenizerBase
 
 from orpo_ray.config import DataConfig, ModelConfig
 from orpo_ray.data.dataset import Pair, load_pairs
 from orpo_ray.models.loading import load_tokenizer
 from orpo_ray.models.packing import NllScope
+from tests.support.pair_sources import sources_of_pairs
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 torch.set_num_threads(1)
+# Threads of BLAS that wait for a busy core spin: with two tests at a time, seconds of work would take minutes.
+threadpool_limits(limits=1)
 
 NaiveLogps = Callable[[torch.nn.Module, Sequence[Pair], NllScope], dict[str, torch.Tensor]]
-
-
-@pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """The folder with real preference data: $ORPO_RAY_SHARED, or `shared` beside the repository."""
-    default = Path(__file__).resolve().parents[2] / "shared"
-    folder = Path(os.environ.get("ORPO_RAY_SHARED", default))
-    if not folder.is_dir():
-        pytest.skip(f"needs real preference data: no folder {folder}; name it in ORPO_RAY_SHARED")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -42,15 +36,12 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer(ModelConfig(path="tiny-llama-1m"))
 
 
-@pytest.fixture(scope="module", params=["hh-rlhf", "style-pairs"])
+@pytest.fixture(scope="module", params=sources_of_pairs().items(), ids=lambda source: source[0])
 def real_pairs(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Pair]:
-    """Eight pairs of unlike lengths: of HH-RLHF where it is there, and of the built-in generator."""
-    path = "builtin://style-pairs"
-    if request.param == "hh-rlhf":
-        shared: Path = request.getfixturevalue("shared_dir")
-        path = str(shared / "data" / "hh-rlhf-harmless-base-test.jsonl.gz")
+    """Eight pairs of unlike lengths, of each source that is at hand; a test's id names the source."""
+    _, path = request.param
     cache = str(tmp_path_factory.mktemp("pairs"))
     # More than are taken: pairs with long prompts are dropped.
     lengths = {"max_tokens": 256, "max_prompt_tokens": 192}

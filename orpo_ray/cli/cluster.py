@@ -122,7 +122,7 @@ def _doctor(arguments: argparse.Namespace, console: Console) -> int:
             try:
                 connection.enter_context(ray_session.connected())
             except RuntimeError as error:  # Ray's own error if the versions of Ray differ
-                raise doctor.not_let_in(address, error) from error
+                raise doctor.connection_error(address, error) from error
             diagnosis = doctor.cluster(uri, storage)
     if arguments.json:
         print(diagnosis.to_json())

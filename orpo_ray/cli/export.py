@@ -35,10 +35,10 @@ def add_export(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace, console: Console) -> int:
-    from orpo_ray.results import export
+    from orpo_ray.results import export, export_source
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    candidate = export.find(arguments.source, arguments.tracking_uri)
+    candidate = export_source.find(arguments.source, arguments.tracking_uri)
     with console.status(f"exporting trial {candidate.trial['trial_id']}"):
         exported = export.export(candidate, arguments.to, arguments.dtype, check=not arguments.no_check)
     if (check := exported.check) is not None:

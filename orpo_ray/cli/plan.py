@@ -34,6 +34,7 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from orpo_ray import hardware
     from orpo_ray.config import load
     from orpo_ray.planning import plan
+    from orpo_ray.planning.plan_table import plan_table
 
     given = {"cpus": arguments.num_cpus, "gpus": arguments.num_gpus}
     for name, gib in (("memory_bytes", arguments.memory_gib), ("gpu_memory_bytes", arguments.gpu_memory_gib)):
@@ -43,5 +44,5 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.json:
         print(planned.to_json())
     else:
-        console.print(planned)
+        console.print(plan_table(planned))
     return 0 if planned.possible else 1

@@ -122,21 +122,23 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
         from orpo_ray.reproduction import page as reproduction_page
         from orpo_ray.reproduction import run as reproduce
         from orpo_ray.reproduction import scales
+        from orpo_ray.reproduction.workspace import Workspace
     transformers_logging.disable_progress_bar()  # one per model loaded, dozens in all, each for a second
     transformers_logging.set_verbosity_error()  # it would warn that a reward model's head is untrained
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     scale = scales.scale(arguments.scale, arguments.model, arguments.data, arguments.seed)
     name = f"paper-{scale.name}" + (f"-{Path(arguments.model).name}" if arguments.model else "")
     name += f"-seed-{scale.seed}" if scale.seed else ""
-    place = reproduce.Place(arguments.output_dir.expanduser().absolute() / name, scale)
+    workspace = Workspace(arguments.output_dir.expanduser().absolute() / name, scale)
     with ray_session.connected(arguments.num_cpus):
-        result = reproduce.run(place, console)
+        result = reproduce.run(workspace, console)
     command = ["orpo-ray", "reproduce", "paper", "--scale", scale.name]
     for option in ("model", "data"):
         if (given := getattr(arguments, option)) is not None:
             command += [f"--{option}", Path(given).name if Path(given).exists() else given]
     command += ["--seed", str(scale.seed)] if scale.seed else []
-    page = reproduction_page.write(place.folder / "page", result, shlex.join(command), reproduce.of_other_seeds(place))
+    others = workspace.results_of_other_seeds()
+    page = reproduction_page.write(workspace.folder / "page", result, shlex.join(command), others)
     for claim in reproduction_page.claims(result):
         console.print(f"{claim.verdict:<12} {claim.text}: {claim.ours} ({claim.interval})", soft_wrap=True)
     console.print(f"\npage       {page}", soft_wrap=True)

@@ -1,1 +1,1 @@
-"""Reaching a Ray cluster: submitting jobs and checking nodes."""
+"""Reach a Ray cluster: submit jobs and check nodes."""

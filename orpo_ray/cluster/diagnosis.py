@@ -1,119 +1,56 @@
-"""What `orpo-ray doctor` makes of what it was told: findings, each fault with what to do about it. Asks nobody."""
+"""Turn what `orpo-ray doctor` measured into findings; every fault comes with advice. Performs no I/O on nodes."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
+from orpo_ray.cluster.findings import Finding
+from orpo_ray.formatting import GIB, gib
 from orpo_ray.provenance import without_password
 
-Status = Literal["ok", "warning", "problem"]
-
 _MAX_SKEW_S = 1.0
-_MIN_TEMP_FREE, _MIN_SHM = 5 * 2**30, 2**30
+_MIN_TEMP_FREE, _MIN_SHM = 5 * GIB, GIB
 _MIN_FILES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """The outcome of one check on one node."""
-
-    node: str
-    """Address, with the host's name; empty for this machine."""
-    check: str
-    status: Status
-    detail: str
-    """What was found."""
-    advice: str = ""
-    """What to do; for problems and warnings."""
-
-    def __str__(self) -> str:
-        return f"{self.detail}; {self.advice}" if self.advice else self.detail
-
-
-@dataclass(frozen=True, slots=True)
 class Node:
-    """A node as Ray's head knows it."""
+    """A node as Ray's head node lists it."""
 
     node_id: str
     address: str
     is_head: bool
     gpus: float
-    """That Ray may hand out."""
+    """GPUs that Ray offers on the node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A question that was not answered."""
+    """A request to a node that failed or timed out."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What a node said, or why it did not."""
+    """A node's answers to the probe's requests, or why it gave none."""
 
     facts: dict[str, Any] | Failure
-    """Of `node_probe.measure`."""
+    """Result of `node_probe.measure`."""
     mlflow: str | Failure | None = None
-    """The problem with it, if any."""
+    """Problem with MLflow; None if it works."""
     storage: str | Failure | None = None
+    """Problem with the storage; None if it works or was not tested."""
     skew_s: float | Failure | None = None
-    """Its clock minus the head node's."""
+    """The node's clock minus the head node's, in seconds."""
     skew_error_s: float = 0.0
-    """Half of the shortest round trip: what `skew_s` may be off by."""
+    """Uncertainty of `skew_s`: half of the shortest round trip, in seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """All findings; prints itself as a table of nodes × checks, and what to do."""
-
-    findings: list[Finding]
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is no problem; warnings do not count."""
-        return all(finding.status != "problem" for finding in self.findings)
-
-    def to_json(self) -> str:
-        """`{"ok": bool, "findings": [{"node", "check", "status", "detail", "advice"}]}`."""
-        return json.dumps({"ok": self.ok, "findings": [asdict(f) for f in self.findings]}, indent=2)
-
-    def __rich__(self) -> RenderableType:
-        nodes = list(dict.fromkeys(f.node for f in self.findings))
-        if nodes == [""]:
-            return Group(*(_line(f.status, f"{f.check}: {f}") for f in self.findings))
-        checks = list(dict.fromkeys(f.check for f in self.findings))
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for title in ("node", *checks):
-            table.add_column(title, overflow="fold")
-        status = {(f.node, f.check): f.status for f in self.findings}
-        for node in nodes:
-            table.add_row(Text(node), *(_MARKS.get(status.get((node, check), ""), "") for check in checks))
-        alike: dict[tuple[Status, str, str], list[str]] = {}
-        for finding in self.findings:
-            if finding.status != "ok":
-                alike.setdefault((finding.status, finding.check, str(finding)), []).append(finding.node)
-        lines = [_line(how, f"{check} on {', '.join(where)}: {text}") for (how, check, text), where in alike.items()]
-        return Group(table, *lines)
-
-
-_MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]![/]", "problem": "[red]problem[/]"}
-_COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
-
-
-def _line(status: Status, text: str) -> Text:
-    return Text.assemble((f"{status:<7} ", _COLOURS[status]), text)
-
-
-def judge(
+def diagnose(
     name: str,
     answers: Answers,
     client: dict[str, Any],
@@ -122,16 +59,16 @@ def judge(
     node: Node | None = None,
     head: dict[str, Any] | None = None,
 ) -> list[Finding]:
-    """Turn what one node said into findings. Pure: asks nobody.
+    """Turn one node's answers into findings; a pure function.
 
     Args:
-        name: of the node, for people.
-        answers: the node's.
-        client: facts of this process, to compare with.
-        tracking_uri: that `answers.mlflow` is about.
-        storage: that `answers.storage` is about.
-        node: as Ray knows it; None for this machine, outside of a cluster.
-        head: facts of the head node, where it has answered.
+        name: the node's name in the findings.
+        answers: the node's answers.
+        client: facts of this process, for comparison.
+        tracking_uri: the URI that `answers.mlflow` is about.
+        storage: the storage that `answers.storage` is about.
+        node: the node as Ray lists it; None for this machine, outside of a cluster.
+        head: facts of the head node, if it has answered.
     """
     facts = answers.facts
     if isinstance(facts, Failure):
@@ -141,8 +78,8 @@ def judge(
                 "answers",
                 "problem",
                 facts.reason,
-                "look at the node's raylet.out and worker logs in /tmp/ray/session_latest/logs; ray status tells "
-                "whether it is alive; drain it or start Ray on it again",
+                "look at the node's raylet.out and worker logs in /tmp/ray/session_latest/logs; ray status shows "
+                "whether it is alive; drain it or restart Ray on it",
             )
         ]
     found = [
@@ -150,7 +87,7 @@ def judge(
         _packages(name, facts, client, head),
         *([_code(name, facts, client), _clock(name, answers)] if node else []),
         _tool(name, "C++ compiler", facts["compiler"], "DeepSpeed compiles ops at first use: install g++"),
-        _tool(name, "ninja", facts["ninja"], "DeepSpeed compiles ops with it: pip install ninja"),
+        _tool(name, "ninja", facts["ninja"], "DeepSpeed compiles ops with ninja: pip install ninja"),
         _compiled_ops(name, facts),
         *([_gpus(name, facts, node), _auth(name, facts, head or facts, node)] if node else []),
         _at_least(
@@ -159,7 +96,7 @@ def judge(
             facts["temp_free"],
             _MIN_TEMP_FREE,
             f"free in {facts['temp']}",
-            "Ray keeps its sessions there and fails without room: make room, or start Ray with --temp-dir",
+            "Ray keeps its sessions there and fails without space: free some, or start Ray with --temp-dir",
         ),
         _at_least(
             name,
@@ -180,14 +117,14 @@ def judge(
 
 
 _MLFLOW_ADVICE = (
-    "let this machine reach the server (an address that is not localhost, --allowed-hosts of mlflow server), and give "
-    "every node MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the server asks for them"
+    "let this machine reach the server (use an address other than localhost, and --allowed-hosts of mlflow server), "
+    "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node if the server requires them"
 )
-_STORAGE_ADVICE = "every node needs the same storage: an object store, or a folder that all of them mount at this path"
+_STORAGE_ADVICE = "every node needs the same storage: an object store, or a folder that all nodes mount at this path"
 
 
 def _packages(name: str, facts: dict[str, Any], client: dict[str, Any], head: dict[str, Any] | None) -> Finding:
-    """Builds of the same version for different devices (2.9.0+cpu) may differ from the client's, not between nodes."""
+    """Compare versions. The device suffix of a build (2.9.0+cpu) must agree between nodes, not with the client."""
     mine = _versions(facts)
     missing = [package for package, version in mine.items() if version is None]
     theirs = {"this process": {p: _public(v) for p, v in _versions(client).items()}}
@@ -223,8 +160,8 @@ def _code(name: str, facts: dict[str, Any], client: dict[str, Any]) -> Finding:
             name,
             "code",
             "problem",
-            f"its orpo_ray is other code (digest {facts['code']}) than this process's ({client['code']})",
-            "install the same commit on every node, or run from a job that brings it along (--working-dir)",
+            f"its orpo_ray code (digest {facts['code']}) differs from this process's ({client['code']})",
+            "install the same commit on every node, or run from a job that uploads it (--working-dir)",
         )
     return Finding(name, "code", "ok", f"digest {facts['code']}")
 
@@ -232,7 +169,7 @@ def _code(name: str, facts: dict[str, Any], client: dict[str, Any]) -> Finding:
 def _clock(name: str, answers: Answers) -> Finding:
     if answers.skew_s is None or isinstance(answers.skew_s, Failure):
         reason = answers.skew_s.reason if isinstance(answers.skew_s, Failure) else "the head node did not answer"
-        return Finding(name, "clock", "problem", f"not compared: {reason}", "see what hangs there")
+        return Finding(name, "clock", "problem", f"not compared: {reason}", "find out why the node hangs")
     detail = f"{1000 * answers.skew_s:+.0f} ms (± {1000 * answers.skew_error_s:.0f}) from the head node"
     if abs(answers.skew_s) - answers.skew_error_s > _MAX_SKEW_S:
         return Finding(
@@ -240,8 +177,8 @@ def _clock(name: str, answers: Answers) -> Finding:
             "clock",
             "problem",
             detail,
-            "logs of different nodes cannot be put in order, object stores refuse requests from some minutes on, "
-            "TLS from some days: run chrony or systemd-timesyncd there",
+            "logs of different nodes cannot be ordered; a skew of minutes makes object stores refuse requests, one of "
+            "days breaks TLS: run chrony or systemd-timesyncd there",
         )
     return Finding(name, "clock", "ok", detail)
 
@@ -255,7 +192,7 @@ def _tool(name: str, check: str, path: str | None, advice: str) -> Finding:
 def _compiled_ops(name: str, facts: dict[str, Any]) -> Finding:
     if locks := facts["locks"]:
         detail = f"{locks[0]} was left by a build that was killed: later builds would wait for it"
-        return Finding(name, "compiled ops", "problem", detail, "remove it, unless something is being compiled now")
+        return Finding(name, "compiled ops", "problem", detail, "remove it, unless a build is running now")
     return Finding(name, "compiled ops", "ok", facts["extensions"])
 
 
@@ -263,21 +200,22 @@ def _gpus(name: str, facts: dict[str, Any], node: Node) -> Finding:
     gpus, offered = facts["gpus"], int(node.gpus)
     seen = len(gpus["names"])
     if gpus["error"]:
-        return Finding(name, "GPUs", "problem", f"torch cannot be imported: {gpus['error']}", "install it again there")
+        return Finding(name, "GPUs", "problem", f"torch cannot be imported: {gpus['error']}", "install torch again")
     if seen == offered:
         return Finding(name, "GPUs", "ok", f"{seen} × {gpus['names'][0]}" if seen else "none")
     detail = f"Ray offers {offered}, torch sees {seen}"
     if seen > offered:
-        return Finding(name, "GPUs", "problem", detail, f"start Ray there with --num-gpus={seen}, else they stay idle")
+        advice = f"start Ray there with --num-gpus={seen}; otherwise GPUs stay idle"
+        return Finding(name, "GPUs", "problem", detail, advice)
     if gpus["cuda"] is None:
-        return Finding(name, "GPUs", "problem", detail, "that torch is built without CUDA: install a CUDA build of it")
+        return Finding(name, "GPUs", "problem", detail, "this torch is built without CUDA: install a CUDA build")
     return Finding(
         name,
         "GPUs",
         "problem",
         detail,
-        f"torch is built for CUDA {gpus['cuda']}: see that nvidia-smi works there, in the container too (--gpus all), "
-        "and that CUDA_VISIBLE_DEVICES hides none",
+        f"torch is built for CUDA {gpus['cuda']}: check that nvidia-smi works there, also in the container "
+        "(--gpus all), and that CUDA_VISIBLE_DEVICES hides no GPU",
     )
 
 
@@ -289,23 +227,23 @@ def _auth(name: str, facts: dict[str, Any], head: dict[str, Any], node: Node) ->
             "auth",
             "problem",
             f"RAY_AUTH_MODE is {mode} here, {expected} on the head node",
-            "set it to the same on every node before ray start",
+            "set it to the same value on every node before ray start",
         )
     if mode != "token" and not node.address.startswith("127."):
         return Finding(
             name,
             "auth",
             "warning",
-            f"RAY_AUTH_MODE is {mode}: whoever reaches the cluster's ports can run code on it",
-            "close them to others, or set RAY_AUTH_MODE=token and a token on every node",
+            f"RAY_AUTH_MODE is {mode}: anyone who can reach the cluster's ports can run code on it",
+            "restrict access to the ports, or set RAY_AUTH_MODE=token and a token on every node",
         )
     return Finding(name, "auth", "ok", f"RAY_AUTH_MODE={mode}")
 
 
 def _at_least(name: str, check: str, found: int, needed: int, what: str, advice: str) -> Finding:
-    detail = f"{found / 2**30:.1f} GiB {what}"
+    detail = f"{gib(found)} {what}"
     if found < needed:
-        return Finding(name, check, "problem", f"{detail}, {needed / 2**30:.0f} GiB are needed", advice)
+        return Finding(name, check, "problem", f"{detail}, {needed / GIB:.0f} GiB are needed", advice)
     return Finding(name, check, "ok", detail)
 
 
@@ -316,19 +254,19 @@ def _files(name: str, limit: int) -> Finding:
             "open files",
             "problem",
             f"a process may open {limit}, {_MIN_FILES} are needed",
-            "ulimit -n 65536 before ray start (docker run --ulimit nofile=65536:65536)",
+            "run ulimit -n 65536 before ray start (docker run --ulimit nofile=65536:65536)",
         )
-    return Finding(name, "open files", "ok", "no limit" if limit < 0 else f"{limit} a process")
+    return Finding(name, "open files", "ok", "no limit" if limit < 0 else f"{limit} per process")
 
 
 def _mlflow(name: str, answers: Answers, uri: str, node: Node | None) -> Finding:
     if node is not None and not is_served(uri):
-        return Finding(name, "MLflow", "ok", "not asked: a file is written by the process of the sweep only")
+        return Finding(name, "MLflow", "ok", "not tested: only the sweep's own process writes to a file")
     return _service(name, "MLflow", answers.mlflow, uri, _MLFLOW_ADVICE)
 
 
 def is_served(uri: str) -> bool:
-    """Whether a tracking URI is a server's, which other machines can reach."""
+    """Whether a tracking URI names a server, which other machines can reach."""
     return uri.startswith(("http://", "https://"))
 
 
@@ -342,9 +280,12 @@ def _service(name: str, check: str, problem: str | Failure | None, uri: str, adv
 
 
 def accelerator(facts: dict[str, Any]) -> Finding:
+    """Finding about this machine's GPUs, from `node_probe.measure`."""
     gpus = facts["gpus"]
     if gpus["error"]:
-        return Finding("", "accelerator", "problem", f"torch cannot be imported: {gpus['error']}", "install it again")
+        return Finding(
+            "", "accelerator", "problem", f"torch cannot be imported: {gpus['error']}", "install torch again"
+        )
     if gpus["names"]:
         return Finding("", "accelerator", "ok", f"{len(gpus['names'])} × {', '.join(sorted(set(gpus['names'])))}")
     return Finding(
@@ -353,6 +294,7 @@ def accelerator(facts: dict[str, Any]) -> Finding:
 
 
 def client_auth() -> Finding:
+    """Finding about this process's address and token for Ray."""
     mode = os.environ.get("RAY_AUTH_MODE", "")
     address = os.environ.get("RAY_ADDRESS", "")
     detail = f"RAY_AUTH_MODE={mode or '(unset)'}, RAY_ADDRESS={address or '(unset: a local cluster is started)'}"
@@ -363,7 +305,7 @@ def client_auth() -> Finding:
             "",
             "Ray authentication",
             "problem",
-            f"{detail}; but there is no token",
+            f"{detail}, but no token is set",
             f"set RAY_AUTH_TOKEN or write {default_token}",
         )
     return Finding("", "Ray authentication", "ok", detail)

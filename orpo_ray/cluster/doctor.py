@@ -1,7 +1,7 @@
-"""`orpo-ray doctor`: whether everything that training needs is there, on this machine or on every node of a cluster.
+"""`orpo-ray doctor`: check what training needs, on this machine or on every node of a cluster.
 
-Nodes are asked at the same time, each by an actor that takes no CPU (docs.ray.io, node affinity scheduling), and every
-question has a deadline: a node that hangs is a finding.
+All nodes are checked at the same time, each by an actor that reserves no CPU (docs.ray.io, node affinity scheduling).
+Every request has a deadline: a node that hangs becomes a finding.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from collections import Counter
 from typing import Any
 
 from orpo_ray.cluster import node_probe
-from orpo_ray.cluster.diagnosis import Answers, Diagnosis, Failure, Node, accelerator, client_auth, is_served, judge
+from orpo_ray.cluster.diagnosis import Answers, Failure, Node, accelerator, client_auth, diagnose, is_served
+from orpo_ray.cluster.findings import Diagnosis
 from orpo_ray.errors import UserError
 from orpo_ray.provenance import without_password
 
 TIMEOUT_S = 90.0
-"""A node that does not answer a question for so long counts as hung."""
+"""A node that does not answer a request for this long counts as hung."""
 _CLOCK_SAMPLES, _CONNECT_S = 10, 5.0
 _CLIENT = "this process"
 _CLIENT_CHECKS = ("packages", "MLflow", "storage")
-"""What the process of a sweep itself needs; the rest is done by workers."""
+"""Checks that the sweep's own process must pass; the others concern workers."""
 
 
 class DoctorError(UserError, RuntimeError):
-    """The cluster cannot be looked at as asked for; the message says why and what to do."""
+    """The cluster cannot be checked as requested; the message says why and what to do."""
 
 
 def this_machine(tracking_uri: str, storage: str | None = None) -> Diagnosis:
-    """Versions, accelerator, compiler and ninja, Ray's authentication, MLflow, and the storage where one is named.
+    """Check this machine: versions, accelerator, compiler and ninja, Ray's authentication, MLflow, and the storage.
 
     Args:
-        tracking_uri: as `mlflow_uri.resolve_uri` gives it.
-        storage: URI or path.
+        tracking_uri: from `tracking.uri.resolve_uri`.
+        storage: URI or path; None: not tested.
     """
     answers = Answers(
         node_probe.measure(),
@@ -44,19 +45,19 @@ def this_machine(tracking_uri: str, storage: str | None = None) -> Diagnosis:
         skew_s=None,
     )
     assert not isinstance(answers.facts, Failure)
-    findings = judge("", answers, answers.facts, tracking_uri, storage)
+    findings = diagnose("", answers, answers.facts, tracking_uri, storage)
     return Diagnosis([*findings, accelerator(answers.facts), client_auth()])
 
 
 def cluster(tracking_uri: str, storage: str | None = None, timeout_s: float = TIMEOUT_S) -> Diagnosis:
-    """The same on every node of the cluster that Ray is connected to, compared with each other and with this process.
+    """Check every node of the connected Ray cluster, and compare the nodes with each other and with this process.
 
-    Writes small objects to the storage and deletes them; starts one actor a node, and ends it.
+    Writes small objects to the storage and deletes them; starts one actor per node, and ends it.
 
     Args:
-        tracking_uri: as `mlflow_uri.resolve_uri` gives it.
-        storage: URI, or path that all nodes are to share.
-        timeout_s: for each round of questions.
+        tracking_uri: from `tracking.uri.resolve_uri`.
+        storage: URI, or path that all nodes are to share; None: not tested.
+        timeout_s: deadline of each round of requests, in seconds.
     """
     from ray import cloudpickle
 
@@ -77,20 +78,20 @@ def cluster(tracking_uri: str, storage: str | None = None, timeout_s: float = TI
         name = node.address if isinstance(got.facts, Failure) else f"{node.address} ({got.facts['host']})"
         if on_address[node.address] > 1:
             name += f" {node.node_id[:6]}"
-        findings += judge(name, got, mine.facts, tracking_uri, storage, node, head)
-    own = judge(_CLIENT, mine, mine.facts, tracking_uri, storage)
+        findings += diagnose(name, got, mine.facts, tracking_uri, storage, node, head)
+    own = diagnose(_CLIENT, mine, mine.facts, tracking_uri, storage)
     findings += [finding for finding in own if finding.check in _CLIENT_CHECKS]
     return Diagnosis(findings)
 
 
 def require_reachable(address: str) -> None:
-    """Look at an address before Ray does, which would try for two minutes and then end the process.
+    """Test an address before Ray does, because Ray would try for two minutes and then end the process.
 
     Args:
-        address: `HOST:PORT`, `ray://HOST:PORT` or what Ray itself finds out, such as `auto`.
+        address: `HOST:PORT`, `ray://HOST:PORT`, or a name that Ray resolves itself, such as `auto`.
 
     Raises:
-        DoctorError: it takes jobs, not tasks, or nothing listens there.
+        DoctorError: the address is a job server's, or nothing listens there.
     """
     if address.startswith(("http://", "https://")):
         shown = without_password(address)
@@ -106,19 +107,19 @@ def require_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except OSError as error:
         raise DoctorError(
-            f"nothing answers at {address} ({error}): see with ray status on the head node that the cluster runs and "
-            "on which port; from outside, a firewall or a missing kubectl port-forward may be in the way"
+            f"nothing answers at {address} ({error}): check with ray status on the head node that the cluster runs, "
+            "and on which port; from outside, a firewall or a missing kubectl port-forward may be the cause"
         ) from error
 
 
-def not_let_in(address: str, error: Exception) -> DoctorError:
-    """What to say where something listens at an address, but no connection of Ray's comes about."""
+def connection_error(address: str, error: Exception) -> DoctorError:
+    """Error for an address at which something listens, but Ray cannot connect."""
     has_token = bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
     return DoctorError(
-        f"something answers at {address}, but does not let Ray connect. RAY_AUTH_MODE is "
+        f"something answers at {address}, but Ray cannot connect to it. RAY_AUTH_MODE is "
         f"{os.environ.get('RAY_AUTH_MODE') or 'unset'} here, and a token is {'set' if has_token else 'not set'} by "
-        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (else ~/.ray/auth_token counts): both must be as on the cluster; the "
-        "port must be Ray's (6379 unless told otherwise), and the versions of Ray and Python the same. "
+        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (otherwise ~/.ray/auth_token is used): both must match the cluster's; "
+        "the port must be Ray's (6379 by default), and the versions of Ray and Python must be the same. "
         f"({without_password(' '.join(str(error).split()))})"
     )
 
@@ -132,10 +133,11 @@ def _own_storage(storage: str | None) -> str | None:
     return problem
 
 
-# ---- asking the nodes -----------------------------------------------------------------------------------------------
+# ---- probing the nodes ----------------------------------------------------------------------------------------------
 
 
 def _nodes() -> list[Node]:
+    """Nodes that are alive, the head node first."""
     import ray
 
     alive = [
@@ -152,11 +154,11 @@ def _nodes() -> list[Node]:
 
 
 def _examine(nodes: list[Node], tracking_uri: str, storage: str | None, timeout_s: float) -> dict[str, Answers]:
-    """Ask every node, and this process: node id (or `this process`) -> answers."""
+    """Probe every node and this process: node id (or `this process`) -> answers."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # A thread for each question, so that one that hangs leaves the others to be answered.
+    # One thread per request, so that one that hangs does not block the others.
     actor = ray.remote(num_cpus=0, max_concurrency=4)(node_probe.NodeProbe)
     probes = {
         node.node_id: actor.options(
@@ -165,12 +167,12 @@ def _examine(nodes: list[Node], tracking_uri: str, storage: str | None, timeout_
         for node in nodes
     }
     folder = f".doctor-{uuid.uuid4().hex[:8]}"
-    # With the address, which people know; the number tells nodes of one machine apart.
+    # The address is familiar to readers; the number distinguishes nodes on one machine.
     names = {node.node_id: f"{node.address}-{number}" for number, node in enumerate(nodes)} | {_CLIENT: "client"}
     try:
         deadline = time.monotonic() + timeout_s
         facts = {node: probe.facts.remote() for node, probe in probes.items()}
-        # A file is written by the sweep's own process only, wherever that runs.
+        # Only the sweep's own process writes to a file, wherever it runs.
         mlflow = {n: p.mlflow.remote(tracking_uri) for n, p in probes.items()} if is_served(tracking_uri) else {}
         written = {n: p.write.remote(storage, f"{folder}/{names[n]}") for n, p in probes.items()} if storage else {}
         mine = node_probe.measure(with_gpus=False)
@@ -186,7 +188,7 @@ def _examine(nodes: list[Node], tracking_uri: str, storage: str | None, timeout_
             my_storage = my_storage or node_probe.storage_problem(storage, read=there)
         clocks = {n: _offset(probe, timeout_s) for n, probe in answering.items()}
         if storage:
-            # Each for itself: where there is not one storage for all, nobody else can.
+            # Every node cleans up after itself: if storage is not shared, no other node can.
             swept = {n: probes[n].clean_up.remote(storage, folder) for n in wrote if n != _CLIENT}
             _gather(swept, time.monotonic() + timeout_s, timeout_s)
             node_probe.clean_up(storage, folder)
@@ -202,7 +204,7 @@ def _examine(nodes: list[Node], tracking_uri: str, storage: str | None, timeout_
 
 
 def _gather(asked: dict[str, Any], deadline: float, timeout_s: float) -> dict[str, Any]:
-    """Answers, or Failures of those that are not there in time."""
+    """Answers by node; a Failure for each that did not arrive in time."""
     import ray
     from ray.exceptions import RayError
 
@@ -222,9 +224,10 @@ def _last_line(text: str) -> str:
 
 
 def _offset(probe: Any, timeout_s: float) -> tuple[float, float] | Failure:
-    """(the node's clock minus ours, half the round trip) of the quickest of some exchanges, as NTP takes it (RFC 5905).
+    """(node's clock minus ours, half the round trip), in seconds, of the fastest of several exchanges, as in NTP (RFC
+    5905).
 
-    Monotonic time measures the trip, so that a clock that is set meanwhile spoils nothing.
+    The trip is measured in monotonic time, so setting the clock meanwhile does no harm.
     """
     best: tuple[float, float] | None = None
     for _ in range(_CLOCK_SAMPLES):
@@ -235,12 +238,13 @@ def _offset(probe: Any, timeout_s: float) -> tuple[float, float] | Failure:
         half = (time.monotonic() - began) / 2
         if best is None or half < best[1]:
             best = answer - (wall + half), half
-    return best or Failure("not asked")
+    return best or Failure("not measured")
 
 
 def _relative(
     clock: tuple[float, float] | Failure | None, head: tuple[float, float] | Failure | None
 ) -> tuple[float | Failure | None, float]:
+    """A node's clock minus the head node's, and the uncertainty, in seconds; None if the head did not answer."""
     if isinstance(clock, Failure):
         return clock, 0.0
     if clock is None or head is None or isinstance(head, Failure):

@@ -1,6 +1,6 @@
-"""Jobs of a Ray cluster, over its job server: a client that has been checked, and a job's log followed to its end.
+"""Connect to a Ray cluster's job server, and follow a job's log to its end.
 
-https://docs.ray.io/en/latest/cluster/running-applications/job-submission/: nothing but HTTP to the head node is needed.
+Needs only HTTP to the head node (https://docs.ray.io/en/latest/cluster/running-applications/job-submission/).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 3}
 """Final status of a job -> exit code of `orpo-ray submit`."""
 EXIT_LOST = 4
-"""Exit code where the job's end is not known."""
+"""Exit code if the job's outcome is unknown."""
 
 _POLL_S = 2.0
 _GIVE_UP_S = 300.0
@@ -32,17 +32,21 @@ _TIMEOUT_S = (10, 120)  # to connect, and between two bytes
 
 
 class LostError(UserError, RuntimeError):
-    """The cluster has not answered for minutes: how the job ends is not known."""
+    """The cluster has not answered for minutes, so the job's outcome is unknown."""
 
 
 def connect(address: str | None) -> Any:
-    """A client of the job server, which has answered, takes our token and runs the versions that run here.
+    """Connect to a job server and check that it accepts our token and runs our versions of Ray and Python.
 
     Args:
-        address: http(s)://HOST:PORT; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or a tunnel's end at port 8265.
+        address: http(s)://HOST:PORT; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or port 8265 of this machine,
+            where an SSH tunnel may end.
+
+    Returns:
+        Ray's JobSubmissionClient.
 
     Raises:
-        SubmitError: whatever of this is not so.
+        SubmitError: the address or token is wrong, the server does not answer, or versions differ.
     """
     url = _job_server(address)
     try:
@@ -64,8 +68,8 @@ def connect(address: str | None) -> Any:
 
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # would tell of each default exclude
-    os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray heeds this, then RAY_ADDRESS, before the address it is given
+    logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # would log each default exclude
+    os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray prefers this, then RAY_ADDRESS, to the address argument
     try:
         client = Client(url)
         server = client._do_request("GET", "/api/version").json()["ray_version"]
@@ -76,40 +80,42 @@ def connect(address: str | None) -> Any:
         raise SubmitError(_token_advice(url, error.message)) from None
     except (ConnectionError, requests.RequestException, ValueError, KeyError, RuntimeError) as error:
         raise SubmitError(
-            f"no job server of Ray answers at {url} ({type(error).__name__}: {error}). It is the head node's "
-            "dashboard, usually port 8265; from elsewhere: ssh -N -L 8265:127.0.0.1:8265 HEAD, or --address"
+            f"no Ray job server answers at {url} ({type(error).__name__}: {error}). It is part of the head node's "
+            "dashboard, usually at port 8265; from another machine, use ssh -N -L 8265:127.0.0.1:8265 HEAD or --address"
         ) from None
     _require_versions(server, metadata["data"]["pythonVersion"])
     return client
 
 
 def follow(client: Any, submission_id: str, write: Callable[[str], None], give_up_s: float = _GIVE_UP_S) -> Any:
-    """Write the job's log as it grows, each line once however often the stream breaks, until the job has ended.
+    """Write the job's log as it grows until the job has ended; each line once, even if the stream breaks.
 
     Args:
-        write: takes text as it comes, with its line ends.
-        give_up_s: how long the cluster may be out of reach.
+        client: from `connect`.
+        submission_id: the job's id.
+        write: receives text as it arrives, with its line ends.
+        give_up_s: how long the cluster may be unreachable, in seconds.
 
     Returns:
         Ray's JobDetails of the ended job.
 
     Raises:
-        SubmitError: the cluster does not know the job any more.
-        LostError: the cluster was out of reach for `give_up_s`.
+        SubmitError: the cluster no longer knows the job.
+        LostError: the cluster was unreachable for `give_up_s`.
     """
     return asyncio.run(_follow(client, submission_id, _Log(write), give_up_s))
 
 
 def describe_end(details: Any) -> str:
-    """One line, or a few, on how a job ended."""
+    """Describe a job's end in one or a few lines, from Ray's JobDetails."""
     message = details.message or ""
     if details.error_type == "JOB_ENTRYPOINT_COMMAND_ERROR":
-        message = message.partition(",")[0]  # the last lines of the log come after it
+        message = message.partition(",")[0]  # the last lines of the log follow the comma
     return f"job {details.submission_id} {details.status.value}" + (f": {message}" if message else "")
 
 
 class _Log:
-    """Writes a text that is read from its beginning again after each reconnection."""
+    """Writes each part of a text once, although every reconnection reads it from its beginning."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -135,18 +141,18 @@ async def _follow(client: Any, submission_id: str, log: _Log, give_up_s: float) 
         ended.set()
         await asyncio.wait([tail], timeout=_LAST_LINES_S)
     finally:
-        ended.set()  # should the stream's code swallow the cancellation, it is not opened again
+        ended.set()  # keeps the stream closed even if its code swallows the cancellation
         tail.cancel()
         await asyncio.wait([tail], timeout=_LAST_LINES_S)
     log.restart()
-    log.take(await _aside(client.get_job_logs, submission_id))  # what the stream has missed
+    log.take(await _in_thread(client.get_job_logs, submission_id))  # lines that the stream missed
     return details
 
 
-async def _aside(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call gives, in a thread that nobody waits for when it is given up.
+async def _in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a call in a daemon thread and return its result; cancellation does not wait for the thread.
 
-    Ctrl-C with `asyncio.to_thread` would wait until a request to a server that hangs has timed out.
+    With `asyncio.to_thread`, Ctrl-C would wait until a request to a server that hangs has timed out.
     """
     loop = asyncio.get_running_loop()
     answer = loop.create_future()
@@ -160,7 +166,7 @@ async def _aside(call: Callable[..., Any], *arguments: Any) -> Any:
             end = answer.set_result, call(*arguments)
         except Exception as error:
             end = answer.set_exception, error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: it was given up
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the call was cancelled
             loop.call_soon_threadsafe(settle, *end)
 
     threading.Thread(target=work, name="job server", daemon=True).start()
@@ -176,7 +182,7 @@ async def _tail(client: Any, submission_id: str, log: _Log, ended: asyncio.Event
             async for text in client.tail_job_logs(submission_id):
                 log.take(text)
         except (aiohttp.ClientError, OSError, RuntimeError):
-            pass  # `_end_of` sees whether the cluster is still there
+            pass  # `_end_of` detects whether the cluster is still reachable
         await asyncio.sleep(1)
 
 
@@ -184,19 +190,19 @@ async def _end_of(client: Any, submission_id: str, give_up_s: float) -> Any:
     last_seen = time.monotonic()
     while True:
         try:
-            details = await _aside(client.get_job_info, submission_id)
+            details = await _in_thread(client.get_job_info, submission_id)
         except SubmitError:
             raise
-        except (OSError, RuntimeError) as error:  # requests' errors are OSErrors; a reply that is no success, the other
+        except (OSError, RuntimeError) as error:  # OSError: requests' errors; RuntimeError: an unsuccessful reply
             if "does not exist" in str(error):
                 raise SubmitError(
-                    f"the cluster does not know job {submission_id} any more: its head node was started anew; "
-                    "the same command continues the sweep"
+                    f"the cluster no longer knows job {submission_id}: its head node was restarted; run the same "
+                    "command to continue the sweep"
                 ) from None
             if time.monotonic() - last_seen > give_up_s:
                 raise LostError(
-                    f"the cluster has not answered for {give_up_s:.0f} s, so how job {submission_id} ends is not "
-                    f"known ({type(error).__name__}); the same command follows it again"
+                    f"the cluster has not answered for {give_up_s:.0f} s, so the outcome of job {submission_id} is "
+                    f"unknown ({type(error).__name__}); run the same command to follow it again"
                 ) from None
         else:
             last_seen = time.monotonic()
@@ -211,7 +217,7 @@ def _job_server(address: str | None) -> str:
     if not given.startswith(("http://", "https://")):
         source = "--address" if address else variable
         raise SubmitError(
-            f"{source} is {given}, which is not the address of Ray's job server: give its dashboard's, "
+            f"{source} is {given}, which is not the address of a Ray job server: give the dashboard's address, "
             f"--address http://{given.rpartition('://')[2].partition(':')[0] or 'HEAD'}:8265"
         )
     return given.rstrip("/")
@@ -220,12 +226,12 @@ def _job_server(address: str | None) -> str:
 def _token_advice(url: str, message: str) -> str:
     if "Forbidden" in message:
         return (
-            f"{url} refuses the token: it must be the one that the cluster was started with; see RAY_AUTH_TOKEN, "
+            f"{url} refuses the token: it must be the one that the cluster was started with; compare RAY_AUTH_TOKEN, "
             "RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token here and on the head node"
         )
     return (
-        f"{url} asks for a token: export RAY_AUTH_MODE=token, and put the cluster's token in RAY_AUTH_TOKEN or in "
-        "~/.ray/auth_token (over plain HTTP it travels in the clear: use an SSH tunnel or HTTPS)"
+        f"{url} requires a token: export RAY_AUTH_MODE=token, and put the cluster's token in RAY_AUTH_TOKEN or in "
+        "~/.ray/auth_token (plain HTTP sends it unencrypted: use an SSH tunnel or HTTPS)"
     )
 
 
@@ -233,12 +239,12 @@ def _require_versions(ray_there: str, python_there: str) -> None:
     ray_here = importlib.metadata.version("ray")
     if ray_there != ray_here:
         raise SubmitError(
-            f"the cluster runs Ray {ray_there}, and here it is {ray_here}, which orpo_ray was made for: use the same "
-            "on both sides"
+            f"the cluster runs Ray {ray_there}, but this machine runs {ray_here}, which orpo_ray was made for: use the "
+            "same version on both"
         )
     here = ".".join(map(str, sys.version_info[:2]))
     if ".".join(python_there.split(".")[:2]) != here:
         raise SubmitError(
-            f"the cluster runs Python {python_there}, and here it is {here}: use the same on both sides, so that what "
-            "was checked here is what runs there"
+            f"the cluster runs Python {python_there}, but this machine runs {here}: use the same version on both, so "
+            "that the job runs the code that was checked here"
         )

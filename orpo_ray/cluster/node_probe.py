@@ -1,7 +1,7 @@
-"""What a machine has that training needs, measured where this runs: here, or in an actor on a node of a cluster.
+"""Measure what a machine offers to training, in this process or through an actor on a node of a cluster.
 
-Travels to nodes by value (`ray.cloudpickle.register_pickle_by_value`), since a node that lacks orpo_ray is one of the
-things to be found out. So it imports only the standard library at its head, and gives back plain JSON values.
+The module is sent to nodes by value (`ray.cloudpickle.register_pickle_by_value`), because doctor must also detect nodes
+that lack orpo_ray. So its top level imports only the standard library, and it returns plain JSON values.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 PACKAGES = ("ray", "torch", "transformers", "datasets", "deepspeed", "mlflow", "optuna", "peft", "orpo-ray")
 """Distributions whose version must be the same everywhere."""
 _PATIENCE_S = 10.0
-"""A storage that refuses for so long is a problem."""
+"""Retry a storage for this long before reporting a problem."""
 
 
 class NodeProbe:
-    """The actor's class. Methods answer for the process they run in; each may take long, none raises for a fault."""
+    """Actor class. Methods report on the process they run in; each may take long, and none raises for a fault."""
 
     def facts(self) -> dict[str, Any]:
         """`measure()` of the node."""
@@ -39,15 +39,15 @@ class NodeProbe:
         return mlflow_problem(uri)
 
     def write(self, storage: str, name: str) -> str | None:
-        """Leave a small object of that name in the storage. Returns why that failed, or None."""
+        """Write a small object of that name to the storage. Returns the problem, or None."""
         return storage_problem(storage, write=name)
 
     def read(self, storage: str, names: list[str]) -> str | None:
-        """Look for the objects that the others have left. Returns what is missing, or None."""
+        """Look for the objects that other nodes wrote. Returns the problem, or None."""
         return storage_problem(storage, read=names)
 
     def clean_up(self, storage: str, name: str) -> None:
-        """Remove what was left there."""
+        """Remove an object, or a folder of objects, from the storage."""
         clean_up(storage, name)
 
     def now(self) -> float:
@@ -56,17 +56,17 @@ class NodeProbe:
 
 
 def measure(with_gpus: bool = True) -> dict[str, Any]:
-    """Versions, tools, limits and room of this machine, as this process sees them.
+    """Versions, tools, limits and free space of this machine, as this process sees them.
 
     Args:
-        with_gpus: import torch, which takes seconds, and ask it for GPUs.
+        with_gpus: import torch, which takes seconds, and list its GPUs.
 
     Returns:
         JSON values: `host`, `python`, `packages` (name -> version or None), `code` (a digest of orpo_ray's source, None
         where it is not installed), `auth`, `compiler`, `ninja` (paths or None), `extensions`, `locks`, `gpus` (see
-        `_gpus`), `temp`, `temp_free`, `shm` (bytes), `files` (soft limit).
+        `_gpus`), `cpus`, `temp`, `temp_free`, `shm` (bytes), `files` (soft limit).
     """
-    # As in a worker: a virtual environment that is not activated has its tools off PATH.
+    # As in a worker: without activation, a virtual environment's tools are not on PATH.
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
     extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
     return {
@@ -89,26 +89,26 @@ def measure(with_gpus: bool = True) -> dict[str, Any]:
 
 
 def mlflow_problem(uri: str) -> str | None:
-    """Why MLflow cannot be used at `uri` from here, or None if it can."""
+    """Why this process cannot use MLflow at `uri`, or None if it can."""
     try:
         from orpo_ray.tracking.uri import probe
     except ImportError as error:
-        return f"not checked, since orpo_ray cannot be imported: {error}"
+        return f"not checked, because orpo_ray cannot be imported: {error}"
     return probe(uri)
 
 
 def storage_problem(storage: str, write: str | None = None, read: list[str] | None = None) -> str | None:
-    """Why the storage cannot be used from here, or None if it can.
+    """Why this process cannot use the storage, or None if it can.
 
     Args:
         storage: URI or absolute path.
-        write: name of an object to leave there.
-        read: names of objects that must be found there.
+        write: name of an object to write.
+        read: names of objects that must exist.
     """
     try:
         from orpo_ray.storage.object_store import Storage, StorageError
     except ImportError as error:
-        return f"not checked, since orpo_ray cannot be imported: {error}"
+        return f"not checked, because orpo_ray cannot be imported: {error}"
     place = Storage(storage, _PATIENCE_S)
     try:
         if write is not None:
@@ -117,13 +117,13 @@ def storage_problem(storage: str, write: str | None = None, read: list[str] | No
     except (StorageError, OSError, ValueError) as error:
         return str(error)
     writers = ", ".join(name.rpartition("/")[2] for name in missing)
-    return f"what {writers} wrote into it is not seen" if missing else None
+    return f"objects written by {writers} are not visible" if missing else None
 
 
 def clean_up(storage: str, name: str) -> None:
-    """Remove an object, or all below a folder.
+    """Remove an object, or everything below a folder.
 
-    Where that fails, writing has failed too, which is a finding; a few bytes are left at worst.
+    Errors are ignored: writing has then failed, too, and is a finding. At worst a few bytes stay.
     """
     from orpo_ray.storage.object_store import Storage, StorageError
 
@@ -139,7 +139,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _code() -> str | None:
-    """Two installations of the same version may hold different code, while it is being worked on."""
+    """Digest of orpo_ray's source: during development, installations of one version may hold different code."""
     spec = importlib.util.find_spec("orpo_ray")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -151,7 +151,7 @@ def _code() -> str | None:
 
 
 def _gpus() -> dict[str, Any]:
-    """`names` of the GPUs that torch can use, `cuda` it was built for, `error` where it cannot be imported."""
+    """`names` of the GPUs that torch can use, the `cuda` version of its build, and the `error` of importing it."""
     try:
         import torch
     except (ImportError, OSError) as error:

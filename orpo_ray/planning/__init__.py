@@ -1,1 +1,1 @@
-"""What a sweep will need: memory, time, cost and whether it fits."""
+"""Predict what a sweep will need: memory, time, cost, and whether it fits."""

@@ -17,7 +17,7 @@ _PLAIN_MLPS = frozenset({"gpt2", "gpt_neox", "gpt_neo", "opt", "bloom", "phi", "
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What of a decoder-only model decides on memory. Dense MLPs; mixtures of experts are counted as if dense."""
+    """Shape of a decoder-only model, as far as it determines memory. Mixtures of experts count as if dense."""
 
     parameters: int
     """Tied weights counted once."""
@@ -35,16 +35,16 @@ class Architecture:
     tied: bool
     """Whether the head is the embedding."""
     read_from_files: bool
-    """A worker keeps weights that it has read for its next trials; presets are made anew."""
+    """A worker keeps weights read from files for its next trials; presets are initialised anew."""
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the linear layers without the head: each token is multiplied with all of them."""
+        """Weights of the linear layers without the head; every token is multiplied by all of them."""
         attention = 2 * self.hidden * self.attention + 2 * self.hidden * self.key_value
         return self.layers * (attention + (3 if self.gated else 2) * self.hidden * self.intermediate)
 
     def trainable(self, lora: LoraConfig | None) -> int:
-        """Parameters that get gradients. With `target_modules` by name, all linear layers are assumed."""
+        """Parameters with gradients. If `target_modules` names modules, all linear layers are assumed instead."""
         if lora is None:
             return self.parameters
         d, a, k, i = self.hidden, self.attention, self.key_value, self.intermediate
@@ -54,10 +54,10 @@ class Architecture:
 
 @lru_cache(maxsize=64)
 def architecture_of(config: ModelConfig) -> Architecture:
-    """Read a model's shape from its configuration; no weights are read.
+    """Read a model's shape from its configuration, without reading weights.
 
     Raises:
-        ConfigError: no configuration is to be had from here.
+        ConfigError: the configuration cannot be read, or lacks a size.
     """
     if config.path in PRESETS:
         shape = PRESETS[config.path] | {"vocab_size": PRESET_VOCABULARY, "tie_word_embeddings": True}
@@ -66,7 +66,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
 
 
 def _configuration(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a folder or a hub model; of a GGUF file what transformers makes of it."""
+    """config.json of a folder or a hub model, or the configuration that transformers reads from a GGUF file."""
     try:
         if config.gguf_file is not None:
             from transformers import AutoConfig
@@ -89,7 +89,7 @@ def _configuration(config: ModelConfig) -> dict[str, Any]:
 
 
 def _architecture(found: dict[str, Any], config: ModelConfig) -> Architecture:
-    """From the names that transformers' configurations use."""
+    """Shape from a configuration, by the key names that transformers' model types use."""
     found = found | (found.get("text_config") or {})
 
     def read(*names: str, default: int | None = None) -> int:

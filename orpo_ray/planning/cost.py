@@ -1,4 +1,4 @@
-"""What trials cost in device-seconds, measured while the sweep runs. No Ray, no torch."""
+"""Cost of trials in device-seconds, measured while the sweep runs. Imports neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -9,45 +9,43 @@ from statistics import median
 from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 _ASSUMED_EXPONENT = 1.0
-"""Of the time per step over parameters, while one size alone has run (Kaplan et al. 2020, arXiv 2001.08361: 6 N
-operations a token)."""
+"""Power of the parameter count to which step time is proportional, assumed until two sizes have run (Kaplan et al.
+2020, arXiv 2001.08361: 6 N operations a token)."""
 _EXPONENTS = (0.3, 1.3)
-"""What two measured sizes may say about a third: small models are held up by what does not grow with them."""
+"""Limits of the fitted exponent: overheads that do not grow with the model dominate small models' time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one trial."""
+    """Cost of one trial."""
 
     seconds: float
     """Device-seconds: training time × workers."""
     wall_seconds: float
-    """On the clock."""
     measured: bool
-    """Whether trials of this bundle have run; otherwise it is an estimate from other sizes."""
+    """Whether trials of this bundle have run; otherwise the cost is an estimate from other bundles."""
     num_sizes: int
-    """Bundles that have been measured."""
+    """Number of bundles that have been measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remaining:
-    """A budget's state, in device-hours."""
+    """State of a budget, in device-hours."""
 
     spent: float
     committed: float
-    """What the trials in training are expected to take still, if each goes on to its end."""
+    """Expected remaining cost of the trials in training, if each runs to its end."""
     free: float
-    """The rest; below 0 where more was promised than there is."""
+    """The rest; negative where more is committed than is left."""
 
 
 class CostModel:
     """Device-seconds of trials, per bundle."""
 
     def __init__(self, parameters: dict[str, int], devices: dict[str, int]) -> None:
-        """Nothing is known about time yet.
-
+        """
         Args:
-            parameters: of the model, by bundle label.
+            parameters: the model's parameter count, by bundle label.
             devices: workers of a trial, by bundle label.
 
         Raises:
@@ -66,10 +64,10 @@ class CostModel:
         self._devices = dict(devices)
 
     def device_seconds(self, bundle: str, steps: int, history: SweepState) -> Cost | None:
-        """Of a trial of so many steps; None before any trial of any bundle has reported.
+        """Cost of a trial of `steps` steps; None before any trial of any bundle has reported.
 
-        A bundle that has run costs the median of its trials' device-seconds a step. Another costs what the bundle
-        nearest in size does, times the ratio of parameters to a power: fitted where two sizes have run, else 1.
+        A bundle that has run costs the median of its trials' device-seconds per step. Any other bundle is scaled from
+        the one nearest in size by the ratio of parameters to a power, which is fitted if two sizes have run, else 1.
         """
         rates = self.rates(history)
         if not rates:
@@ -79,7 +77,7 @@ class CostModel:
         return Cost(rate * steps, rate * steps / self._devices[bundle], measured, len(rates))
 
     def rates(self, history: SweepState) -> dict[str, float]:
-        """Device-seconds a step of every bundle that has run, in the order of the bundles."""
+        """Device-seconds per step of every bundle that has run, in the order of the bundles."""
         return {
             bundle: median(found)
             for bundle in self._parameters
@@ -87,7 +85,7 @@ class CostModel:
         }
 
     def remaining(self, history: SweepState, budget_device_hours: float) -> Remaining:
-        """What of a budget is spent, promised to trials in training, and free. Paused trials are promised nothing."""
+        """Parts of a budget that are spent, committed to trials in training, and free. Paused trials commit nothing."""
         rates = self.rates(history)
         committed = 0.0
         for trial in history.trials.values():
@@ -111,7 +109,7 @@ class CostModel:
 
 
 def _rate(trial: TrialState) -> float | None:
-    """Device-seconds a step; None before the first report, and for a result that was taken over."""
+    """Device-seconds per step; None before the first report, and for a reused result."""
     if trial.reused_from or not trial.seconds:
         return None
     step = max(trial.seconds)

@@ -1,4 +1,4 @@
-"""`scaling: auto`: settings with which a trial fits a cluster's memory, on as little of the cluster as possible."""
+"""`scaling: auto`: choose settings with which a trial fits in memory on as few devices as possible."""
 
 from __future__ import annotations
 
@@ -7,37 +7,39 @@ from itertools import product
 from typing import Any
 
 from orpo_ray.config import ConfigError, ExperimentConfig
+from orpo_ray.formatting import gib
 from orpo_ray.hardware import Device, NodeMemory, device_of
 from orpo_ray.planning.architecture import architecture_of
-from orpo_ray.planning.memory import GIB, Memory, peak_memory
+from orpo_ray.planning.memory import Memory, peak_memory
 
 SAFETY = 0.85
-"""Share of a memory that a prediction may fill: predictions are within 15 % of what is measured."""
+"""Share of a memory that a prediction may fill: predictions are within 15 % of measurements."""
 _MOST_CPUS_PER_GPU = 4
-"""A worker with a GPU needs CPUs for its batches only."""
+"""A worker with a GPU needs CPUs only to prepare batches."""
 _PASSES = {Device.CUDA: (16384, 8192, 4096, 2048, 1024, 512), Device.CPU: (4096, 2048, 1024, 512)}
 """Tokens per pass to choose from."""
 
 
 def fit_to(config: ExperimentConfig, nodes: list[NodeMemory], longest_pair: int | None = None) -> ExperimentConfig:
-    """The config with what `scaling: auto` leaves open chosen such that the trial fits; others come back as they are.
+    """Choose the settings that `scaling: auto` leaves open so that the trial fits; return other configs unchanged.
 
-    Chosen are `scaling.num_workers`, `cpus_per_worker` and `use_gpu`, `deepspeed.zero_stage` and `offload_*`,
-    `train.max_tokens_per_micro_batch` and `model.gradient_checkpointing`, each unless the file sets it. Preferred, in
+    Chooses `scaling.num_workers`, `cpus_per_worker` and `use_gpu`, `deepspeed.zero_stage` and `offload_*`,
+    `train.max_tokens_per_micro_batch` and `model.gradient_checkpointing`, except those that the file sets. Prefers, in
     this order: fewest devices per trial (a sweep gains more from more trials at once), no offload, no recomputation,
-    larger passes, the lowest ZeRO stage. None of it changes a gradient. A CPU worker reserves as many CPUs as its
-    share of the node's memory asks for, so that the node is never promised more than it has.
+    larger passes, the lowest ZeRO stage. None of these changes a gradient. A CPU worker reserves CPUs in proportion to
+    its memory, so that Ray never places more workers on a node than its memory holds.
 
     Args:
-        config: one trial's (`ExperimentConfig.trial`).
-        nodes: the cluster. The result depends on nothing else.
+        config: one trial's config (`ExperimentConfig.trial`).
+        nodes: the cluster. The result depends only on the arguments.
         longest_pair: see `tokens_per_pass`.
 
     Returns:
         The config with `scaling.auto` off.
 
     Raises:
-        ConfigError: nothing fits; names the smallest need and what the cluster has. Or the model is not to be found.
+        ConfigError: nothing fits (the message has the smallest need and the cluster's resources), or the model's
+            configuration cannot be read.
     """
     if not config.scaling.auto:
         return config
@@ -47,7 +49,7 @@ def fit_to(config: ExperimentConfig, nodes: list[NodeMemory], longest_pair: int 
 def fitted_settings(
     config: ExperimentConfig, nodes: list[NodeMemory], longest_pair: int | None = None
 ) -> dict[str, Any]:
-    """What `fit_to` sets: config path -> value, e.g. to be put into a bundle. Arguments and errors are the same."""
+    """Settings that `fit_to` chooses, as config path -> value. Arguments and errors are those of `fit_to`."""
     architecture = architecture_of(config.model)
     use_gpu = config.scaling.use_gpu
     on_gpu = any(node.gpus for node in nodes) if use_gpu == "auto" else use_gpu
@@ -62,7 +64,7 @@ def fitted_settings(
         workers = settings["scaling.num_workers"]
         cost = _cost(settings, workers)
         if best is not None and cost >= best[0]:
-            continue  # reserved CPUs only make it dearer
+            continue  # reserving CPUs only adds to the cost
         memory = peak_memory(_with(config, settings), architecture, device, longest_pair=longest_pair)
         if smallest is None or memory.peak < smallest[0]:
             smallest = memory.peak, memory, settings
@@ -78,7 +80,14 @@ def fitted_settings(
 
 
 def workers_on(node: NodeMemory, memory: Memory, cpus: int, on_gpu: bool) -> int:
-    """How many such workers the node holds, in CPUs, GPUs and memory."""
+    """Number of workers that a node has CPUs, GPUs and memory for.
+
+    Args:
+        node: the node.
+        memory: predicted memory of one worker.
+        cpus: CPUs of one worker.
+        on_gpu: whether each worker has a GPU.
+    """
     by_cpu = node.cpus // cpus
     if not on_gpu:
         return min(by_cpu, int(SAFETY * node.memory_bytes / memory.peak))
@@ -91,7 +100,7 @@ def _candidates(config: ExperimentConfig, nodes: list[NodeMemory], device: Devic
     on_gpu = device is Device.CUDA
     places = sum(node.gpus if on_gpu else node.cpus for node in nodes)
     most = min(places, config.train.global_batch_size)
-    offloads = ("none", "cpu") if on_gpu else ("none",)  # on a CPU there is nowhere to
+    offloads = ("none", "cpu") if on_gpu else ("none",)  # a CPU has nowhere to offload to
     return {
         "scaling.num_workers": tuple(n for n in range(1, most + 1) if n <= 16 or n % 8 == 0),
         "deepspeed.zero_stage": (0, 1, 2, 3),
@@ -103,14 +112,14 @@ def _candidates(config: ExperimentConfig, nodes: list[NodeMemory], device: Devic
 
 
 def _choices(config: ExperimentConfig, path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The candidates, or what the file says."""
+    """The value that the file sets, or else all candidates."""
     section, _, name = path.partition(".")
     given = getattr(config, section)
     return (getattr(given, name),) if name in given.model_fields_set else values
 
 
 def _consistent(settings: dict[str, Any]) -> bool:
-    """Whether DeepSpeed has the combination (`DeepSpeedConfig` refuses the others)."""
+    """Whether DeepSpeed supports the combination (`DeepSpeedConfig` refuses the others)."""
     stage, optimizer = settings["deepspeed.zero_stage"], settings["deepspeed.offload_optimizer"]
     if settings["deepspeed.offload_param"] != "none" and stage != 3:
         return False
@@ -130,7 +139,7 @@ def _cost(settings: dict[str, Any], devices: int) -> tuple[int, ...]:
 
 
 def _with(config: ExperimentConfig, settings: dict[str, Any]) -> ExperimentConfig:
-    """The config with settings that are known to be valid; thousands of candidates are too many for validation."""
+    """Set valid settings without validation, which would be too slow for thousands of candidates."""
     changed: dict[str, dict[str, Any]] = {}
     for path, value in settings.items():
         section, _, name = path.partition(".")
@@ -145,8 +154,8 @@ def _cpus_needed(
 ) -> int | None:
     """CPUs that each worker must reserve; None where the trial does not fit.
 
-    Ray places workers by CPUs and GPUs and does not look at memory, so every node that could get a worker must hold
-    as many as it has room for.
+    Ray places workers by CPUs and GPUs and ignores memory, so every node must have the memory for as many workers as
+    its CPUs and GPUs admit.
     """
     given = config.scaling.cpus_per_worker if "cpus_per_worker" in config.scaling.model_fields_set else None
     usable = [node for node in nodes if node.gpus or not on_gpu]
@@ -178,19 +187,17 @@ def _nothing_fits(
 ) -> str:
     has = "; ".join(
         (f"{count} × " if count > 1 else "")
-        + f"{n.cpus} CPU, {n.memory_bytes / GIB:.1f} GiB"
-        + (f", {n.gpus} GPU of {n.gpu_memory_bytes / GIB:.1f} GiB" if n.gpus else "")
+        + f"{n.cpus} CPU, {gib(n.memory_bytes)}"
+        + (f", {n.gpus} GPU of {gib(n.gpu_memory_bytes)}" if n.gpus else "")
         for n, count in Counter(nodes).items()
     )
     what = f"scaling: auto: {config.model.path} fits in no way"
     if smallest is None:
-        return f"{what}: there is no {'GPU' if on_gpu else 'CPU'}, or the settings given exclude each other ({has})"
+        return f"{what}: the cluster has no {'GPU' if on_gpu else 'CPU'}, or the given settings conflict ({has})"
     _, memory, settings = smallest
-    needs = f"{memory.peak / GIB:.1f} GiB" + (
-        f" of GPU and {memory.host / GIB:.1f} GiB of host memory" if on_gpu else ""
-    )
+    needs = gib(memory.peak) + (f" of GPU and {gib(memory.host)} of host memory" if on_gpu else "")
     return (
-        f"{what}. The least is {needs} per worker, with {', '.join(f'{k} {v}' for k, v in settings.items())}; of each "
-        f"memory {SAFETY:.0%} may be filled, and there is: {has}. Use a smaller model, model.lora or a shorter "
+        f"{what}. The least is {needs} per worker, with {', '.join(f'{k} {v}' for k, v in settings.items())}; at most "
+        f"{SAFETY:.0%} of each memory may be filled, and there is: {has}. Use a smaller model, model.lora or a shorter "
         "data.max_tokens, drop settings that were given, or add nodes"
     )

@@ -1,4 +1,4 @@
-"""How long an optimizer step takes, before any has run: operations over a rate, right within a factor of 2 or so."""
+"""Duration of an optimizer step before any has run: operations divided by a rate, within a factor of 2 or so."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from orpo_ray.config import DataConfig, ExperimentConfig
 from orpo_ray.planning.architecture import Architecture
 
 _SAMPLE = 256
-"""Pairs that are read to learn how long they are."""
+"""Pairs that are read to estimate lengths."""
 _BYTES_PER_TOKEN = 3.0
-"""Of prompt and answer texts, chat template included: 2.9 to 3.4 for HH-RLHF and the built-in pairs with SmolLM2's and
-the presets' tokenizers."""
+"""Bytes of prompt and answer texts per token, chat template included: 2.9 to 3.4 for HH-RLHF and the built-in pairs
+with SmolLM2's and the presets' tokenizers."""
 _SHARE_OF_LIMIT = 0.25
-"""Assumed length of a sequence over `data.max_tokens` where the data are not at hand."""
+"""Assumed length of a sequence as a share of `data.max_tokens` where the data are not on this machine."""
 _EFFICIENCY = 0.6
-"""Operations per second of a step over those of its matrix products alone (66 % in `benchmarks.limit`)."""
+"""Operations per second of a whole step relative to its matrix products alone (66 % in `benchmarks.limit`)."""
 CPU_BF16_GAIN = 1.5
-"""How many times the fp32 rate a step in bf16 has on a CPU with units for it: 1.3 to 1.6 with AVX-512 BF16
-(docs/log.md, 2026-11-27); with AMX not measured."""
+"""Rate of a bf16 step relative to fp32 on a CPU with bf16 units: 1.3 to 1.6 with AVX-512 BF16 (docs/log.md,
+2026-11-27); not measured with AMX."""
 _RECOMPUTATION = 4 / 3
+"""Gradient checkpointing repeats the forward pass: four products instead of three."""
 _ADAPTERS_ONLY = 2 / 3
-"""Frozen weights need no gradient: one of three products less."""
+"""Frozen weights need no gradient: two products instead of three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +35,17 @@ class PairTokens:
 
     prompt: float
     answers: float
-    """Both."""
+    """Chosen and rejected together."""
     basis: str
-    """Where the numbers come from, for the reader of a plan."""
+    """Origin of the numbers, which the plan shows."""
 
     def of_a_pass(self, shares_prompt: bool) -> float:
-        """Tokens that a model sees of the pair."""
+        """Tokens of the pair that the model processes."""
         return self.prompt * (1 if shares_prompt else 2) + self.answers
 
 
 def pair_tokens(data: DataConfig) -> PairTokens:
-    """Mean lengths from the texts of the first pairs; hub data sets are not fetched for it, and assumed."""
+    """Mean lengths from the texts of the first pairs. Hub data sets are not fetched: their lengths are assumed."""
     from orpo_ray.data.rows import BadRow, parse_row
     from orpo_ray.data.sources import BUILTIN, choose_splits
 
@@ -68,28 +69,33 @@ def pair_tokens(data: DataConfig) -> PairTokens:
 
 
 def pair_flops(config: ExperimentConfig, architecture: Architecture, tokens: PairTokens) -> float:
-    """Operations of forward and backward pass of a mean pair, optimizer left out.
+    """FLOPs of the forward and backward pass of a mean pair, without the optimizer.
 
-    A product [m × k] · [k × n] counts 2mkn, each of its two gradients as much: 6 per weight and token (Kaplan et al.
-    2020, arXiv 2001.08361).
+    A product [m × k] · [k × n] counts 2mkn, and each of its two gradients the same: 6 per weight and token (Kaplan et
+    al. 2020, arXiv 2001.08361).
     """
     seen = tokens.of_a_pass(config.model.attention == "shared_prompt")
     linear = 6.0 * architecture.linear_parameters * seen
     head = 6.0 * architecture.hidden * architecture.vocabulary * (tokens.prompt + tokens.answers)
     sequence = tokens.prompt + tokens.answers / 2
-    attention = 12.0 * architecture.layers * architecture.attention * sequence**2  # two sequences, half of each seen
+    attention = 12.0 * architecture.layers * architecture.attention * sequence**2  # two sequences, half of each masked
     body = (linear + attention) * (_RECOMPUTATION if config.model.gradient_checkpointing else 1.0)
     return (body + head) * (_ADAPTERS_ONLY if config.model.lora else 1.0)
 
 
 def cpu_rate(architecture: Architecture, seconds: float = 0.1) -> float:
-    """fp32 operations per second of one of this machine's CPUs, in products of the model's own width."""
+    """Measure fp32 FLOP/s of one of this machine's CPUs, in products of the model's own width.
+
+    Args:
+        architecture: determines the size of the products.
+        seconds: duration of the measurement.
+    """
     import numpy as np
 
     rng = np.random.default_rng(0)
     x_TD = rng.random((1024, architecture.hidden), dtype=np.float32)
     w_DI = rng.random((architecture.hidden, architecture.intermediate), dtype=np.float32)
-    x_TD @ w_DI  # threads start here
+    x_TD @ w_DI  # warm-up: starts the threads
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds:
         at = time.perf_counter()
@@ -100,19 +106,19 @@ def cpu_rate(architecture: Architecture, seconds: float = 0.1) -> float:
 
 
 def step_seconds(config: ExperimentConfig, flops_of_a_pair: float, rate: float) -> float:
-    """Of one optimizer step.
+    """Seconds of one optimizer step.
 
     Args:
-        config: the trial's.
+        config: the trial's config.
         flops_of_a_pair: from `pair_flops`.
-        rate: operations per second of one worker's matrix products.
+        rate: FLOP/s of one worker's matrix products.
     """
     pairs = -(-config.train.global_batch_size // config.scaling.num_workers)
     return pairs * flops_of_a_pair / (rate * _EFFICIENCY)
 
 
 def trial_seconds(config: ExperimentConfig, steps: int, seconds_per_step: float) -> float:
-    """Of a trial of so many steps, its evaluations (a third of the work of as many training pairs) included."""
+    """Seconds of a trial, including evaluations, where a pair takes a third of the work of a training pair."""
     evaluations = max(1, steps // (config.train.eval_every or steps))
     evaluated = evaluations * config.data.eval_pairs / 3 / config.train.global_batch_size
     return (steps + evaluated) * seconds_per_step

@@ -6,11 +6,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orpo_ray.formatting import markdown_table, number
-from orpo_ray.results.compare import Comparison, Difference, Side
+from orpo_ray.formatting import duration, ended_as, markdown_table, number, status_text
+from orpo_ray.results.compare import Comparison
+from orpo_ray.results.differences import Difference
+from orpo_ray.results.sides import Side
 
 _MAX_MATCHED = 20
-"""Most settings shown among those that both sweeps ran; `Comparison.to_json` has all."""
+"""Settings shown of those that both sweeps ran; `Comparison.to_json` has all."""
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -49,16 +51,16 @@ def comparison_view(comparison: Comparison) -> RenderableType:
 
 
 def _tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """(title, headings, rows, what to say below) of each table that has something in it."""
+    """Title, headings, rows and note below of each table that has rows."""
     a, b = comparison.a, comparison.b
     about = [
         ["", a.name, b.name],
         ["compared", *(f"{'best: ' if s.is_sweep else ''}{s.setting}" for s in (a, b))],
         ["runs", *(_runs_of(s) for s in (a, b))],
-        ["steps", *(f"{s.steps}, {s.status.replace('_', ' ')}" for s in (a, b))],
-        ["trials", *(_trials_of(s) for s in (a, b))],
-        ["device time", *(_time(s.device_hours) for s in (a, b))],
-        ["wall time", *(_time(s.wall_hours) for s in (a, b))],
+        ["steps", *(f"{s.steps}, {status_text(s.status)}" for s in (a, b))],
+        ["trials", *(f"{s.trials}: {ended_as(s.statuses)}" for s in (a, b))],
+        ["device time", *(duration(3600 * s.device_hours) for s in (a, b))],
+        ["wall time", *(duration(None if s.wall_hours is None else 3600 * s.wall_hours) for s in (a, b))],
     ]
     tables = [("", ["", "A", "B"], about, "")]
     covers = {d.covers for d in comparison.metrics if d.covers}
@@ -72,8 +74,8 @@ def _tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]
     if comparison.matched:
         rows = [[m.setting, *_figures(m.difference), m.difference.verdict] for m in comparison.matched[:_MAX_MATCHED]]
         rest = len(comparison.matched) - _MAX_MATCHED
-        below = f"{comparison.metric}; each interval holds for itself, not all at once."
-        below += f" {rest} more are in --json." if rest > 0 else ""
+        below = f"{comparison.metric}; the intervals hold one at a time, not simultaneously."
+        below += f" --json shows {rest} more." if rest > 0 else ""
         tables.append(("Settings that both ran", ["setting", "A", "B", "B − A", "95 %", "better"], rows, below))
     for title, changes in (("Settings that differ", comparison.settings), ("Sweep section", comparison.search)):
         if changes:
@@ -86,19 +88,6 @@ def _tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]
 def _runs_of(side: Side) -> str:
     ids = ", ".join(side.trial_ids[:5]) + (", ..." if len(side.trial_ids) > 5 else "")
     return f"{len(side.trial_ids)} seeds: {ids}" if len(side.trial_ids) > 1 else ids
-
-
-def _trials_of(side: Side) -> str:
-    ended = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in side.statuses.items())
-    return f"{side.trials}: {ended}"
-
-
-def _time(hours: float | None) -> str:
-    if hours is None:
-        return "–"
-    if hours < 1 / 30:
-        return f"{hours * 3600:.1f} s"
-    return f"{hours * 60:.1f} min" if hours < 2 else f"{hours:.1f} h"
 
 
 def _with_mode(difference: Difference) -> str:

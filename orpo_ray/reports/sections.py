@@ -1,9 +1,8 @@
-"""What a sweep's winners look like on its page: how sure they are, what flatters them, where the limits are."""
+"""A report's sections in Markdown: the answer, how certain it is, its cost, the trials and how they ended."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,53 @@ import pandas as pd
 
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import describe
-from orpo_ray.formatting import markdown_table, number
+from orpo_ray.formatting import duration, markdown_table, number, status_text
+from orpo_ray.reports.experiment_file import BEST_FILE
+from orpo_ray.reports.report_data import ReportData, best_trial, count_statuses, ranked, reason
 from orpo_ray.results.frames import SEED, by_setting, finished_rows, mean_interval, varied_axes
-from orpo_ray.storage.sweep_state import SweepState
 
-_STATUS_ORDER = ("finished", "unfinished", "stopped_early", "diverged", "failed")
 _SUMMARISED = ("eval/preference_accuracy", "eval/nll", "eval/log_odds", "eval/chosen_logp", "eval/rejected_logp")
-
-
 _MAX_WORSE = 12
-"""Rows of settings that are told from the best; all that are tied with it are shown."""
+"""Settings shown of those that are distinguishable from the best; all settings tied with it are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The sections that the HTML and the Markdown page share, as Markdown; "" for a section that does not apply."""
+
+    unfinished: str
+    answer: str
+    certainty: str
+    bias: str
+    expectations: str
+    cost: str
+    pareto: str
+    divergence: str
+    seeds: str
+
+    @classmethod
+    def of(cls, data: ReportData, config: ExperimentConfig | None) -> Texts:
+        """Write all of them; without the config, worker time is left out."""
+        results, winners = data.results, data.results["winners"]
+        return cls(
+            unfinished=unfinished_section(results),
+            answer=best_section(results, data.run_dir / BEST_FILE),
+            certainty=certainty_section(results, data.frame),
+            bias=bias_section(winners),
+            expectations=expectations_section(results),
+            cost=cost_section(data, config),
+            pareto=pareto_section(winners["pareto"]),
+            divergence=divergence_section(winners["divergence"]),
+            seeds=seeds_section(data),
+        )
 
 
 def certainty_section(results: dict[str, Any], frame: pd.DataFrame) -> str:
-    """The settings that the data cannot tell from the best, and those they can.
+    """The settings that are tied with the best, and those that are worse.
 
     Args:
         results: with `winners`.
-        frame: of `frames.load_runs_frame`.
+        frame: from `frames.load_runs_frame`.
     """
     winners = results["winners"]
     settings, metric = winners["settings"], results["metric"]
@@ -51,12 +79,11 @@ def certainty_section(results: dict[str, Any], frame: pd.DataFrame) -> str:
     )
     lines = [f"{text}: {_covered(winners)}", markdown_table(titles, rows)]
     if len(worse) > _MAX_WORSE:
-        lines.append(f"And {len(worse) - _MAX_WORSE} more, all told from the best.")
+        lines.append(f"And {len(worse) - _MAX_WORSE} more, all distinguishable from the best.")
     lines.append(
-        "Tied: the interval of the difference to the best reaches 0. These intervals hold all at once, whichever "
-        "setting the data call the best (multiple comparisons with the best, Hsu 1981, with a paired bootstrap); those "
-        "of the means hold each for itself."
-        + (" Lost: runs that diverged or failed, of which the mean says nothing." * lost)
+        "Tied: the interval of the difference to the best includes 0. These intervals hold simultaneously, whichever "
+        "setting looks best (multiple comparisons with the best, Hsu 1981, with a paired bootstrap); the intervals of "
+        "the means hold one at a time." + (" Lost: runs that diverged or failed; the mean leaves them out." * lost)
     )
     return heading + "\n\n".join(lines)
 
@@ -79,56 +106,54 @@ def _certainty_row(row: dict[str, Any], lost: bool) -> list[str]:
 
 
 def _covered(winners: dict[str, Any]) -> str:
-    """What the intervals are over."""
+    """What the intervals cover."""
     pairs = f"{winners['pairs']} held-out pairs"
     if winners["pairs_left_out"]:
         pairs += f" that all trials share (some have {winners['pairs_left_out']} more, not counted here)"
     if winners["covers"] == "pairs and seeds":
         return f"intervals cover the choice of the {pairs} and of the seeds."
     return (
-        f"intervals cover the choice of the {pairs} only. Every setting was trained with one seed, so nobody can tell "
-        f"how much of a difference is the seed's doing. Before relying on it, train the best few with more seeds, e.g. "
+        f"intervals cover the choice of the {pairs} only. Every setting was trained with one seed, so how much of a "
+        "difference is due to the seed is unknown. Before relying on it, train the best few with more seeds, e.g. with "
         f"`{SEED}: {{type: grid, values: [1, 2, 3]}}` as an axis."
     )
 
 
 def _seed_by_seed(results: dict[str, Any], frame: pd.DataFrame) -> str:
-    """How far the winner is ahead, in units of what the seed alone does: all that averages can tell."""
+    """The winner's lead over the second, compared with the variation between seeds."""
     metric = results["metric"]
     finished = finished_rows(frame, metric)
     if SEED not in varied_axes(results):
-        return (
-            "Every setting was trained with one seed: how much of a difference is the seed's doing is not known either."
-        )
+        return "Every setting was trained with one seed, so how much of a difference is due to the seed is unknown too."
     by_seed = {key: group.groupby(SEED)[metric].mean() for key, group in by_setting(results, finished)}
-    ranked = sorted(by_seed, key=lambda key: by_seed[key].mean(), reverse=results["mode"] == "max")
-    if len(ranked) < 2:
+    names = sorted(by_seed, key=lambda key: by_seed[key].mean(), reverse=results["mode"] == "max")
+    if len(names) < 2:
         return "Only one setting finished: there is nothing to compare it with."
-    first, second = ranked[:2]
+    first, second = names[:2]
     # The same seed means the same pairs in the same order, so differences are taken seed by seed.
     differences = (by_seed[first] - by_seed[second]).dropna()
     if len(differences) < 2:
         return (
-            f"{first} has the best mean, {second} the next, but they share fewer than two finished seeds: how much "
-            "of their difference is the seed's doing is not known."
+            f"{first} has the best mean, {second} the second best, but they share fewer than two finished seeds, so "
+            "how much of their difference is due to the seed is unknown."
         )
     mean, half = mean_interval(differences.tolist())
     assert half is not None
     verdict = "more than the seed explains" if abs(mean) > half else "no more than the seed may explain"
     return (
-        f"Best mean: **{first}**, next: {second}. Their difference in `{metric}`, seed by seed, is {mean:+.4f} ± "
+        f"Best mean: **{first}**, second: {second}. Their difference in `{metric}`, seed by seed, is {mean:+.4f} ± "
         f"{half:.4f} (95 % t-interval over {len(differences)} seeds): {verdict}."
     )
 
 
 def bias_section(winners: dict[str, Any]) -> str:
-    """The warning that what chose the winner also scores it."""
+    """The warning that the winner was chosen by the same score that is reported."""
     bias = winners["selection_bias"]
     return "" if bias["candidates"] < 2 else f"**Selection bias.** {bias['sentence']}"
 
 
 def pareto_section(pareto: dict[str, Any]) -> str:
-    """What likelihood costs accuracy, where more than one setting may be wanted."""
+    """The trade-off between likelihood and preference accuracy, as the settings on the Pareto front."""
     if len(pareto["settings"]) < 2:
         return ""
     front = [row for row in pareto["settings"] if row["on_front"]]
@@ -147,11 +172,9 @@ def pareto_section(pareto: dict[str, Any]) -> str:
         f"better) and `{pareto['gain']}` (higher is better)."
     )
     if pareto["cost"] != "eval/nll":
-        text += (
-            " `eval/nll` counts other tokens in some trials than in others (tokenizer, scope), so it is not compared."
-        )
+        text += " `eval/nll` counts different tokens in some trials (tokenizer, scope), so it is not compared."
     if known:
-        text += " On the front: in how many of the bootstrap's resamples; under 95 % is uncertain."
+        text += " On the front: share of the bootstrap's resamples; under 95 % is uncertain."
         if near := [row["name"] for row in pareto["settings"] if not row["on_front"] and row["frequency"] >= 0.05]:
             text += f" {len(near)} more {'is' if len(near) == 1 else 'are'} on it in 5 % of the resamples or more."
     titles = ["setting", pareto["cost"], pareto["gain"], *(["on the front"] if known else [])]
@@ -159,7 +182,7 @@ def pareto_section(pareto: dict[str, Any]) -> str:
 
 
 def divergence_section(divergence: dict[str, Any]) -> str:
-    """Up to which learning rate training held, where any trial diverged."""
+    """The learning rates up to which training held, for each bundle in which a trial diverged."""
     parts = []
     for bundle, boundary in divergence.items():
         if not boundary["diverged"]:
@@ -174,8 +197,8 @@ def divergence_section(divergence: dict[str, Any]) -> str:
     if not parts:
         return ""
     return (
-        "## Where training diverges\n\nThe lr of 50 % is where a logistic curve over log lr and λ gives divergence an "
-        "even chance, if that lies within the learning rates tried.\n\n" + "\n\n".join(parts)
+        "## Where training diverges\n\nThe lr of 50 % is where a logistic curve over log lr and λ predicts divergence "
+        "with a probability of 50 %; shown only within the learning rates tried.\n\n" + "\n\n".join(parts)
     )
 
 
@@ -191,15 +214,15 @@ def unfinished_section(results: dict[str, Any]) -> str:
     if submitted and not unfinished:
         return ""
     return (
-        f"Not the end: {unfinished} of {submitted} trials submitted so far have not ended. When this page was written "
-        "the sweep was under way, or interrupted; the command that started it continues it."
+        f"Not finished: {unfinished} of {submitted} trials submitted so far have not ended. When this page was written "
+        "the sweep was running or had been interrupted; the command that started it resumes it."
     )
 
 
 def best_section(results: dict[str, Any], best_file: Path) -> str:
     best, setting, metric = best_trial(results), results["winners"]["best"], results["metric"]
     if best is None:
-        return f"No trial has a value of `{metric}` to be judged by."
+        return f"No trial has a value of `{metric}`, so none can be judged."
     best_of = "Best so far" if _num_unfinished(results) else "Best"
     better = "higher" if results["mode"] == "max" else "lower"
     if setting is None:
@@ -221,12 +244,12 @@ def best_section(results: dict[str, Any], best_file: Path) -> str:
     elif best["params"]:
         overrides = " ".join(f"{name}={value}" for name, value in best["params"].items() if "." in name)
         bundle = f" and the settings of bundle {best['bundle']}" if best["bundle"] else ""
-        lines.append(f"Train it alone with `{overrides}`{bundle} as overrides of `orpo-ray train`.")
+        lines.append(f"Train it alone: give `orpo-ray train` the overrides `{overrides}`{bundle}.")
     return "\n\n".join(lines)
 
 
 def expectations_section(results: dict[str, Any]) -> str:
-    """What searcher ladder says of each size, in its own words."""
+    """What the `ladder` searcher expects of each model size, in its own words."""
     said = [f"- {expected['says']}" for expected in results.get("expectations", [])]
     return "## What to expect of each size\n\n" + "\n".join(said) if said else ""
 
@@ -238,26 +261,26 @@ def trials_section(results: dict[str, Any]) -> str:
         name = describe(trial["params"])
         is_best = best is not None and trial["trial_id"] == best["trial_id"]
         values = [number(trial["metrics"].get(column)) for column in columns]
-        rest = [str(trial["steps"]), number(trial["train_seconds"], ".1f"), trial["status"].replace("_", " ")]
+        rest = [str(trial["steps"]), number(trial["train_seconds"], ".1f"), status_text(trial["status"])]
         rows.append([f"**{name}**" if is_best else name, *values, *rest])
-    return "## Trials\n\nMetrics are those of the last evaluation.\n\n" + markdown_table(
+    return "## Trials\n\nMetrics are from the last evaluation.\n\n" + markdown_table(
         ["trial", *columns, "steps", "seconds", "status"], rows
     )
 
 
 def _summarised(results: dict[str, Any]) -> list[str]:
-    """The sweep's metric, and of the usual ones those that its trials have: a reward model predicts no token."""
+    """The sweep's metric, then the usual ones that its trials have; a reward model has no log-probabilities."""
     usual = [name for name in _SUMMARISED if any(t["metrics"].get(name) is not None for t in results["trials"])]
     return list(dict.fromkeys([results["metric"], *usual]))
 
 
-def seeds_section(results: dict[str, Any], frame: pd.DataFrame, curves: pd.DataFrame) -> str:
+def seeds_section(data: ReportData) -> str:
     """Mean ± half-width over seeds, per setting."""
-    metric = results["metric"]
-    finished = finished_rows(frame, metric)
+    results = data.results
+    finished = finished_rows(data.frame, results["metric"])
     if SEED not in varied_axes(results) or finished.empty:
         return ""
-    evaluations = curves.sort_values("step").groupby("trial_id")
+    evaluations = data.evaluations.sort_values("step").groupby("trial_id")
     change = evaluations.last() - evaluations.first()
     columns = _summarised(results)
     sides = [side for side in ("eval/chosen_logp", "eval/rejected_logp") if side in change]
@@ -274,53 +297,33 @@ def seeds_section(results: dict[str, Any], frame: pd.DataFrame, curves: pd.DataF
 
 
 def ends_section(results: dict[str, Any]) -> str:
-    titles = {"stopped_early": "Stopped early", "diverged": "Diverged", "failed": "Failed"}
     parts = []
-    for status, title in titles.items():
+    for status in ("stopped_early", "diverged", "failed"):
         trials = [trial for trial in ranked(results) if trial["status"] == status]
         if trials:
             lines = [f"- {describe(t['params'])}: step {t['steps']}{_colon(reason(t))}" for t in trials]
-            parts.append(f"**{title}** ({len(trials)})\n\n" + "\n".join(lines))
+            parts.append(f"**{status_text(status).capitalize()}** ({len(trials)})\n\n" + "\n".join(lines))
     return "## Trials that did not run to their end\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def cost_section(results: dict[str, Any], state: SweepState, config: ExperimentConfig | None) -> str:
-    trials = results["trials"]
-    counts = Counter(trial["status"] for trial in trials)
-    ended = ", ".join(f"{counts[status]} {status.replace('_', ' ')}" for status in _STATUS_ORDER if counts[status])
+def cost_section(data: ReportData, config: ExperimentConfig | None) -> str:
+    trials, state = data.results["trials"], data.state
     seconds = {t["trial_id"]: t["train_seconds"] for t in trials if t["train_seconds"] is not None}
-    lines = [
-        f"- {len(trials)} {'trial' if len(trials) == 1 else 'trials'}{_colon(ended)}.",
-        f"- {_duration(sum(seconds.values()))} of training, added up.",
-    ]
+    of_workers = ""
     if config is not None:
         workers = {t["trial_id"]: config.trial(t["params"]).scaling.num_workers for t in trials}
-        lines[1] = lines[1][:-1] + f" ({_duration(sum(s * workers[t] for t, s in seconds.items()))} of worker time)."
+        of_workers = f" ({duration(sum(s * workers[t] for t, s in seconds.items()))} of worker time)"
+    lines = [
+        f"- {len(trials)} {'trial' if len(trials) == 1 else 'trials'}{_colon(count_statuses(trials))}.",
+        f"- {duration(sum(seconds.values()))} of training, added up{of_workers}.",
+    ]
     if state.began_ms is not None:
-        lines.append(f"- {_duration((state.last_ms - state.began_ms) / 1000)} from the first event to the last.")
+        lines.append(f"- {duration((state.last_ms - state.began_ms) / 1000)} from the first event to the last.")
     planned = {t.trial_id: t.max_steps for t in state.trials.values() if t.max_steps is not None}
     saved = sum(planned.get(t["trial_id"], t["steps"]) - t["steps"] for t in trials if t["status"] == "stopped_early")
     if saved:
         lines.append(f"- Early stopping saved {saved} of {sum(planned.values())} steps.")
     return "## Cost\n\n" + "\n".join(lines)
-
-
-def best_trial(results: dict[str, Any]) -> dict[str, Any] | None:
-    """The best setting's best run; where no setting is judged, the best trial there is."""
-    if (setting := results.get("winners", {}).get("best")) is None:
-        return results["best"]
-    best: dict[str, Any] = next(t for t in results["trials"] if t["trial_id"] == setting["trial_id"])
-    return best
-
-
-def ranked(results: dict[str, Any]) -> list[dict[str, Any]]:
-    sign = -1.0 if results["mode"] == "max" else 1.0
-
-    def key(trial: dict[str, Any]) -> tuple[int, float]:
-        value = trial["metrics"].get(results["metric"])
-        return _STATUS_ORDER.index(trial["status"]), math.inf if value is None else sign * value
-
-    return sorted(results["trials"], key=key)
 
 
 def _num_unfinished(results: dict[str, Any]) -> int:
@@ -335,18 +338,5 @@ def _mean_cell(values: pd.Series, sign: str = "") -> str:
     return f"{mean:{sign}.4f}" + (f" ± {half:.4f}" if half is not None else "")
 
 
-def reason(trial: dict[str, Any]) -> str:
-    """The error in a line: the last of a traceback says most."""
-    lines = (trial["error"] or "").strip().splitlines()
-    text = lines[-1] if lines and lines[0].startswith("Traceback") else lines[0] if lines else ""
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
 def _colon(text: str) -> str:
     return f": {text}" if text else ""
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

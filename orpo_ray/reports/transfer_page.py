@@ -1,6 +1,6 @@
-"""`orpo-ray transfer`: what sweeps over model sizes say of the learning rate and λ of larger models, page and picture.
+"""`orpo-ray transfer`: extrapolate learning rate and λ to larger models from sweeps; write page, picture and numbers.
 
-The fits are those of `orpo_ray.results.transfer`; here are the sweeps they are fed from, and what a person looks at.
+The fits are in `orpo_ray.results.transfer`; this module selects the trials and presents the result.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from rich.text import Text
 from orpo_ray.config import MEANING_MOVED_BY, METRIC_MODES
 from orpo_ray.config.flatten import SPEED_ONLY, as_text
 from orpo_ray.errors import UserError
-from orpo_ray.formatting import markdown_table
+from orpo_ray.formatting import better_when, markdown_table, short_count, status_text
 from orpo_ray.results import transfer
-from orpo_ray.results.transfer import Law, Transfer, short_size
+from orpo_ray.results.transfer import Law, Transfer
 from orpo_ray.storage.records import SweepRecord, TrialRecord
 from orpo_ray.storage.run_dir import write_results
 
@@ -39,43 +39,43 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _MARKERS = "osD^vP"
 _SWEPT = frozenset({"optim.lr", "loss.orpo_lambda", "loss.name", "train.seed"})
 _COUNTED = frozenset({"finished", "diverged"})
-"""Of what ended early the metric is that of another number of steps."""
+"""A trial that ended early has its metric after fewer steps, so it does not count."""
 
 
 class TransferError(UserError, ValueError):
-    """The sweeps carry no transfer study; the message says why and what to do."""
+    """The sweeps do not allow a transfer study; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The trials that are fitted, and those that are not."""
+    """The trials that are fitted, and what was left out."""
 
     sweeps: tuple[str, ...]
-    """By name."""
+    """Names of the sweeps."""
     metric: str
     trials: pd.DataFrame
-    """Columns as of `transfer.Tried`; NaN where a trial diverged."""
+    """Columns as in `transfer.Tried`; the value is NaN where a trial diverged."""
     steps: tuple[int, ...]
-    """Optimizer steps that finished trials were trained for, ascending; one number where all are alike."""
+    """Distinct numbers of optimizer steps of the finished trials, ascending."""
     left_out: dict[str, int]
-    """Why -> trials."""
+    """Reason -> number of trials left out."""
     unlike: dict[str, tuple[str, ...]]
-    """Settings other than size, learning rate, λ and seed that not all trials share -> their values."""
+    """Settings other than size, learning rate, λ and seed that differ between trials -> their values."""
 
 
 def gather(records: Sequence[SweepRecord], metric: str | None = None) -> Evidence:
-    """The trials of sweeps over model size, learning rate and λ.
+    """Collect the trials of sweeps over model size, learning rate and λ.
 
-    Counted is what finished, and what diverged as such. What was stopped early was judged after fewer steps, and is
-    left out, as are trials that failed or are not done.
+    Finished trials count with their value, diverged trials as diverged. Trials that were stopped early were judged
+    after fewer steps and are left out, as are trials that failed or have not ended.
 
     Args:
-        records: of the sweeps; sizes may come from different ones.
-        metric: held-out metric; by default the one that all of them are judged by.
+        records: the sweeps; sizes may come from different ones.
+        metric: held-out metric; by default the one that all sweeps are judged by.
 
     Raises:
-        TransferError: no such metric, none was asked for and the sweeps are judged by different ones, or the metric
-            means something else in each trial; a sweep is given twice, or a single trial; no trial counts.
+        TransferError: the metric is unknown, was not given although the sweeps are judged by different ones, or has a
+            different meaning in each trial; a sweep is given twice; a single trial is given; or no trial counts.
     """
     metric = _metric(records, metric)
     _require_whole(records)
@@ -102,11 +102,11 @@ def gather(records: Sequence[SweepRecord], metric: str | None = None) -> Evidenc
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no trials"
         raise TransferError(f"no trial of {', '.join(names)} can be fitted ({why}); let one finish first")
     unlike = _unlike(counted)
-    # A preset is but a name for other settings, which are compared by themselves.
+    # A preset is only a name for other settings, which are compared one by one.
     if moved := sorted((MEANING_MOVED_BY[metric] & (unlike.keys() | {"loss.orpo_lambda"})) - {"loss.preset"}):
         raise TransferError(
             f"{metric} means something else with each {' and '.join(moved)}, so it would rank the setting, not the "
-            f"model; judge by another with --metric: {', '.join(m for m in METRIC_MODES if m != metric)}"
+            f"model; choose another with --metric: {', '.join(m for m in METRIC_MODES if m != metric)}"
         )
     frame = pd.DataFrame(rows).astype(float)
     return Evidence(names, metric, frame, tuple(sorted(steps)), dict(left_out), unlike)
@@ -115,14 +115,14 @@ def gather(records: Sequence[SweepRecord], metric: str | None = None) -> Evidenc
 def study(
     records: Sequence[SweepRecord], metric: str | None = None, targets: Sequence[float] = transfer.TARGETS
 ) -> tuple[Evidence, Transfer]:
-    """`transfer.study` of sweeps.
+    """Collect the trials of sweeps and run `transfer.study` on them.
 
     Raises:
-        TransferError: as of `gather`, or the trials are too few, or too alike, to be fitted.
+        TransferError: as `gather`, or the trials are too few, or too alike, to be fitted.
     """
     evidence = gather(records, metric)
     if wrong := [target for target in targets if not 0 < target < math.inf]:
-        raise TransferError(f"a size is a number of parameters above 0, such as 7e9; {wrong[0]:g} is none")
+        raise TransferError(f"a size must be a number of parameters above 0, such as 7e9; {wrong[0]:g} is not")
     try:
         return evidence, transfer.study(evidence.trials, METRIC_MODES[evidence.metric], targets)
     except ValueError as error:
@@ -133,7 +133,7 @@ def study(
 
 
 def _require_whole(records: Sequence[SweepRecord]) -> None:
-    """Whole sweeps, each once: a trial that counts twice makes intervals narrower than they are."""
+    """Require whole sweeps, each once: a trial that counts twice would make the intervals too narrow."""
     for record in records:
         if record.chosen is not None:
             raise TransferError(f"{record.name}/{record.chosen} is a single trial; give the sweep, {record.name}")
@@ -159,32 +159,32 @@ def _metric(records: Sequence[SweepRecord], metric: str | None) -> str:
     if metric is None:
         judged = sorted({record.metric for record in records})
         if len(judged) > 1:
-            raise TransferError(f"these sweeps are judged by {' and '.join(judged)}; say which with --metric")
+            raise TransferError(f"these sweeps are judged by {' and '.join(judged)}; choose one with --metric")
         (metric,) = judged
     if metric not in METRIC_MODES:
-        raise TransferError(f"no held-out metric {metric!r}; there are {', '.join(METRIC_MODES)}")
+        raise TransferError(f"metric {metric!r} is not a held-out metric; use one of {', '.join(METRIC_MODES)}")
     return metric
 
 
 def _why_not(trial: TrialRecord, metric: str) -> str | None:
     if trial.status not in _COUNTED:
-        return trial.status.replace("_", " ")
+        return status_text(trial.status)
     if trial.reused_from is not None:
         return "taken over from another sweep"
     if trial.settings.get("model.parameters") is None:
         return "without a known size"
     if trial.settings.get("loss.name", "orpo") not in ("orpo", "sft"):
-        return f"of another loss, {trial.settings['loss.name']}"
+        return f"with another loss, {trial.settings['loss.name']}"
     if trial.status == "finished" and metric not in trial.metrics:
         return f"without {metric}"
     return None
 
 
-# ---- shown ----------------------------------------------------------------------------------------------------------
+# ---- presentation ---------------------------------------------------------------------------------------------------
 
 
 def table(found: Transfer) -> RenderableType:
-    """For the terminal."""
+    """The result as tables for the terminal."""
     shown: list[RenderableType] = []
     for law in _laws(found):
         title = f"best {_NAMES[law.axis]} by model size"
@@ -201,13 +201,16 @@ def table(found: Transfer) -> RenderableType:
 
 
 def write(folder: Path, evidence: Evidence, found: Transfer, command: str) -> Path:
-    """The page, its picture and the numbers (JSON) into a folder, which is made.
+    """Write the page, its picture and the numbers (JSON).
 
     Args:
-        folder: where to.
+        folder: where to write; created where missing.
         evidence: the trials.
-        found: the study of them.
-        command: that makes it again.
+        found: the study of the trials.
+        command: the command that makes this page again.
+
+    Returns:
+        Path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {
@@ -228,11 +231,11 @@ def write(folder: Path, evidence: Evidence, found: Transfer, command: str) -> Pa
 
 
 _TITLES = ["parameters", "trials", "diverged", "best", "95 % interval", "tried", "at the edge"]
-_NO_LAMBDA = "Nothing is said of λ: fewer than two sizes have three or more λ above 0."
+_NO_LAMBDA = "Nothing is said about λ: fewer than two sizes have three or more λ above 0."
 
 
 def _said(law: Law) -> list[str]:
-    """One sentence for each size asked about."""
+    """One sentence for each target size."""
     return [each.statement for each in law.extrapolations]
 
 
@@ -243,7 +246,7 @@ def _laws(found: Transfer) -> list[Law]:
 def _rows(law: Law) -> list[list[str]]:
     return [
         [
-            short_size(optimum.parameters),
+            short_count(optimum.parameters),
             str(optimum.trials),
             str(optimum.diverged),
             f"{optimum.best:.2g}",
@@ -259,17 +262,17 @@ def _page(evidence: Evidence, found: Transfer, command: str) -> str:
     left_out = ", ".join(f"{count} {reason}" for reason, count in evidence.left_out.items())
     unlike = "; ".join(f"{path}: {', '.join(values)}" for path, values in evidence.unlike.items())
     steps = " or ".join(str(number) for number in evidence.steps)
-    better = "higher" if METRIC_MODES[evidence.metric] == "max" else "lower"
+    better = better_when(METRIC_MODES[evidence.metric])
     parts = [
         "# From small models to larger ones",
         f"`{command}`",
         f"{len(evidence.trials)} trials of {', '.join(evidence.sweeps)}, trained for {steps} steps and judged by "
         f"`{evidence.metric}` ({better} is better).{f' Left out: {left_out}.' if left_out else ''}"
-        f"{f' **Not alike, and taken for the size: {unlike}.**' if unlike else ''} At each size a "
-        "parabola over log learning rate and one over log λ are fitted by least squares; their best is laid on a line "
-        f"over log size. Intervals are of {found.resamples} bootstraps over trials; they do not cover whether the "
-        "parabola is the right shape, whether the line goes on, or that larger models are trained on other data for "
-        "longer.",
+        f"{f' **Not equal, so their effect is attributed to size: {unlike}.**' if unlike else ''} At each size a "
+        "parabola over log learning rate and one over log λ are fitted by least squares; a line over log size goes "
+        f"through their optima. Intervals are from {found.resamples} bootstraps over trials. They do not cover whether "
+        "the parabola is the right shape, whether the line continues, or that larger models are trained on other data "
+        "for longer.",
     ]
     for law in _laws(found):
         parts += [
@@ -286,7 +289,7 @@ def _page(evidence: Evidence, found: Transfer, command: str) -> str:
 
 
 def draw(evidence: Evidence, found: Transfer) -> Figure:
-    """Above, the metric over the setting, by size, with the fit's best as a line down; below, that best over size."""
+    """Top: the metric over each axis, by size, with the fitted best as a vertical line. Bottom: that best over size."""
     laws = _laws(found)
     figure = Figure(figsize=(5.4 * len(laws), 8.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -306,16 +309,16 @@ def _draw_metric(axis: Axes, evidence: Evidence, law: Law) -> None:
     trials = evidence.trials[np.isfinite(evidence.trials["value"])]
     for optimum, colour, marker in zip(law.optima, cycle(_COLOURS), cycle(_MARKERS), strict=False):
         of_size = trials[(trials["parameters"] == optimum.parameters) & (trials[law.axis] > 0)]
-        # Over the other axis too: what is left of the scatter is that axis's doing, and noise.
+        # The mean is over the other axis too: the remaining scatter is that axis and noise.
         mean = of_size.groupby(law.axis)["value"].mean()
         axis.plot(of_size[law.axis], of_size["value"], marker, color=colour, ms=3, alpha=0.35)
-        axis.plot(mean.index, mean, marker + "-", color=colour, ms=5, lw=1.4, label=short_size(optimum.parameters))
+        axis.plot(mean.index, mean, marker + "-", color=colour, ms=5, lw=1.4, label=short_count(optimum.parameters))
         axis.axvline(optimum.best, color=colour, lw=1.2, ls=":")
     axis.set_xscale("log")
     _number(axis.xaxis)
     axis.set_xlabel(_NAMES[law.axis])
     axis.set_ylabel(evidence.metric)
-    axis.set_title("small: trials, large: their mean, dotted: the fit's best", loc="left", fontsize=9)
+    axis.set_title("small: trials, large: their mean, dotted: best by the fit", loc="left", fontsize=9)
 
 
 def _draw_line(axis: Axes, law: Law) -> None:
@@ -329,7 +332,7 @@ def _draw_line(axis: Axes, law: Law) -> None:
     told = [each.parameters for each in law.extrapolations if not each.says_nothing]
     sizes_G = np.geomspace(law.optima[0].parameters, max([law.optima[-1].parameters, *told]), 50)
     axis.plot(sizes_G, np.exp(law.intercept) * sizes_G**law.exponent, color="0.3", lw=1, ls="--")
-    # The range tried, not the intervals, sets the scale: what fills it is not known.
+    # The range tried sets the scale, not the intervals: an interval that fills it says nothing.
     axis.fill_between(
         [optimum.parameters for optimum in law.optima],
         [optimum.lowest_tried for optimum in law.optima],
@@ -340,19 +343,19 @@ def _draw_line(axis: Axes, law: Law) -> None:
         label="range tried",
     )
     axis.set_xscale("log")
-    _number(axis.xaxis, short_size)
+    _number(axis.xaxis, short_count)
     axis.set_yscale("log")
     _number(axis.yaxis)
     axis.set_xlabel("parameters")
     axis.set_ylabel(f"best {_NAMES[law.axis]}, 95 % interval")
-    silent = [short_size(each.parameters) for each in law.extrapolations if each.says_nothing]
+    silent = [short_count(each.parameters) for each in law.extrapolations if each.says_nothing]
     if silent:
-        axis.set_title(f"says nothing of {', '.join(silent)}", loc="left", fontsize=9)
+        axis.set_title(f"says nothing about {', '.join(silent)}", loc="left", fontsize=9)
     axis.legend(frameon=False)
 
 
 def _number(axis: Axis, name: Callable[[float], str] = "{:g}".format) -> None:
-    """A logarithmic axis with numbers at 1, 2 and 5 of each decade: a range of less than one decade has some, too."""
+    """Number a logarithmic axis at 1, 2 and 5 of each decade, so that less than one decade has numbers too."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: name(value)))
     axis.set_minor_formatter(NullFormatter())

@@ -1,12 +1,12 @@
-"""How alike sampled answers are: the paper's lexical diversity (eq. 12-13, Table 4), as mean cosine similarities.
+"""Diversity of sampled answers (paper eq. 12-13, Table 4), as mean cosine similarities.
 
-High values mean little diversity. Per-input: K answers to the same prompt, averaged over prompts. Across-input: answers
-to different prompts, the first to each.
+High values mean little diversity. Per-input: K answers to the same prompt, averaged over prompts. Across-input: the
+first answers to different prompts.
 
-Eq. 13 has a factor 1/2, and N where the K answers of eq. 12 are meant. Computed here is the plain mean over distinct
-unordered pairs, so that answers that are all the same give 1. Half a mean could not reach Table 4's 0.90 either.
+Eq. 13 has a factor 1/2, and N where the K answers of eq. 12 are meant. This module computes the plain mean over
+distinct unordered pairs, so that identical answers give 1. Half a mean could not reach Table 4's 0.90 either.
 
-Values depend on what embeds the texts. The paper has Gemini-Pro; only values of the same embedder can be compared.
+Values depend on the embedder. The paper uses Gemini-Pro; only values of the same embedder can be compared.
 
 Shape suffixes: N prompts, K answers to each, T texts, D dimensions, B resamples.
 """
@@ -27,26 +27,24 @@ from orpo_ray.errors import MissingExtraError
 from orpo_ray.results.bootstrap import LEVEL, RESAMPLES, draws
 
 EXTRA = "wordllama==0.4.0.post1"
-"""What `local_embedder` needs."""
+"""Requirement of `local_embedder`."""
 
 Embed = Callable[[Sequence[str]], np.ndarray]
-"""T texts -> [T, D], of any length: only directions are read."""
+"""T texts -> vectors [T, D] of any norm: only their directions are used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """A mean cosine similarity, -1 to 1; lower is more diverse."""
+    """A mean cosine similarity, -1 to 1, with a 95 % interval over prompts; lower is more diverse."""
 
     value: float
     low: float
-    """The 95 % interval over prompts, from here"""
     high: float
-    """to here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Diversity:
-    """Of N prompts with K answers each."""
+    """Similarity of answers to N prompts, K each."""
 
     per_input: Similarity
     """Between answers to the same prompt."""
@@ -57,7 +55,7 @@ class Diversity:
     answers: int
     """K."""
     without_direction: int
-    """Of the N · K answers, those that are empty, white space only, or embedded as 0."""
+    """How many of the N · K answers are empty, white space only, or embedded as 0."""
 
 
 def diversity(
@@ -65,23 +63,23 @@ def diversity(
 ) -> Diversity:
     """Per-input and across-input similarity (paper eq. 12-13, Table 4), each with a bootstrap interval over prompts.
 
-    An empty answer has no direction. It counts as one more text, orthogonal to all others: cosine 1 with another empty
-    answer, 0 with any other. To leave them out would make a model look diverse that often says nothing. The same holds
-    for what is embedded as 0.
+    An empty answer has no direction. It counts as a text orthogonal to all others: cosine 1 with another empty answer,
+    0 with any other. Without them, a model that often answers nothing would look diverse. The same holds for answers
+    that are embedded as 0.
 
     Intervals are percentiles, too narrow below 10 prompts or so. A prompt that a resample draws twice is not compared
-    with itself, which would give 1 and push the across-input values up. Where answers to different prompts have nothing
-    in common, the across-input interval is up to 1.7 times too wide.
+    with itself, because that cosine of 1 would inflate the across-input values. Where answers to different prompts have
+    nothing in common, the across-input interval is up to 1.7 times too wide.
 
     Args:
         answers_NK: K sampled answers to each of N prompts.
-        embed: see `local_embedder`. Not asked about texts of white space only.
-        resamples: of the prompts, B.
-        seed: of the draws.
+        embed: see `local_embedder`. Never called with texts of white space only.
+        resamples: number of bootstrap resamples of the prompts, B.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: N < 2, K < 2, prompts with different numbers of answers, or `embed` returns something else than one
-            finite vector for each text.
+        ValueError: N < 2, K < 2, prompts have different numbers of answers, or `embed` does not return one finite
+            vector for each text.
     """
     prompts, counts = len(answers_NK), {len(answers) for answers in answers_NK}
     if prompts < 2 or len(counts) != 1 or min(counts) < 2:
@@ -110,27 +108,27 @@ def diversity(
 
 
 def local_embedder() -> Embed:
-    """WordLlama's 256-dimensional embeddings (l2_supercat), which come inside the package: nothing is downloaded.
+    """WordLlama's 256-dimensional embeddings (l2_supercat). The package contains them, so nothing is downloaded.
 
-    A text's embedding is the mean of its tokens' vectors. It knows which words were used, and neither their order nor
-    the context.
+    A text's embedding is the mean of its tokens' vectors. It reflects which words occur, but not their order or
+    context.
 
     Raises:
-        ImportError: wordllama is not installed.
+        MissingExtraError: wordllama is not installed.
     """
     wordllama = _wordllama()
-    # Its own folder as cache: else 0.4.0 looks for the tokenizer in a folder `tokenizer`, and ships it in `tokenizers`.
+    # Its own folder as cache: 0.4.0 ships the tokenizer in `tokenizers`, but otherwise looks in a folder `tokenizer`.
     model = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
 
     def embed(texts: Sequence[str]) -> np.ndarray:
-        # Batches are padded to their longest text: small ones keep T × tokens × D small.
+        # Batches are padded to their longest text; small batches limit memory of T × tokens × D.
         return np.asarray(model.embed(list(texts), batch_size=16))
 
     return embed
 
 
 def _wordllama() -> Any:
-    """The package, without the handler and level that its first import gives the root logger."""
+    """Import the package, and undo what its first import does to the root logger."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     is_first = "wordllama" not in sys.modules
@@ -138,7 +136,7 @@ def _wordllama() -> Any:
         return importlib.import_module("wordllama")
     except ImportError as error:
         raise MissingExtraError(
-            f"local embeddings are wordllama's, and {error.name or error} is not installed: pip install "
+            f"local embeddings need wordllama, and {error.name or error} is not installed: pip install "
             f"'orpo-ray[judges]', or '{EXTRA}'"
         ) from error
     finally:
@@ -148,7 +146,7 @@ def _wordllama() -> Any:
 
 
 def _directions(texts: Sequence[str], embed: Embed) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors [T, D + 1], and which of them have no direction: those get the last dimension for themselves."""
+    """Unit vectors [T, D + 1], and which texts have no direction [T]: those point along the last dimension."""
     asked = [index for index, text in enumerate(texts) if text.strip()]
     found = np.zeros((0, 0))
     if asked:
@@ -160,7 +158,7 @@ def _directions(texts: Sequence[str], embed: Embed) -> tuple[np.ndarray, np.ndar
         )
     unit_TD = np.zeros((len(texts), found.shape[1] + 1))
     unit_TD[asked, :-1] = found
-    # Scaled by the largest entry first: the square of a small one could become 0.
+    # Scaled by the largest entry first: the square of a small entry could underflow to 0.
     largest_T = np.abs(unit_TD).max(1)
     without_T = largest_T == 0
     unit_TD[without_T, -1] = largest_T[without_T] = 1.0
@@ -169,10 +167,10 @@ def _directions(texts: Sequence[str], embed: Embed) -> tuple[np.ndarray, np.ndar
 
 
 def _across(counts_BN: np.ndarray, first_ND: np.ndarray) -> np.ndarray:
-    """Mean cosine between the answers to different prompts, each as often as it was drawn.
+    """Mean cosine between answers to different prompts, each weighted by how often it was drawn, [B].
 
-    |Σ w u|² counts all ordered pairs; those of a prompt with itself, w² of them, are taken off above and below. NaN
-    where only one prompt was drawn.
+    |Σ w u|² counts all ordered pairs; the w² pairs of a prompt with itself are subtracted from numerator and
+    denominator. NaN where only one prompt was drawn.
     """
     weights_BN = np.square(counts_BN)
     top_B = np.square(counts_BN @ first_ND).sum(1) - weights_BN @ np.square(first_ND).sum(1)

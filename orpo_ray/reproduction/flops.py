@@ -1,21 +1,23 @@
-"""What a training step of ORPO and of DPO computes and holds: the claim of the paper's section 7.3, measured.
+"""FLOPs and memory of a training step of ORPO and of DPO: the claim of the paper's section 7.3, measured.
 
 The paper counts sequences: ORPO runs two per pair, DPO four, because its frozen reference reads both answers too.
-Here a pair may also lie in one row with a shared prompt, and DPO's reference may be read once and kept on disk
-(`reference`).
+Here a pair may also share one row with a common prompt, and DPO's reference may be read once and kept on disk
+(`training.reference`).
 
-Measured on one micro-batch, which really runs through `PairModel` and the losses on the CPU: model calls, rows and
-tokens (by a hook on the transformers base model), and FLOPs (by torch's FlopCounterMode). Bytes are arithmetic.
+The measurement runs one micro-batch through `PairModel` and the losses on the CPU. A hook on the transformers base
+model counts calls, rows and tokens; torch's FlopCounterMode counts FLOPs. Bytes are computed, not measured.
 
 FLOPs are those of matrix products, 2mkn for [m × k] · [k × n]: linear layers, vocabulary head, attention.
-- Attention runs as plain products: of the CPU's fused kernel torch 2.13 counts nothing. Plain products compute the
-  scores that a causal mask or padding hides, and they count. A shared prompt takes two calls per pair, [prompt |
-  chosen] on itself and rejected on [prompt | rejected]; what other pairs and the other answer hold is not computed.
-- Logits are made only where a log-probability is read, in padded rows too. The authors' code makes them everywhere.
-- Logits beyond `head.KEPT_BYTES`, and all of a head with a softcap, are made again in the backward pass, and count
-  there again.
-- Not counted: element-wise work (softmax, norms, rotary embedding, loss), embedding look-ups, the optimizer's step, and
-  products that torch has no formula for: the grouped ones of mixtures of experts, so that theirs count too little.
+- Attention runs as plain products, because torch 2.13 counts nothing for the CPU's fused kernel. Plain products also
+  compute the scores that a causal mask or padding hides, and these count. A shared prompt takes two calls per pair,
+  [prompt | chosen] on itself and rejected on [prompt | rejected]; scores across pairs and across the two answers are
+  not computed.
+- Logits are computed only where a log-probability is read, in padded rows too. The authors' code computes them
+  everywhere.
+- Logits beyond `lm_head.KEPT_BYTES`, and all logits of a head with a softcap, are recomputed in the backward pass, and
+  count again there.
+- Not counted: element-wise work (softmax, norms, rotary embedding, loss), embedding look-ups, the optimizer step, and
+  products without a formula in torch: the grouped products of mixtures of experts, whose counts are thus too low.
 """
 
 from __future__ import annotations
@@ -47,34 +49,34 @@ DPO_FIRST_EPOCH = "DPO, reference kept on disk: first epoch (ours)"
 DPO_LATER_EPOCHS = "DPO, reference kept on disk: later epochs (ours)"
 
 _WEIGHT_BYTES = 4
-"""Per parameter: fp32 at every `train.precision`, which acts through autocast (`engine`). Where products run in bf16 a
-reference of ours keeps its linear layers in bf16 (`PairModel.frozen`); that is not counted."""
+"""Bytes per parameter: fp32 at every `train.precision`, which acts through autocast (`training.engine`). Where products
+run in bf16, our reference keeps its linear layers in bf16 (`PairModel.frozen`); that saving is not counted."""
 _GRADIENT_BYTES = 4
-"""Per trained parameter."""
+"""Bytes per trained parameter."""
 _MOMENT_BYTES = 8
-"""Per trained parameter: AdamW's two moments in fp32."""
+"""Bytes per trained parameter: AdamW's two moments in fp32."""
 _MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way to run one step over the same pairs."""
+    """One way to run a step over the same pairs. FLOPs are per pair."""
 
     name: str
     sequences_per_pair: float | None
-    """Rows that the base model is given, per pair, policy and reference: the paper's forward passes. None where a row
-    holds a whole micro-batch, so that rows say nothing; compare `tokens_per_pair`."""
+    """Input rows of the base model per pair, policy and reference together: the paper's forward passes. None where one
+    row holds a whole micro-batch, so that rows are not comparable; use `tokens_per_pair`."""
     model_calls_per_step: int
-    """Calls of the base model, policy and reference, where the step is one micro-batch."""
+    """Calls of the base model, policy and reference together, where the step is one micro-batch."""
     tokens_per_pair: float
-    """That go through the layers, padding included, over all calls."""
+    """Tokens through the layers, padding included, over all calls."""
     forward_flops: float
-    """Per pair: the policy's with gradients recorded, and the reference's without."""
+    """Forward passes of the policy (recording gradients) and of the reference (without)."""
     backward_flops: float
-    """Per pair: the policy's."""
+    """Backward pass of the policy."""
     policy_bytes: int
     reference_bytes: int
-    """Frozen weights that are held beside the policy. 0 where they were read before it was built, alone in memory."""
+    """Frozen weights held beside the policy; 0 where the reference ran before the policy was built."""
     gradient_bytes: int
     optimizer_bytes: int
 
@@ -85,23 +87,23 @@ class Row:
 
     @property
     def held_bytes(self) -> int:
-        """All of the above. Without activations, and without what a worker keeps for its next trials (`model`)."""
+        """Sum of the bytes above, without activations and without weights that a worker keeps for its next trials."""
         return self.policy_bytes + self.reference_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """The same pairs through the same model in every row."""
+    """Ways to run a step, all with the same pairs and the same model."""
 
     pairs: int
     parameters: int
     rows: tuple[Row, ...]
     fallback: str = ""
-    """Why there is no row with a shared prompt; the rows with the reference on disk are padded then."""
+    """Why no row has a shared prompt; the rows with the reference on disk are then padded."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Accounting:
-        """From what `dataclasses.asdict` makes of one, as JSON gives it back."""
+        """Rebuild from `dataclasses.asdict(accounting)` after a round trip through JSON."""
         return cls(**{**tree, "rows": tuple(Row(**row) for row in tree["rows"])})
 
 
@@ -110,17 +112,17 @@ def measure(
 ) -> Accounting:
     """Run one micro-batch each way, with gradients.
 
-    The reference is the model that training starts from (`reference`), so its passes run on the policy's own weights.
+    The reference is the model that training starts from, so its passes run on the policy's own weights.
 
     Args:
-        model: which one; adapters, gradient checkpointing and the choice of attention are left out.
-        pairs: at least one, of the model's tokenizer; they are the micro-batch.
-        seed: initialises weights that are not read.
-        precision: of the products, as `train.precision`; the counts should not depend on it.
+        model: the model; its adapters, gradient checkpointing and choice of attention are ignored.
+        pairs: the micro-batch, at least one pair, encoded with the model's tokenizer.
+        seed: initialises weights that are not loaded from files.
+        precision: type of the products, like `train.precision`; the counts should not depend on it.
 
     Raises:
-        ModelError: no such model.
-        ValueError: no pairs.
+        ModelError: the model cannot be loaded.
+        ValueError: there are no pairs.
     """
     if not pairs:
         raise ValueError("accounting needs at least one pair")
@@ -129,9 +131,9 @@ def measure(
     lm = build_model(plain, seed)
     every, trained = count_parameters(lm)
 
-    def passes(form: ForwardMode) -> tuple[_Pass, _Pass, _Pass]:
-        """ORPO's, the reference's, and DPO's given the reference."""
-        return _passes(PairModel(lm, form, matmul_dtype(precision)), pairs, pad_token_id)
+    def passes(mode: ForwardMode) -> tuple[_Pass, _Pass, _Pass]:
+        """Passes of ORPO, of the reference, and of DPO given the reference."""
+        return _passes(PairModel(lm, mode, matmul_dtype(precision)), pairs, pad_token_id)
 
     def row(name: str, done: _Pass, reference_bytes: int = 0) -> Row:
         return Row(
@@ -148,7 +150,7 @@ def measure(
         )
 
     ours = probe_forward_mode(lm, "shared_prompt")
-    # Padded rows first: the shared form leaves the model with an attention function that padded rows cannot use.
+    # Padded rows first: the shared-prompt mode leaves an attention function in the model that padded rows cannot use.
     orpo, reference, dpo = passes(replace(ours, shares_prompt=False))
     padded = row(ORPO_PADDED, orpo)
     in_memory = row(DPO_IN_MEMORY, dpo + reference, every * _WEIGHT_BYTES)
@@ -156,13 +158,13 @@ def measure(
     if ours.shares_prompt:
         orpo, reference, dpo = passes(ours)
         rows = [padded, row(ORPO_SHARED, orpo), in_memory]
-    # `loop` reads the reference before it builds the policy, once for all epochs.
+    # `training.loop` runs the reference before it builds the policy, once for all epochs.
     rows += [row(DPO_FIRST_EPOCH, dpo + reference), row(DPO_LATER_EPOCHS, dpo)]
     return Accounting(len(pairs), every, tuple(rows), "" if ours.shares_prompt else ours.reason)
 
 
 def table(accounting: Accounting) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows for `markdown.markdown_table`, with each step's FLOPs as a multiple of the first's."""
+    """Titles and rows for `formatting.markdown_table`, with each row's FLOPs as a multiple of the first row's."""
     titles = [
         "step",
         "sequences per pair",
@@ -196,7 +198,7 @@ def table(accounting: Accounting) -> tuple[list[str], list[list[str]]]:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What was seen of one pass over the micro-batch, or of several."""
+    """Counts of one pass over the micro-batch, or the sum of several."""
 
     shares_prompt: bool
     calls: int
@@ -217,13 +219,12 @@ class _Pass:
 
 
 def _passes(model: PairModel, pairs: Sequence[Pair], pad_token_id: int) -> tuple[_Pass, _Pass, _Pass]:
-    # Both losses count the same targets, as trials do that differ in `loss.name` only. DPO's objective does not read
-    # the prompt's log-probabilities, but the NLL that it reports does.
+    # Both losses use the same target tokens, as trials do that differ in `loss.name` only. DPO's objective does not
+    # read the prompt's log-probabilities, but the NLL that it reports does.
     orpo, dpo = LossConfig(name="orpo"), LossConfig(name="dpo")
-    # Not `model.collate`, which fills rows up for some devices' kernels.
-    batch = collate(
-        pairs, LossMask(orpo.nll_scope), share_prompt=model.forward_mode.shares_prompt, pad_token_id=pad_token_id
-    )
+    # Not `model.collate`, which pads rows for some devices' kernels.
+    shares = model.forward_mode.shares_prompt
+    batch = collate(pairs, LossMask(orpo.nll_scope), share_prompt=shares, pad_token_id=pad_token_id)
     trained, _ = _run(model, batch, orpo)
     frozen, kept = _run(model, batch, None)
     reference_P2 = torch.stack([kept.chosen_logps_P, kept.rejected_logps_P], dim=1)
@@ -232,7 +233,7 @@ def _passes(model: PairModel, pairs: Sequence[Pair], pad_token_id: int) -> tuple
 
 
 def _run(model: PairModel, batch: Batch, settings: LossConfig | None) -> tuple[_Pass, PairLogps]:
-    """One pass forward, and backward where there is a loss; without one, it is the reference's."""
+    """One forward pass, and a backward pass with `settings`; None stands for the reference, which has no loss."""
     seen: list[torch.Size] = []
 
     def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -261,8 +262,8 @@ def _run(model: PairModel, batch: Batch, settings: LossConfig | None) -> tuple[_
 
 @contextlib.contextmanager
 def _counter() -> Iterator[FlopCounterMode]:
-    # torch knows `addmm`, but not `addmm_`, by which `head` adds up its weight's gradient: left out, a model with a
-    # small body and a large vocabulary would lose a good part of its backward pass.
+    # torch has a formula for `addmm`, but not for `addmm_`, by which `lm_head` accumulates its weight's gradient.
+    # Without it, a model with a small body and a large vocabulary would lose much of its backward count.
     in_place = {torch.ops.aten.addmm_: _addmm_flops}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         yield counter
@@ -273,5 +274,5 @@ def _addmm_flops(total: torch.Size, left: torch.Size, right: torch.Size, **other
 
 
 def _four_digits(value: float) -> str:
-    """Without an exponent, however large."""
+    """Four significant digits, without an exponent."""
     return f"{float(f'{value:.4g}'):,.15g}"

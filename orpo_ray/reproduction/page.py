@@ -1,4 +1,4 @@
-"""reproduction.json as one page: the paper's numbers, ours, the interval, the same sign or not, the cost."""
+"""The page of a reproduction: the paper's numbers beside ours, with intervals, signs, settings and cost."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from orpo_ray.formatting import markdown_table
 from orpo_ray.reproduction import published, ratio_simulation, win_rate
 from orpo_ray.reproduction.flops import Accounting
 from orpo_ray.reproduction.flops import table as accounting_table
+from orpo_ray.reproduction.scales import JUDGE, POLICY_REWARD_MODEL
 
 PAGE_FILE = "reproduction.md"
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 _NOT_CLAIMED = "shown, nothing claimed"
 _SHOWN = {"sft": "SFT (λ = 0)", "orpo": "odds ratio, λ = 1", "probability": "probability ratio, λ = 1"}
 _CANNOT = (
-    "That ORPO's margin over DPO grows with size: there is one size.",
-    "Table 1 (AlpacaEval) and MT-Bench: their judges are behind an API. `external_judges` writes the files they read.",
-    "Table 6 (IFEval) and Table 4 to the point: 7B models, and Gemini-Pro's embeddings.",
+    "That ORPO's margin over DPO grows with model size: this scale has one size.",
+    "Table 1 (AlpacaEval) and MT-Bench: their judges are behind an API. `alpaca_eval` and `mt_bench` write the files "
+    "that they read.",
+    "Table 6 (IFEval) and the exact numbers of Table 4: they need 7B models and Gemini-Pro's embeddings.",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One sentence of the paper, and what came out here."""
+    """One statement of the paper, and the result of this reproduction."""
 
     text: str
     where: str
@@ -43,13 +45,16 @@ class Claim:
 
 
 def write(folder: Path, result: Mapping[str, Any], command: str, others: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Write the page and its pictures.
+    """Write the page and its figures.
 
     Args:
-        folder: the pictures go beside the page.
-        result: of `reproduce.run`.
-        command: that makes it again.
-        others: results with other seeds.
+        folder: for the page and the figures.
+        result: from `orpo_ray.reproduction.run.run`.
+        command: command line that reproduces the page.
+        others: results of the same settings with other seeds.
+
+    Returns:
+        The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _save(draw_curves(result["curves"], ("sft", "orpo-0.1", "orpo-0.5", "orpo")), folder / "lambda.png")
@@ -65,27 +70,27 @@ def write(folder: Path, result: Mapping[str, Any], command: str, others: Sequenc
 
 
 def claims(result: Mapping[str, Any]) -> list[Claim]:
-    """Every sentence of the paper that this scale can say something about."""
+    """The paper's statements that this scale can test."""
     found = [_win(result, other) for other in ("sft", "rlhf", "dpo")]
     changes = result["changes"]
     for side, word in (("chosen_logp", "chosen"), ("rejected_logp", "rejected")):
         text = f"SFT alone raises the {word} log-probability"
         found.append(_moved(text, "Fig. 3", "rises", changes["sft"][side], above=True))
-    text = "ORPO with λ = 1 lowers the rejected one"
+    text = "ORPO with λ = 1 lowers the rejected log-probability"
     found.append(_moved(text, "Figs. 7, 9", "falls", changes["orpo"]["rejected_logp"], above=False))
-    text = "with λ = 1 the rejected one ends lower than with SFT"
+    text = "with λ = 1 the rejected log-probability ends lower than with SFT"
     found.append(_moved(text, "Figs. 3, 7", "lower", changes["orpo less sft"]["rejected_logp"], above=False))
-    text, low = "with λ = 0.1 the rejected one against SFT", changes["orpo-0.1 less sft"]["rejected_logp"]
+    text, low = "with λ = 0.1 the rejected log-probability against SFT", changes["orpo-0.1 less sft"]["rejected_logp"]
     found.append(replace(_moved(text, "–", "–", low, above=False), verdict=_NOT_CLAIMED))
-    text = "with λ = 1 the chosen one falls, too"
+    text = "with λ = 1 the chosen log-probability falls, too"
     found.append(
         _moved(text, "Fig. 9 (Mistral; in Fig. 7 it rises)", "falls", changes["orpo"]["chosen_logp"], above=False)
     )
-    text = "with λ = 0.1 the rejected one does not fall"
+    text = "with λ = 0.1 the rejected log-probability does not fall"
     found.append(_moved(text, "Fig. 9", "stays", changes["orpo-0.1"]["rejected_logp"], above=True))
-    text = "the margin is wider with λ = 1 than λ = 0.1"
+    text = "the margin is wider with λ = 1 than with λ = 0.1"
     found.append(_trend(text, changes))
-    text = "the probability ratio lowers the rejected one further than the odds ratio"
+    text = "the probability ratio lowers the rejected log-probability further than the odds ratio"
     found.append(_moved(text, "Fig. 8", "lower", changes["probability less odds"]["rejected_logp"], above=False))
     found += _diverse(result)
     return found
@@ -166,8 +171,8 @@ def _page(result: Mapping[str, Any], command: str, others: Sequence[Mapping[str,
     rows = [[c.text, c.where, c.paper, c.ours, c.interval, c.verdict] for c in claims(result)]
     titles = ["the paper says", "where", "its number", "ours", "95 % interval", "same sign"]
     began = (
-        " Before anything else the model learned the language of both answers, from other pairs of the same generator; "
-        "a part of the held-out answers stands word for word among them, under other prompts."
+        " First, the model learned the language of both answers from other pairs of the same generator; some held-out "
+        "answers occur among them verbatim, under other prompts."
         if about["pretrain"]
         else ""
     )
@@ -175,10 +180,10 @@ def _page(result: Mapping[str, Any], command: str, others: Sequence[Mapping[str,
         f"# The ORPO paper, reproduced at scale `{result['scale']}`",
         f"`{command}`\n\n{_machine(result)}",
         f"{Path(about['model']).name} on {Path(about['data']).name}, {result['pairs']['train']} training pairs and "
-        f"{result['pairs']['held_out']} held-out ones.{began} ORPO has λ = {about['main_lambda']:g} where no other is "
-        "named, which was fixed before any run. Intervals are bootstraps over prompts or pairs; they do not cover the "
-        f"seed{': for that, see those below' if others else ', of which there is one'}.",
-        "## What came out",
+        f"{result['pairs']['held_out']} held-out ones.{began} ORPO has λ = {about['main_lambda']:g} unless stated "
+        "otherwise; this was fixed before any run. Intervals are bootstraps over prompts or pairs; they do not cover "
+        f"variation between seeds, {'which is shown below' if others else 'of which there is one'}.",
+        "## Results",
         markdown_table(titles, rows),
         _judge_text(judge, control),
         *_by_seed([result, *others]),
@@ -189,9 +194,9 @@ def _page(result: Mapping[str, Any], command: str, others: Sequence[Mapping[str,
         f"{_how_likely(result)}\n\n"
         "![the same for the probability ratio and the odds ratio](ratio.png)",
         "## Rewards",
-        "Figure 5: what the judge gives each model's answers.\n\n![reward distributions](rewards.png)",
+        "Figure 5: the judge's rewards for each model's answers.\n\n![reward distributions](rewards.png)",
         "## The two ratios of random probabilities",
-        "Figure 6: 50,000 pairs of probabilities, each drawn evenly from 0 to 1. " + _figure6(),
+        "Figure 6: 50,000 pairs of probabilities, each drawn uniformly from 0 to 1. " + _figure6(),
         "![distributions of both log ratios](figure6.png)",
         "## Compute",
         _compute(result["accounting"]),
@@ -206,14 +211,15 @@ def _page(result: Mapping[str, Any], command: str, others: Sequence[Mapping[str,
 
 
 def _by_seed(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every claim's number with each seed."""
+    """Section with each claim's number by seed; empty for a single result."""
     if len(results) < 2:
         return []
     results = sorted(results, key=lambda result: result["about"]["seed"])
     rows = zip(*(claims(result) for result in results), strict=True)
     return [
         "## With other seeds",
-        "Everything again with the same pairs: their order, weights that are new, reward models and draws are others.",
+        "All steps repeated with the same pairs; the seed changes their order, the new weights, the reward models and "
+        "the sampled answers.",
         markdown_table(
             ["the paper says", *(f"seed {result['about']['seed']}" for result in results)],
             [[row[0].text, *(f"{claim.ours.partition(' (')[0]}: {claim.verdict}" for claim in row)] for row in rows],
@@ -224,8 +230,11 @@ def _by_seed(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def _cannot(result: Mapping[str, Any]) -> list[str]:
     if result["scale"] == "full":
         return list(_CANNOT)
-    differs = "a weaker judge and less training" if result["about"]["compared_with"] else "another model or other data"
-    return [f"Tables 2 and 3 to the point: {differs}. Only signs are compared.", *_CANNOT]
+    about = result["about"]
+    differs = (
+        "the judge is weaker and training is shorter" if about["compared_with"] else "the model or the data differ"
+    )
+    return [f"The exact numbers of Tables 2 and 3: {differs}. Only signs are compared.", *_CANNOT]
 
 
 def _machine(result: Mapping[str, Any]) -> str:
@@ -245,21 +254,17 @@ def _commit(known: Mapping[str, Any]) -> str:
 def _how_likely(result: Mapping[str, Any]) -> str:
     likely = math.exp(result["curves"]["orpo"][-1]["chosen_logp"])
     return (
-        f"Odds are P / (1 - P), so the two ratios differ as far as P is not small; here chosen answers end at P = "
+        f"Odds are P / (1 - P), so the two ratios differ only where P is not small; here chosen answers end at P = "
         f"{likely:.2f}, odds of {likely / (1 - likely):.2f}."
     )
 
 
 def _judge_text(judge: Mapping[str, Any], control: Mapping[str, Any]) -> str:
-    one, two = judge["judge"], judge["coach"]
-    blind = (
-        " **It is not certain that the judge is better than chance, so the win rates say nothing.**"
-        if one["low"] <= 0.5
-        else ""
-    )
+    one, two = judge[JUDGE], judge[POLICY_REWARD_MODEL]
+    blind = " **The judge may be no better than chance, so the win rates show nothing.**" if one["low"] <= 0.5 else ""
     return (
-        f"The judge, a reward model, prefers the chosen one of held-out answers in {100 * one['mean']:.1f} % "
-        f"({100 * one['low']:.1f} to {100 * one['high']:.1f}); RLHF was driven by another one, trained with another "
+        f"The judge, a reward model, prefers the chosen answer in {100 * one['mean']:.1f} % of held-out pairs "
+        f"({100 * one['low']:.1f} to {100 * one['high']:.1f}). RLHF used another reward model, trained with another "
         f"seed: {100 * two['mean']:.1f} % ({100 * two['low']:.1f} to {100 * two['high']:.1f}).{blind} As a control, "
         f"SFT against itself, each round against the next, wins {100 * control['mean']:.1f} % "
         f"({100 * control['low']:.1f} to {100 * control['high']:.1f})."
@@ -276,7 +281,7 @@ def _compute(found: Mapping[str, Any]) -> str:
     passes, measured = published.FORWARD_PASSES, Accounting.of(found)
     return (
         f"The paper (section 7.3): {passes['orpo']} forward passes per pair for ORPO, {passes['dpo']} for DPO. "
-        f"Measured on a micro-batch of {measured.pairs} pairs, of the whole model without adapters:\n\n"
+        f"Measured on a micro-batch of {measured.pairs} pairs, with the whole model and no adapters:\n\n"
         f"{markdown_table(*accounting_table(measured))}"
     )
 
@@ -284,9 +289,9 @@ def _compute(found: Mapping[str, Any]) -> str:
 def _cost(result: Mapping[str, Any]) -> str:
     commands = result["commands"]
     rows = [[f"training {role}", f"{seconds:.0f}"] for role, seconds in result["seconds"].items()]
-    rows.append(["all of it, by the clock", f"{sum(commands):.0f}"])
-    again = f" The command was given {len(commands)} times." if len(commands) > 1 else ""
-    about = f"Training is summed over models, which train side by side as far as there is room.{again}"
+    rows.append(["total wall time", f"{sum(commands):.0f}"])
+    again = f" The command was run {len(commands)} times." if len(commands) > 1 else ""
+    about = f"Training seconds are summed over models, which train in parallel where there is room.{again}"
     return f"{about}\n\n{markdown_table(['step', 'seconds'], rows)}"
 
 
@@ -298,17 +303,17 @@ def _settings(result: Mapping[str, Any]) -> str:
         ["λ", ", ".join(f"{value:g}" for value in about["lambdas"])],
         ["pairs per step", str(about["batch"])],
         *(
-            [["DPO's pairs, before those with long prompts are dropped", str(about["dpo_pairs"])]]
+            [["pairs for DPO, before those with long prompts are dropped", str(about["dpo_pairs"])]]
             if about["dpo_pairs"]
             else []
         ),
         *([f"length of {role}", ", ".join(f"{k} {v}" for k, v in length.items())] for role, length in lengths.items()),
         ["peak learning rate", ", ".join(f"{role} {lr:g}" for role, lr in about["lr"].items())],
         ["LoRA", json.dumps(about["lora"]) if about["lora"] else "none: all weights are trained"],
-        ["matrix products of the training", ", ".join(result["products"])],
+        ["matrix multiplications in training", ", ".join(result["products"])],
         ["answers", f"{about['prompts']} prompts, {about['rounds']} rounds, {about['max_new_tokens']} tokens at most"],
-        ["answers are drawn with", drawn],
-        ["answers that end there, unfinished", cut],
+        ["answers are sampled with", drawn],
+        ["answers cut at that length", cut],
     ]
     return markdown_table(["setting", "value"], rows)
 
@@ -317,11 +322,11 @@ def _settings(result: Mapping[str, Any]) -> str:
 
 
 def draw_curves(curves: Mapping[str, Any], names: Sequence[str]) -> Figure:
-    """Held-out log-probabilities over the steps, of the chosen and of the rejected answers.
+    """Plot held-out log-probabilities of chosen and rejected answers over steps.
 
     Args:
-        curves: of `reproduce.curves`.
-        names: which of them.
+        curves: from `log_probabilities.curves`.
+        names: the models to plot.
     """
     figure = Figure(figsize=(8.0, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -341,5 +346,5 @@ def draw_curves(curves: Mapping[str, Any], names: Sequence[str]) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # No date in the file: the same numbers give the same picture.
+    # Without a date in the metadata, the same numbers give the same file.
     figure.savefig(path, dpi=130, metadata={"Software": None})

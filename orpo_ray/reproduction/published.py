@@ -1,4 +1,4 @@
-"""Numbers of the ORPO paper (Hong, Lee and Thorne 2024, arXiv 2403.07691v2), to stand beside ours."""
+"""Numbers of the ORPO paper (Hong, Lee and Thorne 2024, arXiv 2403.07691v2) for comparison with ours."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DIVERSITY: dict[str, dict[str, tuple[float, float]]] = {
     "Phi-2": {"dpo": (0.8012, 0.6019), "orpo": (0.8909, 0.5173)},
     "Llama-2": {"dpo": (0.8889, 0.5658), "orpo": (0.9008, 0.5091)},
 }
-"""Model -> loss -> mean cosine similarity per input and across inputs (Table 4), of Gemini-Pro's embeddings."""
+"""Model -> loss -> mean cosine similarity of Gemini-Pro's embeddings, per input and across inputs (Table 4)."""
 
 FORWARD_PASSES = {"orpo": 2, "dpo": 4}
-"""Per pair and step (section 7.3)."""
+"""Forward passes per pair and step (section 7.3)."""

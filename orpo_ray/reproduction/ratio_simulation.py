@@ -1,13 +1,13 @@
 """Probability ratio against odds ratio on 50,000 random pairs: the simulation of the paper's Figure 6 and section 7.1.
 
-X1 and X2, uniform on (0, 1), stand for P(y_w|x) and P(y_l|x). Each curve is a z that goes into -log σ(z): the log
-probability ratio β · (log X1 - log X2), or the log odds ratio log[X1 / (1 - X1)] - log[X2 / (1 - X2)], in nats.
+X1 and X2, uniform on (0, 1), stand for P(y_w|x) and P(y_l|x). Each curve is the distribution of a z in the loss
+-log σ(z): the log probability ratio β · (log X1 - log X2), or the log odds ratio log[X1 / (1 - X1)] -
+log[X2 / (1 - X2)], in nats.
 
-What it shows: how hard a pair still pulls is δ = σ(-z) (paper eq. 9). At β = 0.2 nearly every z lies within ±1, so that
-δ stays near 1/2 and hardly a pair is ever settled: the loss goes on parting chosen from rejected until their
-probabilities are 59,000 to 1. Log odds ratios spread so wide that 18 % of random pairs are settled from the start. δ is
-not the whole gradient: z itself moves by β per nat of log X under the probability ratio, by 1 / (1 - X) under the odds
-ratio.
+A pair's weight in the gradient is δ = σ(-z) (paper eq. 9). At β = 0.2 nearly every z lies within ±1, so that δ stays
+near 1/2 and hardly any pair is settled: the loss keeps separating chosen from rejected until their probabilities are
+59,000 to 1. Log odds ratios spread so wide that 18 % of random pairs are settled from the start. δ is not the whole
+gradient: z itself changes by β per nat of log X under the probability ratio, by 1 / (1 - X) under the odds ratio.
 
 Shape suffixes: N samples, B values of β.
 """
@@ -26,28 +26,28 @@ from scipy.special import expit
 from scipy.stats import laplace, rv_continuous
 
 BETAS = (0.2, 1.0)
-"""Of the probability ratio, as in Figure 6."""
+"""β of the probability ratio, as in Figure 6."""
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 SETTLED = 0.1
-"""A pair whose δ is below this hardly pulls any more: z is above log 9."""
+"""A pair with δ below this hardly contributes to the gradient: z is above log 9."""
 
 _LOG_ODDS = "log odds ratio"
 _STYLES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."))
-"""Colour and line of a curve; the colour-blind tell them apart too (Okabe and Ito 2008)."""
+"""Colour and line style of each curve; the colours suit colour-blind readers (Okabe and Ito 2008)."""
 _SHOWN = 10.0
-"""Figures end at this |z|: beyond it are 5 of 100,000 probability ratios at β = 1, and 8 of 10,000 odds ratios."""
+"""Largest |z| in the figures: beyond it are 5 of 100,000 probability ratios at β = 1, and 8 of 10,000 odds ratios."""
 _SERIES_BELOW = 1e-2
-"""Nearer to 0 than this, the closed forms lose digits and their series has them."""
+"""Below this |z|, the closed forms lose digits, and their series are used."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Simulated:
-    """N pairs of probabilities, and what the two kinds of ratio make of them."""
+    """N pairs of probabilities, and their two kinds of log ratio."""
 
     x1_N: np.ndarray
     """Probability of the preferred answer, in (0, 1)."""
     x2_N: np.ndarray
-    """Of the other."""
+    """Probability of the other answer."""
     log_probability_ratio_BN: np.ndarray
     """β · (log X1 - log X2) in nats, for `BETAS`."""
     log_odds_ratio_N: np.ndarray
@@ -56,40 +56,40 @@ class Simulated:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of one curve's z."""
+    """Moments of one curve's z, in nats."""
 
     mean: float
-    """Nats, as are the next two."""
     std: float
     quantiles: tuple[float, ...]
     """At `QUANTILES`."""
     beyond_1: float
     """Share of the pairs with |z| > 1, 0 to 1."""
     beyond_4: float
+    """Share of the pairs with |z| > 4, 0 to 1."""
     mean_loss: float
-    """Of -log σ(z), nats. With X1 = X2 it would be log 2."""
+    """Mean of -log σ(z), nats. With X1 = X2 it would be log 2."""
     delta_std: float
-    """Of δ = σ(-z); its mean is 1/2 for each curve, as each is symmetric."""
+    """Standard deviation of δ = σ(-z); its mean is 1/2, because each curve is symmetric."""
     settled: float
     """Share of the pairs with δ < `SETTLED`, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What was drawn, next to what is exact."""
+    """One curve of Figure 6: sampled moments next to exact ones."""
 
     name: str
     sample: Moments
     exact: Moments
     settles_at: float
-    """X1 / X2, or the ratio of their odds, from which on a pair is settled."""
+    """Smallest X1 / X2, or ratio of their odds, at which a pair is settled."""
 
 
 class _LogisticDifference(rv_continuous):
-    """Difference of two independent standard logistic variables; with u = e^-|z|.
+    """Difference of two independent standard logistic variables.
 
-    The density is u · [|z| - 2 + (|z| + 2) · u] / (1 - u)³, the tail beyond |z| is u · (|z| - 1 + u) / (1 - u)², and
-    the variance, of two times π² / 3, is 2π² / 3.
+    With u = e^-|z|, the density is u · [|z| - 2 + (|z| + 2) · u] / (1 - u)³ and the tail beyond |z| is
+    u · (|z| - 1 + u) / (1 - u)². The variance is twice π² / 3.
     """
 
     def _pdf(self, z: np.ndarray) -> np.ndarray:
@@ -112,34 +112,34 @@ class _LogisticDifference(rv_continuous):
 
 
 LOG_ODDS_DISTRIBUTION: Any = _LogisticDifference(name="logistic_difference")
-"""Of the log odds ratio (scipy.stats: `pdf`, `cdf`, `ppf`, ...)."""
+"""Distribution of the log odds ratio (scipy.stats: `pdf`, `cdf`, `ppf`, ...)."""
 
 
 def log_probability_distribution(beta: float) -> Any:
-    """Of β · (log X1 - log X2): -log X is exponential, so the difference is Laplace(0, β), of standard deviation β√2.
+    """Distribution of β · (log X1 - log X2): -log X is exponential, so it is Laplace(0, β), standard deviation β√2.
 
     Args:
         beta: β > 0.
 
     Returns:
-        A distribution of scipy.stats.
+        A scipy.stats distribution.
     """
     return laplace(scale=beta)
 
 
 def simulate(samples: int = 50_000, seed: int = 0) -> Simulated:
-    """Draw X1 and X2 (paper section 7.1, Figure 6). The same seed draws the same.
+    """Draw X1 and X2 (paper section 7.1, Figure 6). Equal seeds give equal draws.
 
     Args:
         samples: N; the paper has 50,000.
-        seed: of the draws.
+        seed: seed of the random generator.
 
     Raises:
         ValueError: samples < 2.
     """
     if samples < 2:
-        raise ValueError(f"samples must be at least 2, and is {samples}")
-    # `random` draws from [0, 1), in steps of 2^-53; the log of 0 would be infinite.
+        raise ValueError(f"samples must be at least 2, but is {samples}")
+    # `random` draws from [0, 1) in steps of 2^-53; the log of 0 would be infinite.
     x1_N, x2_N = np.maximum(np.random.default_rng(seed).random((2, samples)), 2.0**-54)
     log_ratio_N = np.log(x1_N) - np.log(x2_N)
     log_odds_N = log_ratio_N - (np.log1p(-x1_N) - np.log1p(-x2_N))
@@ -147,7 +147,7 @@ def simulate(samples: int = 50_000, seed: int = 0) -> Simulated:
 
 
 def summary(simulated: Simulated) -> tuple[Curve, ...]:
-    """Each curve's moments, drawn and exact: the probability ratios in the order of `BETAS`, then the odds ratio."""
+    """Moments of each curve, sampled and exact: the probability ratios in the order of `BETAS`, then the odds ratio."""
     settles_at = [math.exp(_z_settled() / beta) for beta in BETAS] + [math.exp(_z_settled())]
     return tuple(
         Curve(name, _drawn(z_N), _exact(distribution), ratio)
@@ -156,9 +156,9 @@ def summary(simulated: Simulated) -> tuple[Curve, ...]:
 
 
 def draw(simulated: Simulated) -> Figure:
-    """Histograms with the exact densities as lines (Figure 6); beside it on a log scale, where the tails can be seen.
+    """Histograms with the exact densities as lines (Figure 6), on a linear and on a log scale, which shows the tails.
 
-    Densities are per nat and of all samples, also of those beyond the axis.
+    Densities are per nat, normalised by all samples, including those beyond the axis.
     """
     figure = Figure(figsize=(10.0, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -194,7 +194,7 @@ def _curves(simulated: Simulated) -> list[tuple[str, np.ndarray, Any]]:
 
 
 def _z_settled() -> float:
-    """Where σ(-z) = `SETTLED`."""
+    """The z at which σ(-z) = `SETTLED`."""
     return math.log(1 / SETTLED - 1)
 
 
@@ -213,7 +213,7 @@ def _drawn(z_N: np.ndarray) -> Moments:
 
 
 def _exact(distribution: Any) -> Moments:
-    """Symmetric around 0: means over z are integrals over z > 0 of the value at z plus the value at -z."""
+    """Exact moments. z is symmetric around 0: means are integrals over z > 0 of the value at z plus that at -z."""
     pdf = distribution.pdf
     return Moments(
         mean=0.0,

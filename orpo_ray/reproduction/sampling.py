@@ -1,7 +1,7 @@
-"""Answers of a finished model to many prompts: batched, sampled at a temperature, in several rounds.
+"""Sample a finished model's answers to many prompts: batched, at a temperature, in several rounds.
 
-With vLLM where that is installed and there is a GPU, else with transformers. Shape suffixes: N prompts, P of a
-batch, R rounds.
+Uses vLLM where it is installed and there is a GPU, else transformers. Shape suffixes: N prompts, P prompts of a batch,
+R rounds.
 """
 
 from __future__ import annotations
@@ -26,67 +26,67 @@ from orpo_ray.models.probe import probe_forward_mode
 
 Backend = Literal["vllm", "transformers"]
 _VLLM_PROMPTS = 512
-"""At once: it batches them itself, and this is how often there is news of it."""
+"""Prompts per call. vLLM batches them itself; smaller calls report progress more often."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How answers are drawn: from the whole distribution, no top-k and no top-p."""
+    """How answers are sampled: from the whole distribution, without top-k or top-p."""
 
     rounds: int = 3
     """Independent answers to each prompt; the paper's win rates have three."""
     temperature: float = 1.0
     """0 takes the likeliest token each time, so all rounds are the same."""
     max_new_tokens: int = 128
-    """Longest answer; a longer one is cut."""
+    """Longest answer in tokens; longer answers are cut."""
     seed: int = 0
-    """With the place of a batch (transformers), or of round and prompt (vLLM), it decides what is drawn."""
+    """Determines the samples, together with the batch index (transformers) or with round and prompt (vLLM)."""
     batch_tokens: int = 16_384
-    """Prompt and answer tokens of a batch at most, over all rounds, which are drawn at once; memory grows with it. Only
-    transformers reads it."""
+    """Most prompt and answer tokens in a batch, over all rounds, which are sampled together; memory grows with it. Only
+    transformers uses it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Some of the prompts, answered in every round."""
+    """Answers to some of the prompts, in every round."""
 
     indices: tuple[int, ...]
-    """Which ones, P of them."""
+    """Indices of the P prompts."""
     answers_RP: tuple[tuple[str, ...], ...]
     """Texts without special tokens, stripped."""
     unfinished: int
-    """Answers cut at `max_new_tokens`, of R × P."""
+    """Number of the R × P answers that were cut at `max_new_tokens`."""
     backend: Backend
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What a model answered to all of them."""
+    """Answers to all prompts."""
 
     answers_RN: tuple[tuple[str, ...], ...]
     unfinished: int
-    """Of R × N."""
+    """Number of the R × N answers that were cut."""
     backend: Backend
 
     @classmethod
     def of(cls, parts: Sequence[Answered]) -> Sampled:
-        """Put together what `answers` gave, in any order.
+        """Join the parts that `answers` yields, in any order.
 
         Raises:
-            ValueError: prompts are missing or there twice, or backends differ.
+            ValueError: a prompt is missing or occurs twice, or backends differ.
         """
         rounds = range(len(parts[0].answers_RP))
         places = [(index, part, at) for part in parts for at, index in enumerate(part.indices)]
         places.sort(key=lambda place: place[0])
         backends = {part.backend for part in parts}
         if [index for index, _, _ in places] != list(range(len(places))) or len(backends) > 1:
-            raise ValueError(f"{len(places)} answered prompts by {', '.join(backends)} are not one set, each once")
+            raise ValueError(f"{len(places)} prompts answered by {', '.join(backends)} are not one set, each once")
         answers_RN = tuple(tuple(part.answers_RP[number][at] for _, part, at in places) for number in rounds)
         return cls(answers_RN, sum(part.unfinished for part in parts), parts[0].backend)
 
 
 def backend_here() -> Backend:
-    """What `answers` uses in this process."""
+    """Backend that `answers` uses in this process."""
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
 
 
@@ -98,21 +98,21 @@ def answers(
     chat_template: str | None = None,
     backend: Backend | None = None,
 ) -> Iterator[Answered]:
-    """What the model in a folder answers, batch by batch.
+    """Sample a model's answers, batch by batch.
 
     Args:
         path: folder or hub name of a causal language model, or a tiny preset.
         prompts: N conversations that end before the answer.
-        settings: how answers are drawn.
+        settings: how answers are sampled.
         chat_template: Jinja; by default the tokenizer's own, which `orpo-ray export` wrote as training used it.
         backend: by default `backend_here`.
 
     Raises:
-        ModelError: no such model.
+        ModelError: the model cannot be loaded.
         DataError: the chat template refuses a prompt, or a prompt leaves no room for an answer.
     """
     model = ModelConfig(path=path)
-    # Nothing is cut here: the limits of `data` are those of training.
+    # No prompt is cut here: the limits in `data` apply to training.
     roomy = DataConfig(path="unused", chat_template=chat_template, max_tokens=2**30, max_prompt_tokens=2**30 - 1)
     tokens = PairTokenizer(roomy, load_tokenizer(model))
     ids = [np.array(prompt, np.int32) for prompt in tokens.prompts(prompts)]
@@ -130,7 +130,7 @@ def answers(
 
 
 _Drawn = tuple[list[int], list[list[list[int]]], int]
-"""Which prompts, token ids by round and prompt, and how many answers have no end."""
+"""Prompt indices, token ids by round and prompt, and the number of unfinished answers."""
 
 
 def _by_transformers(
@@ -169,12 +169,12 @@ def _by_vllm(
 ) -> Iterator[_Drawn]:
     from vllm import LLM, SamplingParams
 
-    # A prompt is asked once for each round, and read once.
+    # Every round repeats the prompt, which prefix caching reads once.
     engine: Any = LLM(model=path, seed=settings.seed, enable_prefix_caching=True)
     for first in range(0, len(prompts), _VLLM_PROMPTS):
         mine = list(range(first, min(first + _VLLM_PROMPTS, len(prompts))))
         asked = [(number, index) for index in mine for number in range(settings.rounds)]
-        # A seed of its own for each answer: vLLM seeds each request, and one for all would draw all alike.
+        # Each answer gets its own seed: vLLM seeds every request, and a common seed would sample equal answers.
         how = [
             SamplingParams(
                 temperature=settings.temperature,
@@ -193,7 +193,7 @@ def _by_vllm(
 
 
 def _batches(lengths: Sequence[int], settings: SamplingSettings) -> list[list[int]]:
-    """Indices, longest prompts first: neighbours by length are padded little, and too much memory is met at once."""
+    """Batches of indices, longest prompts first: similar lengths pad little, and memory runs out early or never."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     cut: list[list[int]] = []
     while order:
@@ -205,6 +205,6 @@ def _batches(lengths: Sequence[int], settings: SamplingSettings) -> list[list[in
 
 
 def _up_to(answer: list[int], ends: set[int]) -> list[int]:
-    """Without the padding behind the end of turn; the end belongs to the answer."""
+    """Cut the padding after the end-of-turn token, which belongs to the answer."""
     at = next((place for place, token in enumerate(answer) if token in ends), None)
     return answer if at is None else answer[: at + 1]

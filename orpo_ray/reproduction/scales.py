@@ -1,4 +1,4 @@
-"""How large a reproduction of the paper is: models, data, steps, and what each setting comes from."""
+"""Sizes of a reproduction of the paper: models, data, steps, and where each setting comes from."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ ScaleName = Literal["tiny", "small", "full"]
 LAMBDAS = (0.0, 0.1, 0.5, 1.0)
 """0 is SFT; the others are Figure 9's."""
 MAIN_LAMBDA = 1.0
-"""Of the model called ORPO in win rates: the authors' default, and Figure 7's. Chosen before any run."""
+"""λ of the model called ORPO in win rates: the authors' default, and Figure 7's. Chosen before any run."""
 
-
-SEEDS = 100
-"""Training seeds of one reproduction and of the next are so far apart."""
+JUDGE = "judge"
+"""Name of the reward model that scores answers: its model folder and its key in the results."""
+POLICY_REWARD_MODEL = "coach"
+"""Name of the reward model that RLHF trains its policy with; kept, because existing folders and results have it."""
+REWARD_MODEL_SEEDS = {JUDGE: 1, POLICY_REWARD_MODEL: 2}
+"""Offset of each reward model's training seed from `SEED_STRIDE` × the reproduction's seed."""
+SEED_STRIDE = 100
+"""Distance between the training seeds of one reproduction and the next."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """One size."""
+    """One size of the reproduction. Fields named after a role hold its length (`train.max_steps` or `train.epochs`)."""
 
     name: ScaleName
     model: str
     """Folder, hub name or preset."""
     data: str
     pretrain: bool
-    """The model starts from nothing, so it learns the language of both answers first, as pretrained models have."""
+    """Start from random weights, and first learn the language of both answers, as pretrained models have."""
     max_tokens: int
     max_prompt_tokens: int
     train_pairs: int | None
@@ -41,50 +46,57 @@ class Scale:
     max_new_tokens: int
     batch: int
     policy: dict[str, Any]
-    """Length of SFT and ORPO (`train.max_steps` or `train.epochs`)."""
+    """Length of SFT and ORPO."""
     reward: dict[str, Any]
-    """Of a reward model."""
+    """Length of a reward model's training."""
     dpo: dict[str, Any]
     rlhf: dict[str, Any]
     evaluations: dict[str, Any]
+    """How often SFT and ORPO evaluate (`train.eval_every`)."""
     lr: dict[str, float]
     """Role -> peak learning rate."""
     base: dict[str, Any] = field(default_factory=dict)
-    """Of the pretraining."""
+    """Length of the pretraining."""
     lora: dict[str, Any] | None = None
     compared_with: tuple[str, str] | None = None
-    """Row of `published.WIN_RATES` that this repeats; others only show signs."""
+    """Row of `published.WIN_RATES` that this scale repeats. Without one, only signs are compared."""
     use_gpu: bool = False
     rounds: int = 3
     dpo_pairs: int | None = None
-    """Where DPO trains on fewer: before its first step the reference reads all of them."""
+    """Fewer pairs for DPO, whose reference reads all of them before the first step. None: `train_pairs`."""
     seed: int = 0
-    """Of the training and of what is sampled; the data are the same with every seed."""
+    """Seed of training and sampling; the data are the same with every seed."""
 
     @property
     def sampling(self) -> SamplingSettings:
-        """How answers are drawn: at temperature 1, in three rounds, as in the paper."""
+        """Sampling at temperature 1, in three rounds, as in the paper."""
         return SamplingSettings(self.rounds, temperature=1.0, max_new_tokens=self.max_new_tokens, seed=self.seed)
 
     def tree(self, role: str) -> dict[str, Any]:
-        """The experiment of a role, but for its name and place."""
+        """Experiment of a role as a config tree, without `name` and `output_dir`."""
         losses: dict[str, dict[str, Any]] = {
             "base": {"name": "sft"},
             "reward": {"name": "reward"},
             "lambda": {"name": "orpo"},
             "ratio": {"name": "orpo", "ratio": "probability", "orpo_lambda": MAIN_LAMBDA},
             "dpo": {"name": "dpo", "beta": 0.1},
-            "rlhf": {"name": "rloo", "beta": 0.1, "max_new_tokens": self.max_new_tokens, "reward_model": "coach"},
+            "rlhf": {
+                "name": "rloo",
+                "beta": 0.1,
+                "max_new_tokens": self.max_new_tokens,
+                "reward_model": POLICY_REWARD_MODEL,
+            },
         }
         lengths = {"base": self.base, "reward": self.reward, "dpo": self.dpo, "rlhf": self.rlhf}
         length = lengths.get(role, self.policy | self.evaluations)
         lr = self.lr["reward" if role == "reward" else role if role in self.lr else "policy"]
         data = {"path": self.data, "eval_pairs": self.eval_pairs, "max_tokens": self.max_tokens}
-        if role == "rlhf":  # its answers are not the data's: the longest prompt leaves room for a whole one
+        if role == "rlhf":  # it samples answers: the longest prompt must leave room for a whole one
             data["max_tokens"] = max(self.max_tokens, self.max_prompt_tokens + self.max_new_tokens)
         if self.train_pairs is not None:
             data["train_pairs"] = self.dpo_pairs if role == "dpo" and self.dpo_pairs else self.train_pairs
-        # Two trials on a core each took about a tenth less than one after the other on two (docs/log.md, 2026-11-27).
+        # Two trials on one core each took about a tenth less time than one after the other on two cores (docs/log.md,
+        # 2026-11-27).
         cpus = 1 if role in ("reward", "lambda") else 2
         return {
             "model": {"path": self.model} | ({"lora": self.lora} if self.lora and role != "base" else {}),
@@ -92,16 +104,16 @@ class Scale:
             "loss": losses[role],
             "optim": {"lr": lr, "schedule": "cosine", "warmup_ratio": 0.1},
             "train": {"global_batch_size": self.batch, "max_tokens_per_micro_batch": 2048, "log_every": 5}
-            | {"seed": 42 + SEEDS * self.seed}  # the default is 42
+            | {"seed": 42 + SEED_STRIDE * self.seed}  # the default is 42
             | length,
-            "generation": {"prompts": 0},  # the finished models answer, to many more
+            "generation": {"prompts": 0},  # the finished models answer many more prompts afterwards
             "checkpoint": {"keep_last": 1},
             "deepspeed": {"zero_stage": 2},
             "scaling": {"use_gpu": True} if self.use_gpu else {"cpus_per_worker": cpus},
         }
 
     def about(self) -> dict[str, Any]:
-        """For the page."""
+        """Settings that the page shows, as JSON values."""
         return {
             "model": self.model,
             "data": self.data,
@@ -148,7 +160,7 @@ _REAL = Scale(
     pretrain=False,
     max_tokens=160,
     max_prompt_tokens=96,
-    train_pairs=800,  # some 3 in 5 are dropped for long prompts, of the held-out pairs too
+    train_pairs=800,  # about 3 in 5 pairs, held-out ones too, are dropped for long prompts
     dpo_pairs=400,
     eval_pairs=192,
     prompts=64,
@@ -200,21 +212,22 @@ _FULL = replace(
 
 
 def scale(name: ScaleName, model: str | None = None, data: str | None = None, seed: int = 0) -> Scale:
-    """A scale, with another model, other data, or another seed where given.
+    """A scale, with the model, data and seed replaced where given.
 
-    `tiny` without a model trains a preset from nothing on the built-in pairs; with one, that with LoRA.
+    `tiny` without a model trains a preset from random weights on the built-in pairs; with a model, it trains that model
+    with LoRA.
     """
     chosen = {"tiny": _REAL if model else _BUILTIN, "small": _OPT, "full": _FULL}[name]
     if chosen is _REAL and data is not None and data.startswith("builtin://"):
-        # None of these is dropped, and what is evaluated takes longer than what is trained on.
+        # None of these pairs is dropped, and evaluation takes longer than training.
         chosen = replace(chosen, max_prompt_tokens=128, train_pairs=320, dpo_pairs=160, eval_pairs=96, prompts=96)
-    # What is no longer the paper's row is not set beside it.
+    # With another model or other data, the scale no longer repeats the paper's row.
     row = None if model or data else chosen.compared_with
     return replace(chosen, model=model or chosen.model, data=data or chosen.data, compared_with=row, seed=seed)
 
 
 def base_pairs(number: int = 4096, seed: int = 1) -> str:
-    """Built-in pairs as jsonl, every second one with its answers exchanged: language without a preference."""
+    """Built-in pairs as JSON lines, with chosen and rejected in random order: language without a preference."""
     rng = random.Random(seed)
     lines = []
     for row in style_pairs.generate(number, seed=seed):

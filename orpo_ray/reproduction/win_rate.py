@@ -1,6 +1,6 @@
-"""How often a reward model prefers model A's answer to model B's (paper section 6.3 and Figure 5).
+"""Win rate: how often a reward model prefers model A's answer to model B's (paper section 6.3 and Figure 5).
 
-For each prompt both models answer once in each round, sampled anew, and the reward model scores both answers.
+Both models sample one answer to each prompt in each round, and the reward model scores both.
 
 Shape suffixes: R rounds, N prompts, B resamples.
 """
@@ -20,49 +20,47 @@ from orpo_ray.results.bootstrap import LEVEL, RESAMPLES, draws
 _BINS = 60
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _LINES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
-"""The colour-blind tell the colours apart (Okabe and Ito 2008), black-and-white printers the lines."""
+"""The colours suit colour-blind readers (Okabe and Ito 2008), the line styles black-and-white print."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WinRate:
-    """Of A over B. Shares from 0 to 1, where the paper prints per cent."""
+    """Win rate of A over B, with a 95 % interval over prompts. Shares from 0 to 1, where the paper prints per cent."""
 
     per_round_R: np.ndarray
-    """Of the prompts, those that A won; a tie counts half."""
+    """Share of the prompts that A won in each round; a tie counts half."""
     mean: float
     """Over rounds."""
     std_over_rounds: float
-    """With R - 1 below the fraction line; NaN of one round. The paper prints a standard deviation over its three rounds
-    in brackets (by which divisor is not known here). It tells how far the sampling of answers moves the win rate on
-    *these* prompts, and nothing of other prompts: that is what the interval is for, usually much wider."""
+    """Divisor R - 1; NaN for one round. The paper prints a standard deviation over its three rounds in brackets (its
+    divisor is not known here). It measures how much the sampling of answers changes the win rate on *these* prompts,
+    not how other prompts would: that is the interval's purpose, which is usually much wider."""
     low: float
-    """The 95 % interval over prompts, from here"""
     high: float
-    """to here."""
 
 
 def win_rate(rewards_a_RN: np.ndarray, rewards_b_RN: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> WinRate:
     """Win rate over R rounds, with a bootstrap interval over prompts (percentiles; Efron and Tibshirani 1993, ch. 13).
 
-    A prompt is drawn together with all of its rounds: answers to one prompt are alike, and rounds × prompts would count
-    them as so many independent ones. Where A wins every prompt, so does it on every resample, and the interval has no
-    width: what can then be said is that A loses at most about 3 / N of such prompts.
+    A prompt is resampled together with all of its rounds: answers to one prompt resemble each other, and resampling
+    rounds × prompts would treat them as independent. Where A wins every prompt, it does so in every resample, and the
+    interval has no width; one can then conclude that A loses at most about 3 / N of such prompts.
 
     Args:
-        rewards_a_RN: what the reward model gives A's answers, in its own unit. Row r, column n is round r, prompt n.
-        rewards_b_RN: the same of B's answers to the same prompts.
-        resamples: of the prompts, B.
-        seed: of the draws.
+        rewards_a_RN: the reward model's scores of A's answers, in its own unit. Row r, column n is round r, prompt n.
+        rewards_b_RN: the scores of B's answers to the same prompts.
+        resamples: number of bootstrap resamples of the prompts, B.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: the shapes differ or are not [R, N], R < 1, N < 2, or a reward is not finite.
     """
     a_RN, b_RN = np.asarray(rewards_a_RN, dtype=np.float64), np.asarray(rewards_b_RN, dtype=np.float64)
     if a_RN.ndim != 2 or a_RN.shape != b_RN.shape:
-        raise ValueError(f"rewards of A and B must both be [rounds, prompts], and are {a_RN.shape} and {b_RN.shape}")
+        raise ValueError(f"rewards of A and B must both be [rounds, prompts], but are {a_RN.shape} and {b_RN.shape}")
     rounds, prompts = a_RN.shape
     if rounds < 1 or prompts < 2:
-        raise ValueError(f"a win rate needs at least 1 round and 2 prompts, and has {rounds} and {prompts}")
+        raise ValueError(f"a win rate needs at least 1 round and 2 prompts, but has {rounds} and {prompts}")
     for name, rewards_RN in (("A", a_RN), ("B", b_RN)):
         _require_finite(name, rewards_RN)
     won_RN = (a_RN > b_RN) + 0.5 * (a_RN == b_RN)
@@ -75,11 +73,11 @@ def win_rate(rewards_a_RN: np.ndarray, rewards_b_RN: np.ndarray, resamples: int 
 
 
 def histogram(rewards: Mapping[str, np.ndarray], unit: str = "reward") -> Figure:
-    """The models' reward distributions in one picture (paper Figure 5), in the same bins.
+    """Plot the models' reward distributions in one figure (paper Figure 5), with the same bins.
 
     Args:
         rewards: model -> its answers' rewards, of any shape.
-        unit: what the axis says; which reward model it was, for instance.
+        unit: label of the axis, for instance the name of the reward model.
 
     Raises:
         ValueError: there is no model, a model has no rewards, or a reward is not finite.
@@ -115,6 +113,6 @@ def _require_finite(name: str, rewards: np.ndarray) -> None:
     if wrong.any():
         at = tuple(int(index) for index in np.argwhere(wrong)[0])
         raise ValueError(
-            f"each reward must be finite; of {name}'s {rewards.size} rewards {int(wrong.sum())} are not, the first at "
+            f"each reward must be finite; {int(wrong.sum())} of {name}'s {rewards.size} rewards are not, the first at "
             f"{at}: {rewards[at]}"
         )

@@ -1,4 +1,4 @@
-"""Bootstraps over held-out pairs and seeds: what settings score, which are tied, what a choice flatters.
+"""Bootstraps over held-out pairs and seeds: intervals of settings, ties, and the optimism of choosing the best.
 
 All trials are judged by the same pairs, so each resample draws the same pairs for every trial. Shape suffixes: N pairs,
 J trials, S settings, R ratios of sums, B resamples.
@@ -19,7 +19,7 @@ from orpo_ray.storage.pair_scores import PairScores
 RESAMPLES = 2000
 LEVEL = 0.95
 _DRAWN_AT_ONCE = 4_000_000
-"""Numbers drawn before they are summed up: bounds the memory where there are many pairs."""
+"""Numbers drawn at a time; bounds the memory when there are many pairs."""
 
 Mode = Literal["max", "min"]
 
@@ -30,7 +30,7 @@ class Resampled:
 
     value_J: np.ndarray
     drawn_BJ: np.ndarray
-    """On as many pairs as there are, drawn with replacement, the same for all trials."""
+    """On N pairs drawn with replacement, the same for all trials."""
     left_BJ: np.ndarray
     """On the pairs that were not drawn (out of bag)."""
 
@@ -39,10 +39,10 @@ def resample(everyone: Sequence[PairScores], metric: str, resamples: int = RESAM
     """Paired bootstrap over pairs (Efron and Tibshirani 1993, ch. 8). The same seed draws the same pairs.
 
     Args:
-        everyone: the trials' scores on the same pairs.
-        metric: of `config.METRIC_MODES`.
-        resamples: how many.
-        seed: of the draws.
+        everyone: the scores of J trials on the same pairs.
+        metric: one of `config.METRIC_MODES`.
+        resamples: number of resamples, B.
+        seed: seed of the draws.
     """
     ratios = [scores.ratios(metric) for scores in everyone]
     flat = [(trial, ratio) for trial, of_trial in enumerate(ratios) for ratio in of_trial]
@@ -57,18 +57,21 @@ def resample(everyone: Sequence[PairScores], metric: str, resamples: int = RESAM
     num, drawn, left = len(everyone[0].pair_ids_N), [], []
     for counts_BN in draws(num, resamples, seed):
         drawn.append(values(counts_BN))
-        with np.errstate(invalid="ignore"):  # of few pairs, all may be drawn
+        with np.errstate(invalid="ignore"):  # with few pairs, all may be drawn and none left
             left.append(values((counts_BN == 0).astype(float)))
     return Resampled(values(np.ones((1, num)))[0], np.concatenate(drawn), np.concatenate(left))
 
 
 def draws(num: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each of N pairs, or prompts, is drawn, with replacement; blocks [some of B, N], together of B rows.
+    """How often each of N pairs (or prompts) is drawn with replacement.
 
     Args:
-        num: N.
-        resamples: B.
-        seed: of the draws. The same one draws the same.
+        num: number of pairs, N.
+        resamples: number of resamples, B.
+        seed: seed of the draws; the same seed gives the same draws.
+
+    Yields:
+        Blocks of counts [rows, N], B rows in total.
     """
     rng = np.random.default_rng(seed)
     at_once = max(1, _DRAWN_AT_ONCE // num)
@@ -79,19 +82,19 @@ def draws(num: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def setting_replicates(trials: Resampled, setting_J: Sequence[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Means over seeds for each setting, and how pairs and seeds together move them.
+    """Means over seeds for each setting, and replicates of them over pairs and seeds.
 
-    Pairs move a setting through its trials' resampled values. Seeds move it through residuals around the settings'
-    means, drawn anew for each of its runs (the residual bootstrap for clustered data, Field and Welsh 2007; of K seeds
-    drawn with replacement a K-th of the variance would be lost). Residuals are pooled, because a setting has few, and
-    scaled up for a setting whose own are larger than the pool's. They are freed of what pairs put into them, which the
-    first part has already, and widened from the normal to the t quantile of their degrees of freedom. Without a setting
-    of several seeds there are no residuals: the replicates then cover pairs only.
+    The variation over pairs comes from the trials' resampled values. The variation over seeds comes from residuals
+    around the settings' means, drawn for each of its runs (the residual bootstrap for clustered data, Field and Welsh
+    2007; drawing K seeds with replacement would lose a K-th of the variance). Residuals are pooled, because a setting
+    has few, and scaled up for a setting whose own are larger than the pool's. The part of them that is due to pairs is
+    removed, because the first term covers it already, and they are widened from the normal to the t quantile of their
+    degrees of freedom. Without a setting of several seeds there are no residuals: the replicates then cover pairs only.
 
     Args:
-        trials: the metric.
-        setting_J: which setting a trial belongs to, 0 to S - 1; trials of a setting differ in the seed alone.
-        seed: of the draws.
+        trials: the metric of J trials.
+        setting_J: which setting a trial belongs to, 0 to S - 1; trials of a setting differ only in the seed.
+        seed: seed of the draws.
 
     Returns:
         Means [S], replicates [B, S].
@@ -120,11 +123,11 @@ def setting_replicates(trials: Resampled, setting_J: Sequence[int], seed: int = 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """Settings against the best of them."""
+    """Settings compared with the best of them."""
 
     best: int
     difference_S: np.ndarray
-    """To the best; 0 for itself."""
+    """Difference to the best; 0 for the best itself."""
     half_S: np.ndarray
     """Half-width of the simultaneous interval of the difference."""
     tied_S: np.ndarray
@@ -135,11 +138,11 @@ def compare_with_best(value_S: np.ndarray, replicate_BS: np.ndarray, mode: Mode)
     """Multiple comparisons with the best (Hsu 1981), with the bootstrap's max-|t| in place of Dunnett's tables.
 
     For setting s, the critical value is the 95 % quantile of the largest studentised difference between s and any
-    other setting: it holds whichever of them the data call the best. So the truly best setting is in the tied set
-    with at least that probability.
+    other setting, so it holds whichever setting looks best. The truly best setting is therefore in the tied set with
+    at least that probability.
 
     Args:
-        value_S: the metric.
+        value_S: the metric of each setting.
         replicate_BS: its bootstrap replicates.
         mode: which direction is better.
     """
@@ -149,7 +152,7 @@ def compare_with_best(value_S: np.ndarray, replicate_BS: np.ndarray, mode: Mode)
     for s in range(len(value_S)):
         apart_BS = centred_BS - centred_BS[:, [s]]
         error_S = apart_BS.std(0)
-        known_S = error_S > 0  # it is 0 to itself, and to a setting that gave the same on every pair
+        known_S = error_S > 0  # 0 for s itself and for a setting with the same values on every pair
         if known_S[best]:
             largest_B = np.abs(apart_BS[:, known_S] / error_S[known_S]).max(1)
             half_S[s] = np.quantile(largest_B, LEVEL) * error_S[best]
@@ -158,20 +161,20 @@ def compare_with_best(value_S: np.ndarray, replicate_BS: np.ndarray, mode: Mode)
 
 
 def optimism(trials: Resampled, setting_J: Sequence[int], mode: Mode) -> float:
-    """How much better the best setting looks on the pairs that chose it than on fresh ones.
+    """How much better the best setting looks on the pairs that it was chosen on than on fresh pairs.
 
-    On each resample the best is chosen and then scored on the pairs left out. A resample and its left-out pairs are
-    as far apart as two halves of the pairs, while the choice was made on all of them: the gap is divided by √2. This
-    is right where the candidates are equally good, and up to √2 too large where they are far apart, and the bias
-    small.
+    On each resample the best is chosen and then scored on the pairs left out. A resample and its left-out pairs
+    differ as much as two halves of the pairs do, but the choice was made on all pairs, so the gap is divided by √2.
+    This is exact where the candidates are equally good, and up to √2 too large where they are far apart and the bias
+    is small.
 
     Args:
         trials: the metric of the candidates.
-        setting_J: which setting a trial belongs to; their means are compared.
+        setting_J: which setting a trial belongs to; the settings' means are compared.
         mode: which direction is better.
 
     Returns:
-        In units of the metric; above 0: it looks better than it is.
+        The optimism in units of the metric; above 0 where the best looks better than it is.
     """
     setting = np.asarray(setting_J)
     mean_JS = np.equal.outer(setting, np.unique(setting)) / np.bincount(setting)[setting][:, None]
@@ -183,7 +186,7 @@ def optimism(trials: Resampled, setting_J: Sequence[int], mode: Mode) -> float:
 
 
 def pareto_front(cost: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Whether no other setting is at least as good in both and better in one.
+    """Which settings are on the Pareto front: no other one is at least as good in both and better in one.
 
     Args:
         cost: [..., S], lower is better.

@@ -1,4 +1,4 @@
-"""Up to which learning rate training holds, at each λ: from how trials ended."""
+"""The learning rate up to which training holds at each λ, estimated from how trials ended."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from orpo_ray.results.frames import LAMBDA, LR
 _HELD = ("finished", "stopped_early")
 _MAX_BINS = 8
 _MIN_EACH = 3
-"""Trials that held, and that diverged, below which no curve is fitted."""
+"""Smallest number of trials that held, and of trials that diverged, for a fit."""
 
 
 def divergence_boundaries(trials: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The boundary over (lr, λ) of each bundle.
 
-    A trial stopped early held as far as it went. One that failed (a crash, not a divergence) says nothing.
+    A trial that was stopped early counts as held. A trial that failed (a crash, not a divergence) is ignored.
 
     Args:
-        trials: of `results.summarize`.
+        trials: the trials from `results.summarize`.
 
     Returns:
-        bundle -> `held` and `diverged` (counts), `rows` by λ (none where lr is no axis): `lambda_low`, `lambda_high`
-        (equal where λ has at most eight values, null where λ is no axis), `held`, `diverged` (counts),
-        `largest_lr_held`, `smallest_lr_diverged`, `lr_50` (where a logistic curve over log lr and λ gives divergence a
-        chance of 50 %; null where it was not fitted or lies outside the learning rates tried), and `no_fit`: why there
-        is no curve, or null.
+        bundle -> a dict with these keys:
+
+        - `held` and `diverged`: numbers of trials;
+        - `rows`, one per λ (none where lr is not an axis), each with `lambda_low` and `lambda_high` (equal where λ has
+          at most eight values, null where λ is not an axis), `held` and `diverged` (counts), `largest_lr_held`,
+          `smallest_lr_diverged`, and `lr_50`: where a logistic curve over log lr and λ predicts divergence with a
+          probability of 50 %; null where it was not fitted or lies outside the learning rates tried;
+        - `no_fit`: why there is no curve, or null.
     """
     bundles: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
@@ -41,7 +44,7 @@ def _boundary(trials: list[dict[str, Any]]) -> dict[str, Any]:
     diverged_T = np.array([t["status"] == "diverged" for t in trials])
     counts = {"held": int((~diverged_T).sum()), "diverged": int(diverged_T.sum())}
     if any(LR not in t["params"] for t in trials):
-        return {**counts, "rows": [], "no_fit": f"{LR} is no axis of this sweep"}
+        return {**counts, "rows": [], "no_fit": f"{LR} is not an axis of this sweep"}
     lr_T = np.array([float(t["params"][LR]) for t in trials])
     has_lambda = all(LAMBDA in t["params"] for t in trials)
     lambda_T = np.array([float(t["params"][LAMBDA]) if has_lambda else math.nan for t in trials])
@@ -66,7 +69,7 @@ def _boundary(trials: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _bins(lambda_T: np.ndarray) -> list[tuple[float, float]]:
-    """Each λ, or intervals with about as many trials each where λ was drawn from a range; from low to high."""
+    """Each λ, or intervals with similar numbers of values where λ was drawn from a range; from low to high."""
     values = np.unique(lambda_T)
     if len(values) <= _MAX_BINS:
         return [(float(value), float(value)) for value in values]
@@ -74,7 +77,7 @@ def _bins(lambda_T: np.ndarray) -> list[tuple[float, float]]:
 
 
 def _fit(lr_T: np.ndarray, lambda_T: np.ndarray, diverged_T: np.ndarray) -> tuple[float, float, float] | str:
-    """Log-odds of divergence as (constant, per decade of lr, per unit of λ), or why there is no such curve."""
+    """Log-odds of divergence as (constant, per decade of lr, per unit of λ), or the reason for having no fit."""
     rare = min(int(diverged_T.sum()), int((~diverged_T).sum()))
     if rare < _MIN_EACH:
         return (
@@ -85,7 +88,7 @@ def _fit(lr_T: np.ndarray, lambda_T: np.ndarray, diverged_T: np.ndarray) -> tupl
     spread_F = features_TF.std(0)
     if spread_F[0] == 0:
         return "all trials have the same learning rate"
-    from sklearn.linear_model import LogisticRegression  # takes its time to import
+    from sklearn.linear_model import LogisticRegression  # slow to import
 
     used_F = spread_F > 0
     centre_F = features_TF.mean(0)

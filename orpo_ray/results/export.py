@@ -1,4 +1,4 @@
-"""A sweep's best model as a folder that plain transformers loads, checked against the run, registered in MLflow."""
+"""Export a trial's model as a folder that plain transformers loads, check it against the run, register it in MLflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import gc
 import hashlib
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,75 +17,35 @@ import yaml
 from transformers import PreTrainedModel
 
 from orpo_ray import provenance
-from orpo_ray.config import ExperimentConfig, as_given, parse
 from orpo_ray.config.space import describe
 from orpo_ray.data.tokenizer import PairTokenizer
-from orpo_ray.errors import UserError
-from orpo_ray.files import read_json
 from orpo_ray.models.loading import build_model, build_reward_model, count_parameters, load_tokenizer
-from orpo_ray.models.precision import matmul_dtype, precision_name
 from orpo_ray.results import verify
+from orpo_ray.results.export_source import Candidate, ExportError
 from orpo_ray.results.model_card import CardFacts, model_card
-from orpo_ray.storage import checkpoint_files
-from orpo_ray.storage.find import find_run_dir
-from orpo_ray.storage.object_store import Storage
-from orpo_ray.storage.results import current
-from orpo_ray.storage.run_dir import SWEEP_FILE
-from orpo_ray.storage.sweep_state import read_state
 from orpo_ray.tracking import registry
-from orpo_ray.tracking.read_runs import sweep_of_run
 from orpo_ray.tracking.uri import TrackingError, resolve_uri
 from orpo_ray.training import engine_state
 
 Dtype = Literal["float32", "bfloat16"]
 
 ALIAS = "champion"
-"""Of the registered version that was exported last."""
+"""Alias of the registered version that was exported last."""
 
 MARKER_FILE = "orpo_ray.json"
 _EXPERIMENT = "experiment.yaml"
 _MODEL_PREFIX = "lm."  # of `forward.PairModel`
 
 
-class ExportError(UserError, RuntimeError):
-    """Nothing can be exported or registered; the message says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A trial with a checkpoint."""
-
-    run_dir: Path
-    sweep_id: str
-    results: dict[str, Any]
-    """results.json of its sweep, as far as that has come."""
-    trial: dict[str, Any]
-    """Of `results`."""
-    config: ExperimentConfig
-    """The trial's."""
-    checkpoint: Path
-    manifest: dict[str, Any]
-    """Of the checkpoint (`checkpoint.read_manifest`)."""
-    logged: dict[str, float | None]
-    """Held-out metrics that the run logged at the checkpoint's step; empty where it was not evaluated there."""
-    products: str
-    """What its matrix products ran in: `fp32` or `bf16`."""
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return int(self.manifest["step"])
-
-
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A folder with a model."""
+    """A folder with an exported model."""
 
     folder: Path
     digest: str
-    """SHA-256 of weights, configuration and tokenizer; the card does not count."""
+    """SHA-256 of weights, configuration and tokenizer, without the model card."""
     check: verify.Check | None
-    """None where it was not asked for."""
+    """None where no check was requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,89 +55,9 @@ class Registered:
     name: str
     version: str
     is_new: bool
-    """False: the same files of the same run were registered before, and only the alias was set."""
+    """False where the same files of the same run were registered before, so that only the alias was set."""
     uri: str
     """`models:/NAME@champion`."""
-
-
-# ---- which trial ---------------------------------------------------------------------------------------------------
-
-
-def find(run: str, tracking_uri: str | None = None) -> Candidate:
-    """The trial that `run` means, with its newest whole checkpoint or, with `checkpoint.keep_best`, its best.
-
-    Args:
-        run: a run directory, a sweep's name or its place in an object store (its best trial), a trial's directory
-            (`runs/NAME/trials/ID`), or an MLflow run id: of a child run (that trial) or of a parent (its best trial).
-        tracking_uri: where that MLflow run is; by default MLFLOW_TRACKING_URI, else `runs/mlflow.db`.
-
-    Raises:
-        FileNotFoundError: there is no such sweep.
-        ExportError: no such trial or MLflow run, or no checkpoint.
-        TrackingError: the tracking URI is a relative path.
-    """
-    path = Path(run).expanduser().absolute()
-    if path.parent.name == "trials" and path.is_dir():
-        return _candidate(path.parent.parent, path.name)
-    if re.fullmatch("[0-9a-f]{32}", run) and not path.exists():
-        return _candidate(*_of_mlflow_run(run, resolve_uri(tracking_uri, Path("runs").absolute())))
-    return _candidate(find_run_dir(run).absolute(), None)
-
-
-def _of_mlflow_run(run_id: str, uri: str) -> tuple[Path, str | None]:
-    """Run directory and trial id (None: a parent run) of an MLflow run."""
-    sweep_id, trial_id, config = sweep_of_run(run_id, uri)
-    if sweep_id is None:
-        raise ExportError(f"MLflow run {run_id} was not made by orpo-ray; give a run directory, or another run id")
-    run_dir = Path(config["output_dir"]).expanduser().absolute() / config["name"]
-    if not (run_dir / SWEEP_FILE).is_file() or _sweep_file(run_dir)["sweep_id"] != sweep_id:
-        raise ExportError(
-            f"MLflow run {run_id} is of the sweep {config['name']!r}, whose run directory {run_dir} is not here; "
-            "go where the sweep was started, or give its run directory"
-        )
-    return run_dir, trial_id
-
-
-def _candidate(run_dir: Path, trial_id: str | None) -> Candidate:
-    results = current(run_dir)
-    trials = {trial["trial_id"]: trial for trial in results["trials"]}
-    if trial_id is None and results["best"] is None:
-        raise ExportError(
-            f"{run_dir}: no trial has ended with a value of {results['metric']}, so none is the best; wait for one, or "
-            f"name a trial that has a checkpoint: {run_dir / 'trials'}/ID"
-        )
-    trial = results["best"] if trial_id is None else trials.get(trial_id)
-    if trial is None:
-        raise ExportError(f"{run_dir} has no trial {trial_id!r}; its trials are {', '.join(trials)}")
-    if trial["reused_from"]:
-        raise ExportError(
-            f"trial {trial['trial_id']} was not trained here: its result was taken over from MLflow run "
-            f"{trial['reused_from']}. Export that one: orpo-ray export {trial['reused_from']}"
-        )
-    known = _sweep_file(run_dir)
-    config = parse(as_given(known["config"]), source=SWEEP_FILE).trial(trial["params"])
-    folder = run_dir / "trials" / trial["trial_id"]
-    remote = None if config.storage is None else Storage(config.storage) / config.name / "trials" / trial["trial_id"]
-    taken = checkpoint_files.chosen(folder, config.checkpoint.keep_best, remote)
-    if taken is None:
-        raise ExportError(
-            f"trial {trial['trial_id']} ({describe(trial['params'])}, {trial['status'].replace('_', ' ')} after "
-            f"{trial['steps']} steps) has no whole checkpoint in {remote or folder}. One is written every "
-            "train.checkpoint_every steps (by default at each evaluation, train.eval_every) and after the last step: "
-            "set train.checkpoint_every to fewer steps and train it again, or export another trial"
-        )
-    manifest = checkpoint_files.read_manifest(taken)
-    products = precision_name(matmul_dtype(config.train.precision))
-    state = read_state(run_dir).trials.get(trial["trial_id"])
-    logged: dict[str, float | None] = {}
-    if state is not None:
-        logged |= state.metrics.get(manifest["step"], {})
-        products = state.starts[-1].facts.get("forward/products", products) if state.starts else products
-    return Candidate(run_dir, known["sweep_id"], results, trial, config, taken, manifest, logged, products)
-
-
-def _sweep_file(run_dir: Path) -> dict[str, Any]:
-    return dict(read_json(run_dir / SWEEP_FILE))
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
@@ -187,23 +66,23 @@ def _sweep_file(run_dir: Path) -> dict[str, Any]:
 def export(candidate: Candidate, folder: Path | None = None, dtype: Dtype = "float32", check: bool = True) -> Exported:
     """Write the trial's model: weights (safetensors), configuration, tokenizer with the training's chat template, card.
 
-    The folder appears whole or not at all: it is written under another name, checked, and renamed.
+    The folder appears complete or not at all: it is written under a temporary name, checked, and renamed.
 
     Args:
-        candidate: from `find`.
+        candidate: from `export_source.find`.
         folder: by default `<run_dir>/export/<trial_id>`. An earlier export of the same trial is replaced.
-        dtype: of the weights. The default is what training kept, so that nothing is lost: at ORPO's learning rates
-            many a step is smaller than bf16's distance between two numbers. Who wants half the size rounds once,
-            here or with `from_pretrained(..., dtype=...)`.
+        dtype: dtype of the weights. The default keeps the training's precision: at ORPO's learning rates many steps are
+            smaller than the spacing of bf16 numbers. To halve the size, round once, here or with
+            `from_pretrained(..., dtype=...)`.
         check: load the folder with plain transformers and compute the run's held-out metrics again.
 
     Returns:
-        Where it is. After a check that did not pass that is the folder of the other name, left to be looked into.
+        The export. If the check failed, `folder` is the temporary one, kept for inspection.
 
     Raises:
         ExportError: the folder holds something else, the checkpoint does not fit the model, or the run logged nothing
             to check against.
-        CheckpointError, ModelError, DataError: what the trial was trained from cannot be read (any more).
+        CheckpointError, ModelError, DataError: the trial's checkpoint, base model or data can no longer be read.
     """
     folder = (folder or candidate.run_dir / "export" / candidate.trial["trial_id"]).expanduser().absolute()
     require_own(folder, candidate)
@@ -220,7 +99,7 @@ def export(candidate: Candidate, folder: Path | None = None, dtype: Dtype = "flo
     digest = _digest(partial)
     found, pairs = None, None
     if check:
-        gc.collect()  # the trained model: two of them need not fit
+        gc.collect()  # free the trained model: memory may not hold two
         rounded = dtype != "float32" or candidate.products != "fp32"
         found, pairs = verify.check(partial, candidate.config, candidate.logged, candidate.step, rounded)
     facts = CardFacts(
@@ -254,7 +133,7 @@ def _identity(candidate: Candidate) -> dict[str, str]:
 
 
 def require_own(folder: Path, candidate: Candidate) -> None:
-    """Nothing but an earlier export of the same trial may be replaced.
+    """Check that the folder is empty, missing, or an earlier export of the same trial.
 
     Raises:
         ExportError: the folder holds something else.
@@ -264,17 +143,17 @@ def require_own(folder: Path, candidate: Candidate) -> None:
     try:
         there = json.loads((folder / MARKER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ExportError(f"{folder} is there and is no export of orpo-ray; choose another folder with --to") from None
+        raise ExportError(f"{folder} exists but is not an orpo-ray export; choose another folder with --to") from None
     mine = _identity(candidate)
     if {key: there.get(key) for key in mine} != mine:
         raise ExportError(
-            f"{folder} holds trial {there.get('trial_id')} of sweep {there.get('sweep_id')}, this is trial "
+            f"{folder} holds trial {there.get('trial_id')} of sweep {there.get('sweep_id')}, but this is trial "
             f"{mine['trial_id']} of {mine['sweep_id']}; choose another folder with --to, or remove that one"
         )
 
 
 def _replace(folder: Path, by: Path) -> None:
-    """Two renames, so that no reader finds half a folder."""
+    """Replace a folder with two renames, so that no reader finds it half written."""
     old = folder.with_name(f".{folder.name}.orpo-ray-old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -284,33 +163,33 @@ def _replace(folder: Path, by: Path) -> None:
 
 
 def _write_model(candidate: Candidate, folder: Path, dtype: Dtype) -> int:
-    """Weights, configuration and tokenizer; returns the number of parameters."""
+    """Write weights, configuration and tokenizer; returns the number of parameters."""
     config = candidate.config
     tokenizer = copy.deepcopy(load_tokenizer(config.model))
     tokens = PairTokenizer(config.data, tokenizer)
     tokenizer.chat_template = tokens.template
     model = trained_model(candidate)
     if config.loss.is_reward:
-        model.config.pad_token_id = tokenizer.pad_token_id  # transformers looks for an answer's end by it
+        model.config.pad_token_id = tokenizer.pad_token_id  # transformers finds an answer's end with it
     else:
         stop_at(model, tokens.end_of_turn())
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="5GB")
-    for weights in folder.glob("*.safetensors"):  # written for their owner alone
+    for weights in folder.glob("*.safetensors"):  # transformers makes them readable for their owner alone
         weights.chmod((folder / "config.json").stat().st_mode)
     tokenizer.save_pretrained(folder)
     return count_parameters(model)[0]
 
 
 def trained_model(candidate: Candidate) -> PreTrainedModel:
-    """The base model with the checkpoint's weights in it, fp32, adapters merged.
+    """The model with the checkpoint's weights, in fp32, adapters merged.
 
-    Adapters alone are in a LoRA checkpoint; the base is read again, or made again from the trial's seed.
+    A LoRA checkpoint holds only the adapters; the base model is loaded again, or built again from the trial's seed.
 
     Raises:
-        ExportError: the checkpoint's names are not those of the model.
+        ExportError: the checkpoint's weight names do not match the model's.
     """
     config = candidate.config
-    # Whatever kernel the training used, transformers may choose its own here; it is not saved.
+    # transformers may choose an attention kernel other than the training's; the choice is not saved.
     plain = config.model.model_copy(update={"gradient_checkpointing": False, "attention": "shared_prompt"})
     build = build_reward_model if config.loss.is_reward else build_model
     model = build(plain, config.train.seed)
@@ -322,14 +201,14 @@ def trained_model(candidate: Candidate) -> PreTrainedModel:
     unknown = model.load_state_dict(state, strict=False).unexpected_keys
     if lost := sorted(trainable - state.keys()) + unknown:
         raise ExportError(
-            f"{candidate.checkpoint} is not of model {config.model.path}: {len(lost)} weights are in only one of them, "
-            f"e.g. {lost[0]}; was the model at that path changed since?"
+            f"{candidate.checkpoint} does not fit model {config.model.path}: {len(lost)} weights are in only one of "
+            f"them, e.g. {lost[0]}; was the model at that path changed since?"
         )
     return model if config.model.lora is None else model.merge_and_unload()
 
 
 def stop_at(model: PreTrainedModel, end_id: int) -> None:
-    """Let `generate` stop where an answer ends; base models often name only the end of a document."""
+    """Let `generate` stop at the end of an answer too; base models often define only the end of a document."""
     generation = model.generation_config
     known = generation.eos_token_id
     ends = known if isinstance(known, list) else [] if known is None else [known]
@@ -339,17 +218,14 @@ def stop_at(model: PreTrainedModel, end_id: int) -> None:
     try:
         generation.validate(strict=True)
     except ValueError:
-        # Published ones may hold a temperature and not say that they sample, which is refused once they are changed.
+        # Published configs may set a temperature without do_sample; transformers rejects that once a config is changed.
         generation.do_sample = True
 
 
 def _experiment(candidate: Candidate) -> str:
-    elsewhere: dict[str, Any] = {
-        "output_dir": True,
-        "tracking": True,
-        "data": {"cache_dir"},
-    }  # of the machine that trained it
-    tree = candidate.config.model_dump(mode="json", exclude_defaults=True, exclude=elsewhere)
+    """The experiment that trains this model again, as YAML, without paths of the machine that trained it."""
+    local: dict[str, Any] = {"output_dir": True, "tracking": True, "data": {"cache_dir"}}
+    tree = candidate.config.model_dump(mode="json", exclude_defaults=True, exclude=local)
     tree["name"] = f"{candidate.config.name[:60]}-{candidate.trial['trial_id'][:38]}"
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
@@ -374,9 +250,9 @@ def register(candidate: Candidate, exported: Exported, name: str | None = None, 
     The same files of the same run are never registered twice.
 
     Args:
-        candidate: what was exported.
-        exported: the folder.
-        name: of the registered model; by default the sweep's.
+        candidate: the exported trial.
+        exported: the exported folder.
+        name: name of the registered model; by default the sweep's name.
         uri: tracking URI; by default the sweep's own `tracking.uri`, MLFLOW_TRACKING_URI, or the SQLite file beside the
             run directory.
 
@@ -390,7 +266,7 @@ def register(candidate: Candidate, exported: Exported, name: str | None = None, 
     if run_id is None:
         raise ExportError(
             f"results.json names no MLflow run of trial {candidate.trial['trial_id']}: run the sweep's command again "
-            "to its end, which delivers what MLflow lacks, or export with --no-register"
+            "until it ends, which sends MLflow everything it lacks, or export with --no-register"
         )
     name = name or candidate.results["name"]
     uri = resolve_uri(uri or candidate.config.tracking.uri, candidate.run_dir.parent)

@@ -1,4 +1,4 @@
-"""A sweep's results as data frames, and how sure a mean over seeds is."""
+"""A sweep's results as data frames, its axes and settings, and the t-interval of a mean over seeds."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def load_runs_frame(results: dict[str, Any]) -> pd.DataFrame:
     fixed = ["trial_id", "bundle", "status", "attempts", "steps", "train_seconds"]
     rows = [{key: t[key] for key in fixed} | t["params"] | t["metrics"] for t in results["trials"]]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*fixed, *(key for row in rows for key in row)])))
-    # JSON's null: a column that holds only nulls would otherwise not be numeric.
+    # Otherwise a column that holds only JSON nulls would not be numeric.
     return frame.astype({c: float for c in map(str, frame) if "/" in c or c == "train_seconds"})
 
 
 def load_evaluations_frame(state: SweepState) -> pd.DataFrame:
-    """One row per evaluation: `trial_id`, `step` and the held-out metrics; a repeated step counts once."""
+    """One row per evaluation: `trial_id`, `step` and the held-out metrics; for a repeated step, the last one."""
     rows = [{"trial_id": e.trial_id, "step": e.step} | e.metrics for e in state.evaluations]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys(["trial_id", "step", *(key for row in rows for key in row)])))
     frame = frame.astype({column: float for column in map(str, frame) if "/" in column})
@@ -42,7 +42,7 @@ def load_evaluations_frame(state: SweepState) -> pd.DataFrame:
 
 
 def varied_axes(results: dict[str, Any]) -> list[str]:
-    """Axes with more than one value among the trials, without the bundle's."""
+    """Axes with more than one value among the trials, except the bundle axis."""
     trials = results["trials"]
     names = dict.fromkeys(name for trial in trials for name in trial["params"])
     values = {name: [trial["params"].get(name) for trial in trials] for name in names}
@@ -51,17 +51,17 @@ def varied_axes(results: dict[str, Any]) -> list[str]:
 
 
 def setting_of(params: dict[str, Any]) -> dict[str, Any]:
-    """A trial's params without its seed: what trials of one setting share."""
+    """A trial's params without the seed; trials of one setting share them."""
     return {name: value for name, value in params.items() if name != SEED}
 
 
 def setting_key(params: dict[str, Any]) -> str:
-    """The setting by value, not by name, which is rounded; in any order: whoever proposes a trial orders its axes."""
+    """A key that identifies a setting by its exact values, whatever the order of its axes; its name is rounded."""
     return repr(sorted(setting_of(params).items()))
 
 
 def by_setting(results: dict[str, Any], frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Rows that differ in nothing but the seed, best mean first, under the setting's short name."""
+    """Rows grouped by setting, as (the setting's short name, rows), best mean first."""
     params = {t["trial_id"]: setting_of(t["params"]) for t in results["trials"]}
     groups = [g for _, g in frame.groupby(frame["trial_id"].map(lambda t: setting_key(params[t])), sort=False)]
     named = [(describe(params[group["trial_id"].iloc[0]]), group) for group in groups]
@@ -69,7 +69,7 @@ def by_setting(results: dict[str, Any], frame: pd.DataFrame) -> list[tuple[str, 
 
 
 def finished_rows(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Trials that finished with a value of the metric."""
+    """Rows of the trials that finished with a value of the metric."""
     return frame[(frame["status"] == "finished") & frame[metric].notna()] if metric in frame else frame[:0]
 
 

@@ -1,4 +1,7 @@
-"""Importance of settings: permutation importance of a random forest over the trials of a sweep."""
+"""Importance of a sweep's axes: permutation importance of a random forest over its trials.
+
+Shape suffixes: N trials, F features.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,17 @@ N_SPLITS, _TREES, _SHUFFLES = 10, 40, 3
 
 
 def permutation_shares(features_NF: np.ndarray, target_N: np.ndarray, groups: list[str]) -> tuple[float, np.ndarray]:
-    """R² on settings not learned from, and the rise of the squared error [splits, features] in variances."""
-    from sklearn.ensemble import RandomForestRegressor  # takes its time to import
+    """R² on held-out settings, and the rise of the squared error when a feature is shuffled.
+
+    Args:
+        features_NF: features of N trials.
+        target_N: the metric.
+        groups: the setting of each trial; the trials of one setting are never split between training and test.
+
+    Returns:
+        R², and the rise in units of the target's variance [splits, F].
+    """
+    from sklearn.ensemble import RandomForestRegressor  # slow to import
     from sklearn.inspection import permutation_importance
     from sklearn.model_selection import GroupShuffleSplit
 

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, how good, how it was chosen and trained, and what is not known."""
+"""README.md of an exported model: what it is, its metrics, how it was chosen and trained, and its limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import describe
-from orpo_ray.formatting import markdown_table, number
+from orpo_ray.formatting import markdown_table, number, status_text
 from orpo_ray.models.presets import PRESETS
 
 _PAPER = "[ORPO](https://arxiv.org/abs/2403.07691)"
@@ -20,7 +20,7 @@ _PAPER = "[ORPO](https://arxiv.org/abs/2403.07691)"
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Preference pairs, as `data.PairDataset` counts them."""
+    """Number and digest of a set of preference pairs, as in `data.dataset.PairDataset`."""
 
     number: int
     digest: str
@@ -29,39 +29,39 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """Everything that the card tells; it looks nothing up."""
+    """Everything that the card says; the card reads nothing else."""
 
     config: ExperimentConfig
-    """The trial's."""
+    """The trial's config."""
     trial: Mapping[str, Any]
-    """Of results.json."""
+    """The trial's entry in results.json."""
     results: Mapping[str, Any]
     """results.json of its sweep."""
     step: int
     """Optimizer steps done."""
     metrics: Mapping[str, float | None]
-    """What the run logged at that step; may be empty."""
+    """Metrics that the run logged at that step; may be empty."""
     num_workers: int
     zero_stage: int
     products: str
-    """What matrix products of the training ran in: `fp32` or `bf16`."""
+    """Precision of the training's matrix products: `fp32` or `bf16`."""
     dtype: str
-    """Of the weights in the folder."""
+    """dtype of the weights in the folder."""
     parameters: int
     pairs: tuple[Pairs, Pairs] | None
-    """Training and held-out pairs, where they were looked at."""
+    """Training and held-out pairs; None where the export was not checked."""
     was_checked: bool
-    """The metrics were computed again from the folder, and agree within rounding."""
+    """Whether the metrics were computed again from the folder and agree within rounding."""
     provenance: Mapping[str, Any]
-    """Of the export (`provenance.collect`)."""
+    """Provenance of the export (`provenance.collect`)."""
     experiment_file: str
-    """In the same folder: the experiment that trains this model again."""
+    """Name of the file in the same folder that trains this model again."""
 
 
 def model_card(facts: CardFacts) -> str:
-    """The card as Markdown with the front matter of the Hugging Face Hub.
+    """The card as Markdown with the Hugging Face Hub's front matter.
 
-    Base model and data set are named in the front matter only where they are names on the Hub.
+    The front matter names base model and data set only where these are names on the Hub.
     """
     model, data = facts.config.model, facts.config.data
     loss = facts.config.loss.name
@@ -118,8 +118,8 @@ prompt = [{"role": "user", "content": "Hello"}]
 print(judge.score([prompt], [["Hello! How can I help?", "Go away."]]))  # one row of two rewards
 ```
 
-The files are transformers' sequence classification with one label; a reward is read at an answer's last token, its end
-of turn. Only differences between answers to one prompt mean anything."""
+The files are a transformers sequence-classification model with one label; the reward is read at an answer's last token,
+its end of turn. Only differences between answers to the same prompt are meaningful."""
     trust = ", trust_remote_code=True" if facts.config.model.trust_remote_code else ""
     return f"""## Use
 
@@ -135,12 +135,12 @@ output = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-The chat template is the one of the training."""
+The chat template is the one used in training."""
 
 
 def _evaluation(facts: CardFacts) -> str:
     if not facts.metrics:
-        return f"## Evaluation\n\nThe run logged no evaluation at step {facts.step}, that of these weights."
+        return f"## Evaluation\n\nThe run logged no evaluation at step {facts.step}, the step of these weights."
     row = _winners_row(facts)
     interval = {}
     if row is not None and row["low"] is not None:
@@ -170,13 +170,13 @@ def _choice(facts: CardFacts) -> str:
         text = f"The best of {num} trials of the sweep `{results['name']}`: {better} `{results['metric']}`."
         others = [name for name in winners.get("tied", []) if name != winners["settings"][0]["name"]]
         if others:
-            text += f" These settings cannot be told from it: {', '.join(others)}."
+            text += f" These settings are tied with it: {', '.join(others)}."
         sentence = (winners.get("selection_bias") or {}).get("sentence")
         text += f" {sentence}" if sentence else ""
     else:
-        text = f"Taken by hand: trial `{trial['trial_id']}` of the {num} of the sweep `{results['name']}`."
+        text = f"Chosen by hand: trial `{trial['trial_id']}`, one of {num} of the sweep `{results['name']}`."
     if trial["status"] != "finished":
-        text += f" The trial did not finish: {trial['status'].replace('_', ' ')} after {trial['steps']} steps."
+        text += f" The trial did not finish: {status_text(trial['status'])} after {trial['steps']} steps."
     return f"## How it was chosen\n\n{text}"
 
 
@@ -197,7 +197,7 @@ def _training(facts: CardFacts) -> str:
     given = config.model_dump(mode="json", exclude_defaults=True, exclude=elsewhere)
     settings = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
     return (
-        "## Training\n\n" + "\n".join(lines) + "\n\nEvery setting that is not the default:\n\n"
+        "## Training\n\n" + "\n".join(lines) + "\n\nAll settings that differ from the defaults:\n\n"
         f"```yaml\n{settings}```\n\nTrain it again:\n\n```\norpo-ray train {facts.experiment_file}\n```"
     )
 
@@ -208,17 +208,17 @@ def _versions(facts: CardFacts) -> str:
     git = facts.provenance["git"] or {}
     commit = f" Commit `{git['commit']}`{' with changes' if git['dirty'] else ''}." if git.get("commit") else ""
     run = facts.trial["mlflow_run_id"]
-    trained = f" Those of the training are in its MLflow run `{run}`." if run else ""
+    trained = f" The versions used in training are in its MLflow run `{run}`." if run else ""
     return f"## Versions\n\nExported with Python {facts.provenance['python']}, {known}.{commit}{trained}"
 
 
 def _limits(facts: CardFacts) -> str:
     measured = (
-        "- The metrics are rewards of held-out answers from the source of the training pairs; answers of another kind, "
-        "such as a tuned model's, may be judged worse."
+        "- The metrics are rewards of held-out answers from the source of the training pairs; it may judge answers of "
+        "another kind, such as a tuned model's, less well."
         if facts.config.loss.is_reward
-        else "- The metrics are log-probabilities of held-out answers from the source of the training pairs. How "
-        "people judge its answers, what it knows and how safe it is were not measured."
+        else "- The metrics are log-probabilities of held-out answers from the source of the training pairs. Human "
+        "preference for its answers, its knowledge and its safety were not measured."
     )
     lines = [
         measured,
@@ -226,24 +226,24 @@ def _limits(facts: CardFacts) -> str:
     ]
     if facts.dtype != "float32":
         lines.append(
-            f"- Training kept its weights in fp32; here they are rounded to {facts.dtype}, which can swallow part of "
-            "what a small learning rate changed."
+            f"- Training kept its weights in fp32; here they are rounded to {facts.dtype}, which can lose part of the "
+            "changes that a small learning rate made."
         )
     if facts.trial.get("forks"):
         steps = ", ".join(str(fork["step"]) for fork in facts.trial["forks"])
         lines.append(
-            f"- Population-based training: it took over another trial's weights at step {steps} and changed settings "
-            f"there, so {facts.experiment_file} alone does not give these weights again."
+            f"- Population-based training: the trial took over another trial's weights at step {steps} and changed "
+            f"settings there, so {facts.experiment_file} alone does not reproduce these weights."
         )
     return "## Limits\n\n" + "\n".join(lines)
 
 
 def _shown(path: str) -> str:
-    """A name on the Hub as it is, of a file or folder its own name."""
+    """A name on the Hub unchanged; for a local path, its last part."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
 def _winners_row(facts: CardFacts) -> Mapping[str, Any] | None:
-    """The trial's setting among the finalists, with its interval."""
+    """The row of the trial's setting in `winners`, with its interval; None where it is not among the finalists."""
     rows = (facts.results.get("winners") or {}).get("settings", [])
     return next((row for row in rows if facts.trial["trial_id"] in row["trial_ids"]), None)

@@ -1,7 +1,7 @@
-"""Sweeps by name: where their run directory is, and their trials as records or as a table.
+"""Load sweeps by name, as records or as a table of trials.
 
-A sweep is read from its run directory or from MLflow, and is the same either way. pandas and MLflow are imported where
-they are used: whoever only looks for a run directory does not wait for them.
+A sweep reads the same from its run directory and from MLflow. pandas is imported only where it is used, because it is
+slow to import.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ALWAYS_SHOWN = ("loss.orpo_lambda", "optim.lr", "model.path", SEED)
-"""Settings that are columns of every table, swept or not, so that tables of several sweeps can be put together."""
+"""Settings that are columns of every table, swept or not, so that tables of several sweeps can be concatenated."""
 
 
 # ---- public -------------------------------------------------------------------------------------------------------
@@ -46,9 +46,9 @@ def load_runs(
     """The trials of a sweep, one row each in the order of submission.
 
     ==================  =====================  ========================================================================
-    column              dtype                  what
+    column              dtype                  meaning
     ==================  =====================  ========================================================================
-    trial_id            string                 `00000`, ...; `c00000`, ... of confirmation
+    trial_id            string                 `00000`, ...; `c00000`, ... for confirmation trials
     name                string                 its settings in short: `8m λ=0.1 lr=8.0e-04`
     sweep               string                 name of the sweep
     bundle              string                 label of the model size; "" without a bundle axis
@@ -56,32 +56,32 @@ def load_runs(
     purpose             string                 search, or confirm: a finalist with another seed
     steps               int64                  optimizer steps done
     attempts            int64                  how often training was begun; over 1 after a crash, 0 if never
-    train_seconds       float64                of training; NaN where unknown
+    train_seconds       float64                training time; NaN where unknown
     loss.orpo_lambda    by its values          always these four, then the sweep's other axes by name (a bundle's are
-    optim.lr                                   under its label); a trial's last where population-based training
+    optim.lr                                   under its label); the last values where population-based training
     model.path                                 changed them
     train.seed
     eval/nll, ...       float64                of the last evaluation: those of `config.METRIC_MODES`, then others by
                                                name; NaN where missing or not finite
     mlflow_run_id       string                 missing until the sweep has ended, if read from its run directory
-    checkpoint          string                 folder of the last one
+    checkpoint          string                 folder of the last checkpoint
     reused_from         string                 MLflow run whose result was taken over instead of training
-    started             datetime64[ms, UTC]    when it was submitted, which is the start of its MLflow run
+    started             datetime64[ms, UTC]    time of submission, which is the start of its MLflow run
     ended               datetime64[ms, UTC]    NaT before its end
     ==================  =====================  ========================================================================
 
     Args:
         name: a run directory, the name of a sweep, one of its trials (`NAME/TRIAL_ID`, or its directory), or the id of
-            an MLflow run, parent or child. For a trial there is one row.
-        tracking_uri: of MLflow; by default MLFLOW_TRACKING_URI, else the SQLite file in `output_dir`. If this or
-            `experiment` is given, MLflow is asked at once; else only where there is no run directory.
-        experiment: of MLflow to look in; all by default. Of several sweeps of that name the newest is taken, with a
-            warning in the log.
-        output_dir: where sweeps were run.
+            an MLflow run, parent or child. A trial gives one row.
+        tracking_uri: MLflow tracking URI; by default MLFLOW_TRACKING_URI, else the SQLite file in `output_dir`. If this
+            or `experiment` is given, the sweep is read from MLflow; else only where there is no run directory.
+        experiment: MLflow experiment to search; all by default. Of several sweeps with that name the newest is taken,
+            with a warning in the log.
+        output_dir: parent of the run directories.
 
     Raises:
-        FileNotFoundError: no such sweep, trial or run; names the nearest.
-        TrackingError: MLflow cannot be asked, or there is no such experiment.
+        FileNotFoundError: there is no such sweep, trial or run; the message names the nearest.
+        TrackingError: MLflow does not answer, or there is no such experiment.
     """
     return _frame(read_sweep(name, tracking_uri=tracking_uri, experiment=experiment, output_dir=output_dir))
 
@@ -93,9 +93,9 @@ def read_sweep(
     experiment: str | None = None,
     output_dir: str | Path = "runs",
 ) -> SweepRecord:
-    """The sweep itself; arguments and errors as of `load_runs`.
+    """The sweep as a record; arguments and errors as in `load_runs`.
 
-    Read from MLflow, it still has its `run_dir` if that lies in `output_dir`.
+    A sweep read from MLflow still has its `run_dir` if that lies in `output_dir`.
     """
     text = str(name)
     if tracking_uri is None and experiment is None:
@@ -165,9 +165,9 @@ def _from_directory(run_dir: Path) -> SweepRecord:
 
 
 def _config_of(run_dir: Path) -> dict[str, Any]:
-    """The dump in sweep.json with what `scaling: auto` became; empty where there is none.
+    """The config in sweep.json with the values chosen for `scaling: auto`; empty without that file.
 
-    Not an ExperimentConfig: to look at a sweep, its config need not be one that this version would run.
+    Not parsed as an ExperimentConfig, so that sweeps whose config this version no longer accepts can still be read.
     """
     file = run_dir / SWEEP_FILE
     if not file.is_file():
@@ -186,7 +186,7 @@ def _config_of(run_dir: Path) -> dict[str, Any]:
 
 
 def _with_implied(settings: dict[str, Any], common: dict[str, Any], applied: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a trial; where `loss.name` is an axis, with what its own implies in place of the file's."""
+    """The settings of a trial; where `loss.name` is an axis, with the defaults of the trial's loss, not the file's."""
     if "loss.name" not in applied:
         return settings
     loss = {path.removeprefix("loss."): value for path, value in common.items() if path.startswith("loss.")}
@@ -196,10 +196,7 @@ def _with_implied(settings: dict[str, Any], common: dict[str, Any], applied: dic
     return settings | flat({"loss": LossConfig.model_validate(given).model_dump(mode="json")})
 
 
-# ---- from MLflow --------------------------------------------------------------------------------------------------
-
-
-# ---- both ---------------------------------------------------------------------------------------------------------
+# ---- as a table ---------------------------------------------------------------------------------------------------
 
 
 def _frame(record: SweepRecord) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""An exported folder, loaded as anybody would load it, and its held-out metrics beside those that the run logged."""
+"""Check an exported folder: load it with plain transformers and compare its held-out metrics with the logged ones."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ from orpo_ray.training import loss
 from orpo_ray.training.evaluate import evaluate
 
 FP32_NATS = 1e-4
-"""How far a log-probability may move where all was fp32: other kernels, other order of sums, adapters merged."""
+"""Allowed change of a log-probability in fp32: other kernels, another order of sums, merged adapters."""
 BF16_NATS = 1e-2
-"""The same where the run multiplied in bf16 or the weights are rounded to it: numbers of 8 bits, 2^-9 off each."""
+"""The same where the run multiplied in bf16 or the weights are rounded to it: 8 significant bits, each off by 2^-9."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A held-out metric twice."""
+    """A held-out metric as logged and as computed again."""
 
     metric: str
     logged: float
     again: float
-    """From the exported folder."""
+    """Computed from the exported folder."""
     allowed: float
     """Largest difference that rounding explains."""
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is allowed; never where one of the two is not finite."""
+        """Whether the difference is allowed; False where a value is not finite."""
         return abs(self.again - self.logged) <= self.allowed + 1e-9  # shares of pairs are not exact in binary
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What plain transformers makes of the exported folder, beside what the run logged."""
+    """Result of `check`."""
 
     comparisons: tuple[Comparison, ...]
     problem: str = ""
-    """Why the numbers cannot agree, where that is known."""
+    """Why the numbers cannot agree, if known."""
 
     @property
     def passed(self) -> bool:
@@ -65,7 +65,7 @@ class Check:
         return not self.problem and bool(self.comparisons) and all(row.agrees for row in self.comparisons)
 
     def table(self) -> Table:
-        """For the terminal."""
+        """The comparisons as a table for the terminal."""
         table = Table(box=None, pad_edge=False, title_justify="left", title="held-out metrics, logged and again")
         table.add_column("metric")
         for heading in ("by the run", "from the folder", "difference", "allowed"):
@@ -77,16 +77,16 @@ class Check:
 
 
 class _Alone(PairModel):
-    """A `PairModel` with what `evaluate` asks of an engine around one."""
+    """A `PairModel` with the attributes that `evaluate` needs from a DeepSpeed engine."""
 
     @property
     def module(self) -> PairModel:
-        """Nothing is around it."""
+        """The model itself: no engine wraps it."""
         return self
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
 
@@ -97,24 +97,24 @@ def check(
 
     Args:
         folder: an exported model.
-        config: the trial's.
-        logged: what the run logged after `step`.
+        config: the trial's config.
+        logged: the metrics that the run logged after `step`.
         step: optimizer steps done.
         rounded: whether the run multiplied in bf16, or the folder's weights are rounded to it.
 
     Returns:
-        The numbers beside each other, and the training and held-out pairs that there are.
+        The compared metrics, and the training and held-out pairs.
     """
     remote = config.model.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote)
-    # Its own chat template, not the config's: both must give the same tokens.
+    # Use the exported chat template, not the config's: both must give the same tokens.
     train, held_out = load_pairs(config.data.model_copy(update={"chat_template": None}), tokenizer)
     trained_on = load_pairs(config.data, load_tokenizer(config.model))
     pairs = Pairs(len(train), train.digest), Pairs(len(held_out), held_out.digest)
     if (train.digest, held_out.digest) != tuple(known.digest for known in trained_on):
-        problem = "the exported tokenizer and chat template give the run's pairs other tokens than the training's did"
+        problem = "the exported tokenizer and chat template give the run's pairs other tokens than in training"
         return Check((), problem), pairs
-    # Of rounded weights too: what is checked are the weights, not the arithmetic of whoever loads them.
+    # fp32 for rounded weights too: the check is of the weights, not of the arithmetic used later.
     kind = AutoModelForSequenceClassification if config.loss.is_reward else AutoModelForCausalLM
     lm = kind.from_pretrained(folder, trust_remote_code=remote, dtype=torch.float32)
     model = _Alone(lm, ForwardMode(shares_prompt=False, chunks_head=False)).to(
@@ -125,7 +125,7 @@ def check(
     rows = [
         Comparison(name, float("nan") if value is None else value, metrics[name], allowed(name, scores, nats))
         for name, value in logged.items()
-        if name in metrics and name != "eval/loss"  # which is made of the others
+        if name in metrics and name != "eval/loss"  # the loss is a combination of the others
     ]
     return Check(tuple(rows)), pairs
 
@@ -133,7 +133,7 @@ def check(
 def _evaluated(
     model: _Alone, pairs: PairDataset, config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, step: int
 ) -> tuple[PairScores, dict[str, float]]:
-    # Its numbers are the same for every loss that counts the same tokens, and this one needs no reference model.
+    # The metrics are the same for every loss that counts the same tokens, and this loss needs no reference model.
     counted = config.loss.model_dump(include={"nll_scope", "nll_reduction", "nll_eos", "answer_padding"})
     objective = LossConfig(name="reward" if config.loss.is_reward else "orpo", **counted)
     counting = LossMask.of(objective, int(tokenizer.eos_token_id))
@@ -144,10 +144,10 @@ def _evaluated(
 
 
 def allowed(metric: str, scores: PairScores, nats: float) -> float:
-    """How far a held-out metric may move when every mean log-probability moves by `nats` of its size.
+    """Allowed change of a held-out metric when every mean log-probability changes by `nats` of its size.
 
-    A mean log-probability l moves by nats · max(1, |l|); log odds by that times 1 / (1 - exp l), summed over both
-    answers; the accuracy by the share of pairs whose two answers are nearer to each other than both movements.
+    A mean log-probability l changes by nats · max(1, |l|); log odds by that times 1 / (1 - exp l), summed over both
+    answers; the accuracy by the share of pairs whose two answers are closer together than the sum of both changes.
     """
     sides = [np.asarray(side_N, dtype=np.float64) for side_N in (scores.chosen_logp_N, scores.rejected_logp_N)]
     moved = [nats * np.maximum(1.0, np.abs(side_N)) for side_N in sides]

@@ -1,9 +1,8 @@
-"""Which settings of a sweep win, how sure that is, and how much the winner's score flatters it."""
+"""Which settings of a sweep are best, how certain that is, and how much the selection inflates the winner's score."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,36 +21,44 @@ from orpo_ray.results.bootstrap import (
 )
 from orpo_ray.results.divergence import divergence_boundaries
 from orpo_ray.results.frames import LAMBDA, LR, setting_key, setting_of
-from orpo_ray.storage.pair_scores import PAIRS_FILE, PairScores, on_shared_pairs
+from orpo_ray.results.pair_files import load_pair_scores
+from orpo_ray.storage.pair_scores import PairScores, on_shared_pairs
 
 NLL, NLL_PER_BYTE, ACCURACY = "eval/nll", "eval/nll_per_byte", "eval/preference_accuracy"
 
 
 def summarize_winners(results: dict[str, Any], run_dir: str | Path) -> dict[str, Any]:
-    """What results.json says under `winners`; never fails for want of data, but says what is missing.
+    """The section `winners` of results.json. Missing data never raise; the summary says what is missing.
 
-    Finalists are the settings that were trained again with fresh seeds (`purpose` confirm), or all that finished where
-    none was. A finalist is judged by its fresh seeds alone: its run in the search was picked for its score.
+    Finalists are the settings that were trained again with fresh seeds (`purpose` confirm); without any, all settings
+    that finished. A finalist is judged by its fresh seeds alone: its run in the search was picked for its score.
 
     Args:
-        results: of `results.summarize`.
-        run_dir: of the sweep; trials' per-pair files are in `trials/<trial id>/`.
+        results: from `results.summarize`.
+        run_dir: the sweep's run directory; per-pair files are in `trials/<trial id>/`.
 
     Returns:
-        `metric`, `mode`, `level`, `pairs` (which all trials share; null without intervals), `pairs_left_out` (most
-        pairs of a trial that others lack), `covers` (`pairs`, or `pairs and seeds`; null), `no_intervals` (why; null);
-        `settings`, the finalists, best first: `name`, `params`, `trial_ids`, `seeds`, `lost` (runs of it that diverged
-        or failed), `mean`, `low`, `high` (95 %), `difference` (to the best), `difference_low`, `difference_high`
-        (simultaneous), `tied`; `best`: the first of them with `trial_id` of its best run and its `checkpoint`, or null;
-        `tied`: names; `selection_bias`: `candidates`, `by_pairs`, `by_seed` (of the winner), `by_seed_finalists` (their
-        mean), in units of the metric, above 0 where the search looked too good, null where unknown, and a `sentence`;
-        `pareto`: `cost` and `gain` (metrics), `settings` by cost: `name`, `params`, `trial_ids`, `cost`, `accuracy`,
-        `on_front`, `frequency` (share of resamples in which it is on the front), `uncertain`; `divergence`: of
-        `boundary.divergence_boundaries`.
+        A dict with these keys:
+
+        - `metric`, `mode`, `level`;
+        - `pairs`: number of pairs that all trials share; null without intervals;
+        - `pairs_left_out`: largest number of a trial's pairs that other trials lack;
+        - `covers`: what the intervals cover, `pairs` or `pairs and seeds`; null without intervals;
+        - `no_intervals`: why there are none; null where there are;
+        - `settings`: the finalists, best first, each with `name`, `params`, `trial_ids`, `seeds`, `lost` (its runs that
+          diverged or failed), `mean`, `low`, `high` (95 %), `difference` (to the best), `difference_low`,
+          `difference_high` (simultaneous) and `tied`;
+        - `best`: the first of these with the `trial_id` and `checkpoint` of its best run, or null;
+        - `tied`: names of the tied settings;
+        - `selection_bias`: `candidates`, `by_pairs`, `by_seed` (of the winner) and `by_seed_finalists` (their mean), in
+          units of the metric, above 0 where the search looked too good, null where unknown; and a `sentence`;
+        - `pareto`: `cost` and `gain` (metrics), and `settings` by cost, each with `name`, `params`, `trial_ids`,
+          `cost`, `accuracy`, `on_front`, `frequency` (share of resamples in which it is on the front), `uncertain`;
+        - `divergence`: from `divergence.divergence_boundaries`.
     """
     metric, mode = results["metric"], results["mode"]
     finished = [t for t in results["trials"] if t["status"] == "finished" and t["metrics"].get(metric) is not None]
-    # A setting that is proposed twice with the same seed gives the same run: no further seed.
+    # A setting proposed twice with the same seed gives the same run, not a further seed.
     finished = list({repr(sorted(t["params"].items())): t for t in reversed(finished)}.values())[::-1]
     searched = [t for t in finished if not _confirms(t)]
     judged = [t for t in finished if _confirms(t)] or searched
@@ -118,7 +125,7 @@ def _judge(
 def _best(
     settings: list[dict[str, Any]], finished: list[dict[str, Any]], metric: str, mode: Mode
 ) -> dict[str, Any] | None:
-    """The first setting and, as a model to take away, its run of the best score."""
+    """The first setting, with the trial id and checkpoint of its best run."""
     if not settings:
         return None
     runs = [t for t in finished if setting_of(t["params"]) == settings[0]["params"]]
@@ -132,7 +139,7 @@ def _selection_bias(
     summary: dict[str, Any],
     scores: dict[str, PairScores],
 ) -> dict[str, Any]:
-    """How much the search's own winner is flattered: by its pairs (bootstrap), by its seed (fresh seeds)."""
+    """How much the selection inflates the winner's score: by its pairs (bootstrap), by its seed (fresh seeds)."""
     metric, mode, best = summary["metric"], summary["mode"], summary["best"]
     groups = _by_setting(searched)
     means = {key: float(np.mean([t["metrics"][metric] for t in group])) for key, group in groups.items()}
@@ -156,7 +163,7 @@ def _selection_bias(
 def _bias_sentence(bias: dict[str, Any], summary: dict[str, Any]) -> str:
     metric, best, by_pairs = summary["metric"], summary["best"], bias["by_pairs"]
     if bias["candidates"] < 2 or best is None:
-        return "Nothing was chosen between, so no choice flatters the score."
+        return "There was no choice between settings, so selection does not inflate the score."
     if by_pairs is None:
         return (
             f"The winner was chosen from {bias['candidates']} settings by the scores reported here, which flatters it; "
@@ -170,14 +177,14 @@ def _bias_sentence(bias: dict[str, Any], summary: dict[str, Any]) -> str:
         expected = best["mean"] - (1 if summary["mode"] == "max" else -1) * max(by_pairs, 0.0)
         return (
             f"The winner was chosen from {bias['candidates']} settings by the score that it is reported with. That "
-            f"flatters it {size}: expect a `{metric}` of about {expected:.4f} on fresh pairs. What the luck of its "
-            f"{'seed' if best['seeds'] == 1 else 'seeds'} adds is not in this figure."
+            f"flatters it {size}: expect a `{metric}` of about {expected:.4f} on fresh pairs. The luck of its "
+            f"{'seed' if best['seeds'] == 1 else 'seeds'} is not included."
         )
     return (
         f"The finalists were chosen from {bias['candidates']} settings by their `{metric}` in the search. That "
-        f"flatters the best of the search {size}. The luck of the seed comes on top: in the search the winner scored "
+        f"flatters the best of the search {size}. The luck of the seed adds to that: in the search the winner scored "
         f"{_gap(bias['by_seed'])} than with fresh seeds, the finalists {_gap(bias['by_seed_finalists'])} on average. "
-        "Means and intervals are of fresh seeds only, on the same pairs."
+        "Means and intervals are over fresh seeds only, on the same pairs."
     )
 
 
@@ -190,7 +197,7 @@ def _gap(flattery: float) -> str:
 
 
 def _pareto(finished: list[dict[str, Any]], scores: dict[str, PairScores]) -> dict[str, Any]:
-    """Settings on the front of NLL against accuracy, each as the mean of its runs."""
+    """All settings by NLL and accuracy, each as the mean of its runs, and whether they are on the Pareto front."""
     both = [t for t in finished if all(t["metrics"].get(m) is not None for m in (NLL, ACCURACY))]
     cost = NLL
     if scores and both and not _count_alike([scores[t["trial_id"]] for t in both]):
@@ -220,7 +227,7 @@ def _pareto(finished: list[dict[str, Any]], scores: dict[str, PairScores]) -> di
 
 
 def _count_alike(everyone: list[PairScores]) -> bool:
-    """Whether `eval/nll` means the same for all: other tokenizers and scopes count other tokens."""
+    """Whether `eval/nll` counts the same tokens in all trials; tokenizers and scopes may differ."""
     first = everyone[0]
     return all(
         s.nll_reduction == first.nll_reduction and np.array_equal(s.nll_tokens_N, first.nll_tokens_N) for s in everyone
@@ -233,29 +240,18 @@ def _count_alike(everyone: list[PairScores]) -> bool:
 def _load(
     trials: Iterable[dict[str, Any]], metric: str, run_dir: Path
 ) -> tuple[dict[str, PairScores], int, str | None]:
-    """Per-pair scores of all trials on the pairs they share, and how many of a trial's pairs others lack at most.
+    """Per-pair scores of all trials on the pairs they share, and the most pairs of a trial that others lack.
 
-    None, and why, where a single trial has no such file: means over some trials are not comparable with others'.
+    If one trial lacks its file there are no scores, and the third value says why: means over different trials are not
+    comparable.
     """
     found: dict[str, PairScores] = {}
     for trial in trials:
-        trial_id, reported = trial["trial_id"], trial["metrics"][metric]
-        try:
-            scores = PairScores.load(run_dir / "trials" / trial_id / PAIRS_FILE)
-        except FileNotFoundError:
-            why = " (its result was taken over from an earlier run)" if trial.get("reused_from") else ""
-            return {}, 0, f"per-pair file of trial {trial_id} missing{why}"
-        except (OSError, ValueError) as error:
-            return {}, 0, f"per-pair file of trial {trial_id} unreadable ({error})"
-        if not math.isclose(scores.value(metric), reported, rel_tol=1e-4, abs_tol=1e-6):
-            return (
-                {},
-                0,
-                (
-                    f"per-pair file of trial {trial_id} is of another evaluation: its {metric} is "
-                    f"{scores.value(metric):.6g}, the trial's last one {reported:.6g}"
-                ),
-            )
+        trial_id, logged = trial["trial_id"], {metric: trial["metrics"][metric]}
+        folder, is_reused = run_dir / "trials" / trial_id, bool(trial.get("reused_from"))
+        scores = load_pair_scores(folder, f"trial {trial_id}", logged, is_reused)
+        if isinstance(scores, str):
+            return {}, 0, scores
         found[trial_id] = scores
     if not found:
         return {}, 0, None
@@ -274,31 +270,31 @@ def _by_setting(trials: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, An
 
 
 def _confirms(trial: dict[str, Any]) -> bool:
-    """Whether it is a finalist with a fresh seed; results of before there were such trials do not say."""
+    """Whether it is a finalist with a fresh seed; older results lack `purpose`."""
     return bool(trial.get("purpose") == "confirm")
 
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """The best setting of a model size, and how far the settings reach that cannot be told from it."""
+    """The best setting of a model size, and the range of the settings tied with it."""
 
     bundle: str
     parameters: int | None
     name: str
     mean: float
     at: dict[str, float]
-    """λ and lr of the best, where they are axes."""
+    """λ and lr of the best setting, where they are axes."""
     tied: dict[str, tuple[float, float]] | None
-    """Lowest and highest among the settings tied with it; None where ties are not known."""
+    """Lowest and highest value among the tied settings; None where ties are not known."""
 
 
-def optima(results: dict[str, Any], run_dir: str | Path, parameters: dict[str, int]) -> list[Optimum]:
-    """The optimum of each model size by itself, small to large.
+def optima(results: dict[str, Any], run_dir: str | Path, parameters: Mapping[str, int]) -> list[Optimum]:
+    """The optimum of each model size, judged by its own trials, small to large.
 
     Args:
-        results: of `results.summarize`.
-        run_dir: of the sweep.
-        parameters: of the model, by bundle, as far as known.
+        results: from `results.summarize`.
+        run_dir: the sweep's run directory.
+        parameters: bundle -> number of the model's parameters, as far as known.
     """
     found = []
     for bundle in dict.fromkeys(trial["bundle"] for trial in results["trials"]):

@@ -73,7 +73,7 @@ def load(config: ExperimentConfig, sweep: SweepConfig, uri: str, parent_id: str)
     if seen and not trials:
         message += "; most differ in " + ", ".join(name for name, _ in differences.most_common(3))
     found = WarmStart(trials, message)
-    _write(file, found)
+    write_atomically(file, json.dumps({"trials": _known(trials), "message": message}, indent=1))
     return found
 
 
@@ -143,18 +143,18 @@ def _finished(
     return trial
 
 
-def _write(file: Path, found: WarmStart) -> None:
-    trials = {
-        trial.trial_id: {
+def _known(trials: dict[str, TrialState]) -> dict[str, dict[str, Any]]:
+    """What `_read` needs of each trial."""
+    return {
+        trial_id: {
             "params": trial.params,
             "bundle": trial.bundle,
             "max_steps": trial.max_steps,
             "metrics": trial.metrics,
             "reused_from": trial.reused_from,
         }
-        for trial in found.trials.values()
+        for trial_id, trial in trials.items()
     }
-    write_atomically(file, json.dumps({"trials": trials, "message": found.message}, indent=1))
 
 
 def _read(file: Path) -> WarmStart:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tests.integration.conftest import Sweeps
+from tests.support.real_sweeps import Sweeps
 
 RELATIVE = 1.0e-5
 """How far a loss may be from that of the undisturbed sweep."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import psutil
 import yaml
 
-from tests.integration.conftest import Sweeps
+from tests.support.real_sweeps import Sweeps
 
 INJECT = Path(__file__).resolve().parent / "inject"
 STEPS, EVAL_EVERY = 12, 4

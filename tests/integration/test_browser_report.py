@@ -16,7 +16,7 @@ from orpo_ray.reports.report import write_report
 from tests.support.browser import BrowserMissing, chromium
 from tests.support.pages import METRIC, write_generations, write_sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.core, pytest.mark.timeout(300)]
 
 _WAIT_S = 30
 EVIL = "</script><img src=x onerror='window.hacked=1'><b>bold</b>"

@@ -13,7 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from orpo_ray.orchestration.capacity import give_back_abandoned
-from tests.integration.conftest import Sweeps
+from tests.support.real_sweeps import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

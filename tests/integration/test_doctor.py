@@ -22,7 +22,7 @@ import pytest
 from orpo_ray.storage import object_store
 from tests.support.s3 import S3
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 AHEAD = "import time\n_now = time.time\ntime.time = lambda: _now() + 5.0\n"
@@ -185,7 +185,7 @@ def test_each_fault_is_found_on_the_node_that_has_it(nodes: Nodes, stores: list[
     assert other["GPUs"]["detail"] == "Ray offers 2, torch sees 0"
     assert str(nodes.folder / "home") in other["compiled ops"]["detail"]
     assert "authenticated" in other["MLflow"]["detail"]
-    assert "is not seen" in other["storage"]["detail"]
+    assert "are not visible" in other["storage"]["detail"]
     assert head["auth"]["detail"] == other["auth"]["detail"] == "RAY_AUTH_MODE=token"
     for secret in (TOKEN, "secret-password", "test-secret"):
         assert secret not in run.stdout + run.stderr
@@ -202,7 +202,7 @@ def test_each_fault_is_found_on_the_node_that_has_it(nodes: Nodes, stores: list[
 def test_the_wrong_token_and_no_cluster_are_told_without_a_traceback(nodes: Nodes) -> None:
     wrong = nodes.doctor(RAY_AUTH_TOKEN="f" * 32)
     assert wrong.returncode == 2
-    assert "does not let Ray connect. RAY_AUTH_MODE is token here, and a token is set" in wrong.stderr
+    assert "but Ray cannot connect to it. RAY_AUTH_MODE is token here, and a token is set" in wrong.stderr
     assert "Traceback" not in wrong.stdout + wrong.stderr
     assert TOKEN not in wrong.stdout + wrong.stderr
     nobody = nodes.doctor("--address", f"127.0.0.1:{_free_port()}")

@@ -55,6 +55,7 @@ def plain_torch(cache: Path) -> list[float]:
     return curve
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("workers", "cuts"),
     [
@@ -79,6 +80,7 @@ def test_loss_curve_is_plain_torch_s_for_every_cut_and_stage(
         assert set(record.evals) == {10, 20}, case
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("reduction", ["token", "pair"])
 def test_gradients_are_equal_for_every_cut(reduction: str, cache: Path) -> None:
     """4×1, 2×2 and 1×4 in one process, to 1e-6; batches of unequal lengths, where micro-batch means would differ."""

@@ -17,7 +17,7 @@ def test_memory_is_flat_over_many_trials(stage: int, workers: int, tmp_path: Pat
     config = experiment(
         tmp_path / "cache", **settings, **{"deepspeed.zero_stage": stage, "scaling.num_workers": workers}
     )
-    records = train_all([Job(config, tmp_path / f"trial-{i}") for i in range(24)])
+    records = train_all([Job(config, tmp_path / f"trial-{i}") for i in range(24)], fresh=True)
     gib = [record.logs[1]["perf/peak_memory_gib"] for record in records]
     # The first trials fill allocator pools and caches. One trial holds 14 MB: weights, gradients, moments in fp32.
     growth_mib = (gib[23] - gib[11]) * 1024 / 12

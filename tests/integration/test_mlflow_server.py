@@ -27,8 +27,8 @@ from orpo_ray.storage.results import summarize
 from orpo_ray.tracking import delivery
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from orpo_ray.tracking.uri import TrackingError
-from tests.integration.conftest import Sweeps
 from tests.support.events import as_event, as_state
+from tests.support.real_sweeps import table_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -198,14 +198,6 @@ def value(number: int, metric: int, step: int) -> float:
     return float(number * 10_000 + metric * 100 + step)
 
 
-def table_of(client: MlflowClient, run_id: str, folder: Path) -> dict[str, Any]:
-    """The table of generations, which the run's tag must tell the user interface of."""
-    tag = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
-    assert tag == [{"path": "generations.json", "type": "table"}]
-    written = client.download_artifacts(run_id, "generations.json", str(folder))
-    return dict(json.loads(Path(written).read_text(encoding="utf-8")))
-
-
 def stored_points(database: str, experiment_id: str) -> list[tuple[str, str, int, float]]:
     """(trial id, key, step, value) of every training point of an experiment: what the database really holds."""
     import psycopg2
@@ -220,6 +212,7 @@ def stored_points(database: str, experiment_id: str) -> list[tuple[str, str, int
         return [(trial, key, step, number) for trial, key, step, number in cursor.fetchall()]
 
 
+@pytest.mark.alone
 def test_64_trials_at_once_lose_and_double_nothing_though_the_server_is_killed(
     server: Server, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -327,45 +320,3 @@ def test_basic_auth_takes_the_right_password_names_the_wrong_one_and_shows_neith
     said += [path.read_text() for path in config.run_dir.rglob("*") if path.is_file()]
     assert len(said) > 4
     assert not any(PASSWORD in text for text in said)
-
-
-def test_a_sweep_leaves_what_the_user_interface_draws(sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One real trial: its data, what it answered, its model, its notes; and how busy the node was."""
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
-    file = sweeps.write(
-        "drawn",
-        {"metric": METRIC, "space": {"optim.lr": {"type": "grid", "values": [1.0e-3]}}},
-        **{"train.max_steps": 12, "train.eval_every": 4, "train.log_every": 2},
-    )
-    sweeps.run("sweep", str(file))
-    parent, children = sweeps.mlflow_runs("drawn")
-    (child,) = children.values()
-    client = MlflowClient(f"sqlite:///{sweeps.folder / 'runs' / 'mlflow.db'}")
-    steps = sweeps.metric_steps(parent.info.run_id, "system/node_0/cpu_utilization_percentage")
-    assert steps == list(range(1, len(steps) + 1)) != []
-    assert 0 < parent.data.metrics["system/node_0/system_memory_usage_percentage"] < 100
-
-    assert [(i.dataset.name, i.tags[0].value) for i in child.inputs.dataset_inputs] == [
-        ("builtin://style-pairs", "training"),
-        ("builtin://style-pairs", "evaluation"),
-    ]
-    pairs = [json.loads(i.dataset.profile)["num_rows"] for i in child.inputs.dataset_inputs]
-    assert pairs == [256, 24]
-    assert {i.dataset.digest for i in parent.inputs.dataset_inputs} == {
-        i.dataset.digest for i in child.inputs.dataset_inputs
-    }
-    (trial,) = sweeps.results("drawn")["trials"]
-    assert child.data.tags["orpo_ray.checkpoint"] == trial["checkpoint"]
-    (model,) = client.search_logged_models([child.info.experiment_id])
-    assert (model.source_run_id, model.tags["orpo_ray.checkpoint"]) == (child.info.run_id, trial["checkpoint"])
-    final = {m.key: m.value for m in model.metrics}
-    assert final["final/preference_accuracy"] == pytest.approx(trial["metrics"][METRIC])
-    assert {"optim.lr": "0.001", "axes.optim.lr": "0.001"}.items() <= child.data.params.items()
-    assert float(child.data.params["model.parameters"]) > 0
-    note = child.data.tags["mlflow.note.content"]
-    assert trial["checkpoint"] in note
-    assert f"orpo-ray train {file} name=drawn-{trial['trial_id']} optim.lr=0.001" in note
-    assert "**Best: " in parent.data.tags["mlflow.note.content"]
-    table = table_of(client, child.info.run_id, sweeps.folder)
-    assert table["columns"] == ["step", "pair_id", "prompt", "chosen", "rejected", "generated"]
-    assert {row[0] for row in table["data"]} == {4, 8, 12}

@@ -19,9 +19,9 @@ from ray._raylet import GcsClientOptions
 from ray.cluster_utils import Cluster
 
 from orpo_ray.storage import object_store
-from tests.integration.conftest import Sweeps
 from tests.support.hosts import Hosts
 from tests.support.ray_clusters import RayCluster
+from tests.support.real_sweeps import Sweeps
 from tests.support.s3 import S3
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(400)]

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from orpo_ray.models.precision import matmul_dtype, precision_name
-from tests.integration.conftest import Sweeps
+from tests.support.real_sweeps import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Sweeps
 from tests.support.ray_clusters import RayCluster
+from tests.support.real_sweeps import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -92,6 +92,7 @@ def test_ray_job_submit_works_as_it_stands(open_cluster: RayCluster, sweeps: Swe
     assert [trial["status"] for trial in sweeps.results("plain")["trials"]] == ["finished"] * 2
 
 
+@pytest.mark.core
 def test_the_code_that_is_here_runs_on_every_node(open_cluster: RayCluster, sweeps: Sweeps) -> None:
     """A working directory with a package of its own: every process of the job imports that one."""
     sweeps.write("marked", TWO_TRIALS, **SHORT, **{"scaling.num_workers": 2})
@@ -187,8 +188,8 @@ def test_who_has_no_token_is_told(guarded_cluster: RayCluster, sweeps: Sweeps, t
     disabled = submit("denied.yaml", RAY_AUTH_MODE="disabled", **client)
     missing = submit("denied.yaml", **client, **nobody)
     wrong = submit("denied.yaml", RAY_AUTH_TOKEN="f" * 64, **client)
-    assert "asks for a token: export RAY_AUTH_MODE=token" in disabled
-    assert "asks for a token: export RAY_AUTH_MODE=token" in missing
+    assert "requires a token: export RAY_AUTH_MODE=token" in disabled
+    assert "requires a token: export RAY_AUTH_MODE=token" in missing
     assert "refuses the token" in wrong
     for printed in (disabled, missing, wrong):
         assert "Traceback" not in printed

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
-from tests.integration.conftest import Sweeps
+from tests.support.ranks import Job, experiment, train_all
+from tests.support.real_sweeps import Sweeps, table_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FAST = {"train.max_steps": 12, "train.eval_every": 4, "train.log_every": 2}
 
 
-def test_every_way_to_end(sweeps: Sweeps) -> None:
-    """Six trials: of the good model one finishes, one is stopped early, one diverges; the other model is not there."""
+@dataclass(frozen=True)
+class Ended:
+    """The sweep `ends`, which some tests only look at."""
+
+    sweeps: Sweeps
+    file: Path
+    output: str
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
+    """Six trials: of the good model one finishes, one is stopped early, one diverges; the other model is missing."""
+    sweeps = Sweeps(tmp_path_factory.mktemp("ends"))
     file = sweeps.write(
         "ends",
         {
@@ -35,8 +52,19 @@ def test_every_way_to_end(sweeps: Sweeps) -> None:
         },
         **FAST,
     )
-    output = sweeps.run("sweep", str(file))
+    yield Ended(sweeps, file, sweeps.run("sweep", str(file), env={"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}))
+    sweeps.close()
 
+
+def good(results: dict[str, Any], lr: float) -> dict[str, Any]:
+    """The trial of the model that exists with this learning rate."""
+    (trial,) = [t for t in results["trials"] if t["params"] == {"model": "good", "optim.lr": lr}]
+    return dict(trial)
+
+
+@pytest.mark.core
+def test_every_way_to_end(ended: Ended) -> None:
+    sweeps, output = ended.sweeps, ended.output
     results = sweeps.results("ends")
     by_params = {(t["params"]["model"], t["params"]["optim.lr"]): t for t in results["trials"]}
     assert len(by_params) == 6
@@ -77,12 +105,53 @@ def test_every_way_to_end(sweeps: Sweeps) -> None:
     assert "mlflow ui --backend-store-uri sqlite:///" in output
     assert (sweeps.folder / "runs" / "ends" / "report.md").exists()
 
-    # The same command again repeats nothing.
-    before = sweeps.events("ends")
-    sweeps.run("sweep", str(file))
-    assert sweeps.events("ends") == before
-    # Another sweep under the same name is refused, and says what differs.
-    process = sweeps.start("sweep", str(file), "train.max_steps=16")
+
+def test_a_sweep_leaves_what_the_user_interface_draws(ended: Ended) -> None:
+    """Of a trial: its data, what it answered, its model, its notes; of the sweep, how busy the node was."""
+    sweeps = ended.sweeps
+    parent, children = sweeps.mlflow_runs("ends")
+    trial = good(sweeps.results("ends"), 3.0e-3)
+    child = children[trial["trial_id"]]
+    client = MlflowClient(f"sqlite:///{sweeps.folder / 'runs' / 'mlflow.db'}")
+    steps = sweeps.metric_steps(parent.info.run_id, "system/node_0/cpu_utilization_percentage")
+    assert steps == list(range(1, len(steps) + 1)) != []
+    assert 0 < parent.data.metrics["system/node_0/system_memory_usage_percentage"] < 100
+
+    assert [(i.dataset.name, i.tags[0].value) for i in child.inputs.dataset_inputs] == [
+        ("builtin://style-pairs", "training"),
+        ("builtin://style-pairs", "evaluation"),
+    ]
+    pairs = [json.loads(i.dataset.profile)["num_rows"] for i in child.inputs.dataset_inputs]
+    assert pairs == [256, 24]
+    assert {i.dataset.digest for i in parent.inputs.dataset_inputs} == {
+        i.dataset.digest for i in child.inputs.dataset_inputs
+    }
+    assert child.data.tags["orpo_ray.checkpoint"] == trial["checkpoint"]
+    models = client.search_logged_models([child.info.experiment_id])
+    (model,) = [model for model in models if model.source_run_id == child.info.run_id]
+    assert model.tags["orpo_ray.checkpoint"] == trial["checkpoint"]
+    final = {m.key: m.value for m in model.metrics}
+    assert final["final/preference_accuracy"] == pytest.approx(trial["metrics"]["eval/preference_accuracy"])
+    assert {"optim.lr": "0.003", "axes.optim.lr": "0.003"}.items() <= child.data.params.items()
+    assert float(child.data.params["model.parameters"]) > 0
+    note = child.data.tags["mlflow.note.content"]
+    assert trial["checkpoint"] in note
+    assert f"orpo-ray train {ended.file} name=ends-{trial['trial_id']} " in note
+    assert " optim.lr=0.003" in note
+    assert "**Best: " in parent.data.tags["mlflow.note.content"]
+    table = table_of(client, child.info.run_id, sweeps.folder)
+    assert table["columns"] == ["step", "pair_id", "prompt", "chosen", "rejected", "generated"]
+    assert {row[0] for row in table["data"]} == {4, 8, 12}
+
+
+def test_the_same_command_again_repeats_nothing(ended: Ended) -> None:
+    before = ended.sweeps.events("ends")
+    ended.sweeps.run("sweep", str(ended.file))
+    assert ended.sweeps.events("ends") == before
+
+
+def test_another_sweep_under_the_same_name_is_refused_and_told_what_differs(ended: Ended) -> None:
+    process = ended.sweeps.start("sweep", str(ended.file), "train.max_steps=16")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "train.max_steps was 12, is 16" in output.replace("\n", " ")
@@ -93,10 +162,10 @@ TWO_RUNS: dict[str, Any] = {"space": {"optim.lr": {"type": "grid", "values": [1.
 
 def test_killed_worker_restarts_its_group_and_its_trial_goes_on(sweeps: Sweeps) -> None:
     settings = {"train.max_steps": 60, "train.eval_every": 20, "train.log_every": 5}
-    undisturbed = sweeps.write("undisturbed", TWO_RUNS, **settings)
-    sweeps.run("sweep", str(undisturbed))
+    rates = TWO_RUNS["space"]["optim.lr"]["values"]
+    configs = [experiment(sweeps.folder / "cache", **settings, **{"optim.lr": lr}) for lr in rates]
+    undisturbed = train_all([Job(config, sweeps.folder / str(i)) for i, config in enumerate(configs)])
     file = sweeps.write("killed", {**TWO_RUNS, "max_concurrent": 1}, **settings, **{"scaling.num_workers": 2})
-    file.write_text(file.read_text().replace("global_batch_size: 8", "global_batch_size: 8"))
     process = sweeps.start("sweep", str(file))
     started = sweeps.wait_for("killed", "started")
     sweeps.wait_for("killed", "log", step=25)
@@ -105,19 +174,20 @@ def test_killed_worker_restarts_its_group_and_its_trial_goes_on(sweeps: Sweeps) 
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
 
-    results, expected = sweeps.results("killed"), sweeps.results("undisturbed")
+    results = sweeps.results("killed")
     assert [t["status"] for t in results["trials"]] == ["finished", "finished"]
     retries = [e for e in sweeps.events("killed") if e["event"] == "retry"]
     assert [(e["trial_id"], e["attempt"]) for e in retries] == [(started["trial_id"], 1)]
     again = [e for e in sweeps.events("killed") if e["event"] == "started" and e["trial_id"] == started["trial_id"]]
     assert [e["step"] for e in again] == [0, 20]
-    expected_nll = {t["params"]["optim.lr"]: t["metrics"]["eval/nll"] for t in expected["trials"]}
+    expected_nll = {lr: record.evals[60]["eval/nll"] for lr, record in zip(rates, undisturbed, strict=True)}
     for trial in results["trials"]:
         assert trial["metrics"]["eval/nll"] == pytest.approx(expected_nll[trial["params"]["optim.lr"]], rel=1e-5)
         steps = sweeps.metric_steps(trial["mlflow_run_id"], "train/loss")
         assert steps == list(range(5, 61, 5)), "a point is missing or there twice"
 
 
+@pytest.mark.core
 def test_killed_sweep_goes_on_where_it_was(sweeps: Sweeps) -> None:
     settings = {"train.max_steps": 60, "train.eval_every": 20, "train.log_every": 5}
     file = sweeps.write("machine", {**TWO_RUNS, "max_concurrent": 1}, **settings)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
 
-from tests.integration.conftest import Sweeps
+from tests.support.real_sweeps import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -19,6 +20,7 @@ TINY = {
     "data.eval_pairs": 2,
     "train.checkpoint_every": 2,
 }
+RATES = [1e-4, 2e-4, 3e-4, 4e-4, 5e-4]
 
 
 def test_fifty_trials_on_one_group_leave_nothing_behind(sweeps: Sweeps) -> None:
@@ -59,42 +61,50 @@ def test_fifty_trials_on_one_group_leave_nothing_behind(sweeps: Sweeps) -> None:
     assert late <= early + 2, f"open files: {files}"
 
 
-def test_groups_are_replaced_after_so_many_trials(sweeps: Sweeps) -> None:
+@pytest.fixture(scope="module")
+def replaced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweeps]:
+    """A finished sweep of that name, whose groups may have two trials each."""
+    sweeps = Sweeps(tmp_path_factory.mktemp("replaced"))
     sweep = {
         "metric": "eval/nll",
         "max_concurrent": 1,
         "max_group_trials": 2,
-        "space": {"optim.lr": {"type": "grid", "values": [1e-4, 2e-4, 3e-4, 4e-4, 5e-4]}},
+        "space": {"optim.lr": {"type": "grid", "values": RATES}},
     }
     sweeps.run("sweep", str(sweeps.write("replaced", sweep, **TINY)))
-    started = [e["group"] for e in sweeps.events("replaced") if e["event"] == "started"]
-    assert [t["status"] for t in sweeps.results("replaced")["trials"]] == ["finished"] * 5
+    yield sweeps
+    sweeps.close()
+
+
+def test_groups_are_replaced_after_so_many_trials(replaced: Sweeps) -> None:
+    started = [e["group"] for e in replaced.events("replaced") if e["event"] == "started"]
+    assert [t["status"] for t in replaced.results("replaced")["trials"]] == ["finished"] * 5
     assert started == sorted(started), "a replaced group took another trial"
     assert 2 <= len(set(started)) <= 3
     assert all(started.count(group) <= 4 for group in started)
 
 
-def test_an_earlier_sweep_in_mlflow_informs_the_next(sweeps: Sweeps) -> None:
-    grid = {"optim.lr": {"type": "grid", "values": [1.0e-3, 2.0e-3]}}
-    sweeps.run("sweep", str(sweeps.write("first", {"metric": "eval/nll", "space": grid}, **TINY)))
-    known = {t["params"]["optim.lr"]: t for t in sweeps.results("first")["trials"]}
-    more = {"optim.lr": {"type": "grid", "values": [1.0e-3, 2.0e-3, 3.0e-3]}}
-    second = {"metric": "eval/nll", "space": more, "warm_start": "orpo-ray"}
+def test_an_earlier_sweep_in_mlflow_informs_the_next(replaced: Sweeps) -> None:
+    known = {t["params"]["optim.lr"]: t for t in replaced.results("replaced")["trials"]}
+    new = 1.0e-3
+    space = {"optim.lr": {"type": "grid", "values": [*RATES, new]}}
+    second = {"metric": "eval/nll", "space": space, "warm_start": "orpo-ray"}
     # Speed is another matter: the number of workers does not make it another trial.
-    file = sweeps.write("second", second, **TINY, **{"scaling.num_workers": 2})
-    output = sweeps.run("sweep", str(file))
-    assert "warm start: 2 of 2 finished trials of orpo-ray differ only in the axes" in output
-    events, trials = sweeps.events("second"), sweeps.results("second")["trials"]
-    assert sorted(t["params"]["optim.lr"] for t in trials) == [1.0e-3, 2.0e-3, 3.0e-3]
+    file = replaced.write("second", second, **TINY, **{"scaling.num_workers": 2})
+    output = replaced.run("sweep", str(file))
+    assert "warm start: 5 of 5 finished trials of orpo-ray differ only in the axes" in output
+    events, trials = replaced.events("second"), replaced.results("second")["trials"]
+    assert sorted(t["params"]["optim.lr"] for t in trials) == [*RATES, new]
     for trial in trials:
         lr = trial["params"]["optim.lr"]
         started = any(e["event"] == "started" and e["trial_id"] == trial["trial_id"] for e in events)
         assert trial["status"] == "finished"
-        assert started == (lr == 3.0e-3)
+        assert started == (lr == new)
         if lr in known:
             assert trial["reused_from"] == known[lr]["mlflow_run_id"]
             assert trial["metrics"]["eval/nll"] == pytest.approx(known[lr]["metrics"]["eval/nll"])
-    other = sweeps.write("other", second, **TINY, **{"loss.nll_scope": "response"})
-    output = sweeps.run("sweep", str(other))
+    space["optim.lr"]["values"] = RATES[:1]
+    other = replaced.write("other", second, **TINY, **{"loss.nll_scope": "response"})
+    output = replaced.run("sweep", str(other))
     assert "warm start: 0 of" in output
     assert "most differ in loss.nll_scope" in output

@@ -22,8 +22,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from orpo_ray.storage import requests
-from tests.integration.conftest import Sweeps
 from tests.support.journals import write_journal
+from tests.support.real_sweeps import Sweeps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from orpo_ray.config import METRIC_MODES, parse
+from orpo_ray.reports.report_data import ReportData
+from orpo_ray.results.frames import load_evaluations_frame, load_runs_frame
 from orpo_ray.results.winners import summarize_winners
 from orpo_ray.storage.results import summarize
 from orpo_ray.storage.run_dir import write_results
+from orpo_ray.storage.sweep_state import SweepState
 from tests.support.events import as_state
-from tests.support.sweeps import pair_scores, write_pairs
+from tests.support.sweeps import pair_scores, trial, write_pairs
 
 METRIC = "eval/preference_accuracy"
 SIZES = {"1m": 922_752, "4m": 4_198_656, "16m": 16_785_408}
@@ -131,3 +134,20 @@ def write_generations(run_dir: Path, trial_id: str, said: str) -> None:
     path = run_dir / "trials" / trial_id / "generations.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def small(
+    rows: list[tuple[float, float, float | None, str]], metric: str = METRIC, mode: str = "max"
+) -> dict[str, Any]:
+    """Results of (λ, lr, value, status) without a journal."""
+    trials = []
+    for number, (lam, lr, value, status) in enumerate(rows):
+        params = {"loss.orpo_lambda": lam, "optim.lr": lr}
+        trials.append(trial(f"t{number:02d}", params, None, status))
+        trials[-1]["metrics"] = {} if value is None else {metric: value}
+    return {"name": "toy", "metric": metric, "mode": mode, "best": None, "trials": trials}
+
+
+def data_of(results: dict[str, Any], state: SweepState) -> ReportData:
+    """The same as a report reads it; there are no files."""
+    return ReportData(Path("nowhere"), results, state, load_runs_frame(results), load_evaluations_frame(state))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 from dataclasses import dataclass, field
@@ -68,29 +69,79 @@ class Job:
     """The last rank is told after this step that its machine goes away."""
 
 
-def train(config: ExperimentConfig, trial_dir: Path, stop_at: int | None = None) -> Record:
-    """Train with as many fresh processes as the config has workers."""
-    return train_all([Job(config, trial_dir, stop_at)])[0]
+def train(config: ExperimentConfig, trial_dir: Path, stop_at: int | None = None, *, fresh: bool = False) -> Record:
+    """Train with as many processes as the config has workers."""
+    return train_all([Job(config, trial_dir, stop_at)], fresh=fresh)[0]
 
 
-def train_all(jobs: list[Job]) -> list[Record]:
-    """Train one trial after another in the same processes, as a warm group does; all need as many workers."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    port = _free_port()
+def train_all(jobs: list[Job], *, fresh: bool = False) -> list[Record]:
+    """Train one trial after another in the same processes, as a warm group does; all need as many workers.
+
+    The processes are kept for later calls: starting them takes longer than most trials here.
+
+    Args:
+        jobs: the trials.
+        fresh: whether the processes are new ones, which end with this call.
+    """
     (world,) = {job.config.scaling.num_workers for job in jobs}
-    ranks = [context.Process(target=_rank, args=(rank, world, port, jobs, queue)) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    outcome = queue.get(timeout=500)
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0, f"a rank ended with {process.exitcode}: {outcome}"
-    assert isinstance(outcome, list), outcome
-    return outcome
+    group = _Group(world) if fresh or world not in _groups else _groups.pop(world)
+    try:
+        records = group.train(jobs)
+    except BaseException:
+        group.close()
+        raise
+    if fresh:
+        group.close()
+    else:
+        _groups[world] = group
+    return records
 
 
-def _rank(rank: int, world: int, port: int, jobs: list[Job], queue: Any) -> None:
+class _Group:
+    """One process per rank, between two lists of jobs waiting for the next."""
+
+    def __init__(self, world: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self._processes, self._connections = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            # Daemons: they end with this process. Where it is killed, the closed pipe ends them.
+            process = context.Process(target=_rank, args=(rank, world, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def train(self, jobs: list[Job]) -> list[Record]:
+        """Raises AssertionError with the error of the first rank that has one."""
+        for connection in self._connections:
+            connection.send(jobs)
+        waiting = list(self._connections)
+        while waiting:
+            answered = multiprocessing.connection.wait(waiting, timeout=500)
+            assert answered, "no rank has answered for 500 s"
+            for connection in answered:
+                assert isinstance(connection, multiprocessing.connection.Connection)
+                error = connection.recv()
+                assert error is None, error
+                waiting.remove(connection)
+        return list(self._connections[0].recv())
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join(30)
+        for connection in self._connections:
+            connection.close()
+
+
+_groups: dict[int, _Group] = {}
+"""Number of ranks -> the processes that are kept."""
+
+
+def _rank(rank: int, world: int, port: int, connection: multiprocessing.connection.Connection) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -105,15 +156,19 @@ def _rank(rank: int, world: int, port: int, jobs: list[Job], queue: Any) -> None
     from orpo_ray.training.engine import init_process_group
 
     init_process_group()
-    try:
-        records = [_train(job) for job in jobs]
-    except BaseException as error:
+    while True:
+        try:
+            jobs = connection.recv()
+        except EOFError:
+            return
+        try:
+            records = [_train(job) for job in jobs]
+        except BaseException as error:
+            connection.send(f"{type(error).__name__}: {error}")
+            raise
+        connection.send(None)
         if rank == 0:
-            queue.put(f"{type(error).__name__}: {error}")
-        raise
-    if rank == 0:
-        queue.put(records)
-    torch.distributed.destroy_process_group()
+            connection.send(records)
 
 
 def _train(job: Job) -> Record:

@@ -82,13 +82,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (tmp_path / "runs" / name / file).write_text(text)
 
     def proposed(config: Any, display: Any) -> None:
-        trial = {"trial_id": "0", "params": {"optim.lr": 0.001, "size": "l"}, "bundle": "l"}
-        metrics = {"eval/preference_accuracy": 0.5}
+        at = {"trial_id": "0", "steps": 4, "train_seconds": 1e6}
         history = as_state(
             [
-                {"event": "submitted", **trial},
-                {"event": "eval", "trial_id": "0", "step": 4, "metrics": metrics, "seconds": 1e6},
-                {"event": "finished", "trial_id": "0", "status": "finished", "steps": 4, "train_seconds": 1e6},
+                {"event": "submitted", "trial_id": "0", "params": {"optim.lr": 0.001, "size": "l"}, "bundle": "l"},
+                {"event": "eval", "trial_id": "0", "step": 4, "metrics": {"eval/preference_accuracy": 0.5}},
+                {"event": "finished", "status": "finished", **at},
             ]
         )
         sizes = {"s": Size(2_000_000, 1), "l": Size(8_000_000, 1)}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import hostile
-from tests.support.hostile import CASES, Case
+from tests.support.hostile.case import Case
+from tests.support.hostile.page import CASES, PAGE, page
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -40,5 +40,5 @@ def test_there_are_cases_of_every_kind() -> None:
 
 
 def test_the_page_has_the_table() -> None:
-    text = hostile.PAGE.read_text(encoding="utf-8")
-    assert hostile.page(text) == text, "write it anew: python -m tests.support.hostile"
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text, "write it anew: python -m tests.support.hostile"

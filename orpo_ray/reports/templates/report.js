@@ -11,7 +11,7 @@
     return () => (known ??= !!document.createElement("canvas").getContext("webgl"));
   })();
 
-  // Text, grid and traces take the page's colours, light or dark.
+  // Give text, grid and traces the page's colours, light or dark.
   function themed(figure, withRest) {
     const layout = {
       ...figure.layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -21,7 +21,7 @@
     };
     for (const key of Object.keys(layout).filter(k => /^[xy]axis\d*$/.test(k))) {
       layout[key] = {...layout[key], gridcolor: colour("--grid"), linecolor: colour("--line"), tickcolor: colour("--line")};
-      if (coarse.matches) layout[key].fixedrange = true; // a finger that scrolls the page is no zoom
+      if (coarse.matches) layout[key].fixedrange = true; // a touch scrolls the page; it must not zoom
     }
     if (coarse.matches) layout.dragmode = false;
     const data = figure.data.map(trace => {
@@ -43,11 +43,11 @@
     const figure = sources.get(div);
     if (figure.data.some(trace => trace.type === "parcoords") && !hasWebGL()) {
       div.classList.add("none");
-      div.textContent = "This browser has no WebGL, which this figure needs; the table of all trials holds the same values.";
+      div.textContent = "This figure needs WebGL, which this browser lacks; the table of all trials shows the same values.";
       return;
     }
     const withRest = !!div.closest("section").querySelector(".rest")?.checked;
-    // Named one by one: plotly's own set has a button that sends the data to its makers.
+    // Listed one by one: plotly's default buttons include one that sends the data to plotly's servers.
     const flat = figure.data[0]?.type !== "parcoords";
     const buttons = [["toImage", ...(flat ? ["zoom2d", "pan2d", "resetScale2d"] : [])]];
     Plotly.react(div, ...themed(figure, withRest), {
@@ -56,7 +56,7 @@
     div.dataset.drawn = dark.matches ? "dark" : "light";
   }
 
-  // Only what comes into sight is drawn: hundreds of trials must not hold up a phone.
+  // Draw figures only when they scroll into view, so that hundreds of trials do not slow down a phone.
   const watcher = new IntersectionObserver(entries => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
@@ -74,7 +74,7 @@
 
   async function copy(text) {
     if (navigator.clipboard && isSecureContext) {
-      try { await navigator.clipboard.writeText(text); return true; } catch { /* not permitted here: the older way */ }
+      try { await navigator.clipboard.writeText(text); return true; } catch { /* not permitted here: use the older way */ }
     }
     const area = document.createElement("textarea");
     area.value = text;
@@ -114,7 +114,7 @@
     const value = row => row.cells[column].dataset.v;
     rows.sort((a, b) => {
       const x = value(a), y = value(b);
-      if (x === "" || y === "") return (x === "") - (y === ""); // without a value: always at the end
+      if (x === "" || y === "") return (x === "") - (y === ""); // rows without a value always come last
       return up ? compare(x, y) : compare(y, x);
     });
     body.append(...rows);

@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from orpo_ray.cluster import node_probe
-from orpo_ray.cluster.diagnosis import Answers, Diagnosis, Failure, Finding, Node, judge
+from orpo_ray.cluster.diagnosis import Answers, Failure, Node, diagnose
 from orpo_ray.cluster.doctor import DoctorError, require_reachable
+from orpo_ray.cluster.findings import Diagnosis, Finding
 
 SERVER = "http://user:secret@mlflow:5000"
 FACTS: dict[str, Any] = {
@@ -44,7 +45,7 @@ def findings(
     **facts: Any,
 ) -> dict[str, Finding]:
     answers = Answers(FACTS | facts, mlflow, storage, *skew)
-    found = judge("node a", answers, CLIENT, SERVER, "s3://bucket/x", node, FACTS)
+    found = diagnose("node a", answers, CLIENT, SERVER, "s3://bucket/x", node, FACTS)
     assert len({finding.check for finding in found}) == len(found)
     return {finding.check: finding for finding in found}
 
@@ -70,7 +71,7 @@ def test_a_sound_node_has_no_problem_though_the_client_has_no_gpu_build_of_torch
         ),
         ("packages", {"python": "3.12.1"}, "python 3.12.1, where this process has 3.11.7", "pip"),
         ("code", {"code": None}, "cannot be imported", "--working-dir"),
-        ("code", {"code": "xyz"}, "other code (digest xyz)", "same commit"),
+        ("code", {"code": "xyz"}, "code (digest xyz) differs", "same commit"),
         ("C++ compiler", {"compiler": None}, "none found", "install g++"),
         ("ninja", {"ninja": None}, "none found", "pip install ninja"),
         ("compiled ops", {"locks": ["/x/lock"]}, "/x/lock was left", "remove it"),
@@ -78,7 +79,7 @@ def test_a_sound_node_has_no_problem_though_the_client_has_no_gpu_build_of_torch
         ("GPUs", {"gpus": {"names": ["H200"], "cuda": "12.6", "error": None}}, "torch sees 1", "nvidia-smi"),
         ("GPUs", {"gpus": {"names": ["H200"] * 8, "cuda": "12.6", "error": None}}, "torch sees 8", "--num-gpus=8"),
         ("GPUs", {"gpus": {"names": [], "cuda": None, "error": "OSError: libcu"}}, "OSError: libcu", "again"),
-        ("auth", {"auth": ""}, "RAY_AUTH_MODE is unset here, token on the head", "same on every node"),
+        ("auth", {"auth": ""}, "RAY_AUTH_MODE is unset here, token on the head", "same value on every node"),
         ("disk", {"temp_free": 2**30}, "1.0 GiB free in /tmp, 5 GiB are needed", "--temp-dir"),
         ("shared memory", {"shm": 64 * 2**20}, "0.1 GiB in /dev/shm", "--shm-size"),
         ("open files", {"files": 1024}, "may open 1024, 4096 are needed", "ulimit -n"),
@@ -108,24 +109,24 @@ def test_a_skew_within_what_cannot_be_measured_better_is_no_problem() -> None:
 
 def test_a_cluster_without_authentication_is_warned_of_unless_it_is_on_loopback() -> None:
     facts = FACTS | {"auth": ""}
-    open_to_all = judge("a", Answers(facts, skew_s=0.0), CLIENT, SERVER, "/x", NODE, facts)
+    open_to_all = diagnose("a", Answers(facts, skew_s=0.0), CLIENT, SERVER, "/x", NODE, facts)
     (warning,) = [finding for finding in open_to_all if finding.status != "ok"]
     assert (warning.check, warning.status) == ("auth", "warning")
     assert Diagnosis(open_to_all).ok
     inside = Node("n", "127.0.0.1", is_head=True, gpus=2.0)
-    alone = judge("a", Answers(facts, skew_s=0.0), CLIENT, SERVER, "/x", inside, facts)
+    alone = diagnose("a", Answers(facts, skew_s=0.0), CLIENT, SERVER, "/x", inside, facts)
     assert {finding.status for finding in alone} == {"ok"}
 
 
 def test_a_file_of_mlflow_is_asked_for_where_the_sweep_writes_it_only() -> None:
-    found = judge("a", Answers(FACTS, skew_s=0.0), CLIENT, "sqlite:////x/mlflow.db", None, NODE, FACTS)
+    found = diagnose("a", Answers(FACTS, skew_s=0.0), CLIENT, "sqlite:////x/mlflow.db", None, NODE, FACTS)
     by_check = {finding.check: finding for finding in found}
-    assert by_check["MLflow"].detail.startswith("not asked")
+    assert by_check["MLflow"].detail.startswith("not tested")
     assert (by_check["storage"].status, by_check["storage"].detail) == ("warning", "not checked")
 
 
 def test_a_node_that_says_nothing_is_one_problem() -> None:
-    (finding,) = judge("a", Answers(Failure("no answer within 9 s")), CLIENT, SERVER, None, NODE)
+    (finding,) = diagnose("a", Answers(Failure("no answer within 9 s")), CLIENT, SERVER, None, NODE)
     assert (finding.check, finding.status, finding.detail) == ("answers", "problem", "no answer within 9 s")
 
 
@@ -157,6 +158,8 @@ def test_a_storage_that_does_not_hold_what_others_wrote_is_told(
     here = str(tmp_path)
     assert node_probe.storage_problem(here, write="x/node-0") is None
     assert node_probe.storage_problem(here, read=["x/node-0"]) is None
-    assert node_probe.storage_problem(here, read=["x/node-0", "x/node-1"]) == "what node-1 wrote into it is not seen"
+    assert (
+        node_probe.storage_problem(here, read=["x/node-0", "x/node-1"]) == "objects written by node-1 are not visible"
+    )
     (tmp_path / "file").touch()
     assert "cannot write" in str(node_probe.storage_problem(f"{here}/file", write="x/node-0"))

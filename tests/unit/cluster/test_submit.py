@@ -75,17 +75,17 @@ def test_secrets_stay_here(project: Path) -> None:
     ("overrides", "environ", "message"),
     [
         ([], {"MLFLOW_TRACKING_URI": "postgresql://me:sesame@db/mlflow"}, "MLFLOW_TRACKING_URI holds a password"),
-        ([], {"MLFLOW_TRACKING_URI": "sqlite:////home/me/mlflow.db"}, "a place on this machine"),
-        ([], {"MLFLOW_TRACKING_URI": "mlruns"}, "a place on this machine"),
+        ([], {"MLFLOW_TRACKING_URI": "sqlite:////home/me/mlflow.db"}, "a location on this machine"),
+        ([], {"MLFLOW_TRACKING_URI": "mlruns"}, "a location on this machine"),
         ([], {"AWS_ENDPOINT_URL": "http://me:sesame@minio"}, "AWS_ENDPOINT_URL holds a password"),
         (["tracking.uri=http://me:sesame@mlflow"], {}, "tracking.uri holds a password"),
         (["output_dir=runs"], {}, r"output_dir \(runs\) is relative: .* or add storage"),
-        (["output_dir=runs", "storage=s3://b"], {}, "or one on the head node, as storage is given"),
+        (["output_dir=runs", "storage=s3://b"], {}, "or one on the head node, because storage is set"),
         (["data.path=../pairs.jsonl"], {}, "data.path: ../pairs.jsonl is outside the working directory"),
         (["data.path=pairs.jsonl"], {}, "data.path: pairs.jsonl does not exist in the working directory"),
-        (["data.path=data/ignored.jsonl"], {}, "data.path: data/ignored.jsonl stays behind"),
-        (["data.eval_path=data/ignored.jsonl"], {}, "data.eval_path: data/ignored.jsonl stays behind"),
-        (["model.path=base"], {}, r"model.path: base stays behind in part \(base/model.safetensors\)"),
+        (["data.path=data/ignored.jsonl"], {}, "data.path: data/ignored.jsonl is not sent"),
+        (["data.eval_path=data/ignored.jsonl"], {}, "data.eval_path: data/ignored.jsonl is not sent"),
+        (["model.path=base"], {}, r"model.path: base is not sent completely \(base/model.safetensors\)"),
     ],
 )
 def test_what_the_cluster_would_not_find_or_all_could_read_is_refused(
@@ -125,7 +125,7 @@ def test_paths_are_those_of_the_working_directory(project: Path, monkeypatch: py
     monkeypatch.chdir(project / "sub")
     job = prepare("data.path=sub/pairs.jsonl", file="../x.yaml", working_dir="..")
     assert job.entrypoint.endswith("train x.yaml data.path=sub/pairs.jsonl")
-    with pytest.raises(SubmitError, match=r"is there from .*sub, but not from the working directory"):
+    with pytest.raises(SubmitError, match=r"exists in .*sub, but not in the working directory"):
         prepare("data.path=pairs.jsonl", file="../x.yaml", working_dir="..")
     with pytest.raises(SubmitError, match="is not in the working directory"):
         prepare(file="../x.yaml")
@@ -135,7 +135,7 @@ def test_the_experiment_itself_is_checked_first(project: Path) -> None:
     with pytest.raises(ConfigError, match="global_batch_size"):
         prepare("train.global_batch_size=0")
     write(project / ".gitignore", "*.yaml")
-    with pytest.raises(SubmitError, match=r"is named in .gitignore or .rayignore"):
+    with pytest.raises(SubmitError, match=r"is ignored by .gitignore or .rayignore"):
         prepare()
 
 
@@ -169,7 +169,7 @@ def test_a_package_too_large_is_refused_with_its_largest_files(project: Path) ->
         file.truncate(100 * 2**20)  # takes no room on the disk
     write(project / "small.txt")
     with pytest.raises(
-        SubmitError, match=r"100\.0 MiB, and Ray's job server takes 100\.0 MiB; .* big.bin \(100\.0 MiB\)"
+        SubmitError, match=r"100\.0 MiB, but Ray's job server accepts at most 100\.0 MiB; .* big.bin \(100\.0 MiB\)"
     ):
         prepare()
     write(project / ".rayignore", "*.bin")
@@ -271,7 +271,7 @@ def test_a_cluster_that_is_gone_is_not_a_success() -> None:
     with pytest.raises(jobs.LostError, match="has not answered for 0 s"):
         jobs.follow(Broken(error=ConnectionError("refused")), "test-1", print, give_up_s=0)
     gone = RuntimeError("Request failed with status code 404: Job test-1 does not exist.")
-    with pytest.raises(SubmitError, match="does not know job test-1 any more"):
+    with pytest.raises(SubmitError, match="no longer knows job test-1"):
         jobs.follow(Broken(error=gone), "test-1", print)
 
 
@@ -281,7 +281,7 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         jobs.connect(None)
     with pytest.raises(SubmitError, match=r"--address is auto"):
         jobs.connect("auto")
-    with pytest.raises(SubmitError, match=r"no job server of Ray answers at http://127.0.0.1:9 .*ssh -N -L"):
+    with pytest.raises(SubmitError, match=r"no Ray job server answers at http://127.0.0.1:9 .*ssh -N -L"):
         jobs.connect("http://127.0.0.1:9")
 
 
@@ -297,9 +297,9 @@ def test_versions_must_match() -> None:
     import ray
 
     jobs._require_versions(ray.__version__, platform.python_version())
-    with pytest.raises(SubmitError, match=r"the cluster runs Ray 2.0.0, and here it is 2\."):
+    with pytest.raises(SubmitError, match=r"the cluster runs Ray 2.0.0, but this machine runs 2\."):
         jobs._require_versions("2.0.0", platform.python_version())
-    with pytest.raises(SubmitError, match=r"the cluster runs Python 3.9.1, and here it is 3\."):
+    with pytest.raises(SubmitError, match=r"the cluster runs Python 3.9.1, but this machine runs 3\."):
         jobs._require_versions(ray.__version__, "3.9.1")
 
 

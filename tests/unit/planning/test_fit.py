@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_ray.config import ConfigError, ExperimentConfig, parse
+from orpo_ray.formatting import GIB
 from orpo_ray.hardware import Device, NodeMemory, device_of
 from orpo_ray.planning.architecture import architecture_of
 from orpo_ray.planning.fit import SAFETY, fit_to, fitted_settings
-from orpo_ray.planning.memory import GIB, peak_memory
+from orpo_ray.planning.memory import peak_memory
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -124,7 +125,7 @@ def test_nothing_but_how_it_is_run_changes(llama_8b: str) -> None:
 def test_what_fits_nowhere_is_told_with_the_least_need(llama_8b: str) -> None:
     with pytest.raises(ConfigError, match=r"The least is \d+\.\d GiB per worker.*there is: 4 CPU, 8\.0 GiB"):
         fit_to(experiment(llama_8b), [NodeMemory(4, 0, 8 * GIB)])
-    with pytest.raises(ConfigError, match="there is no GPU"):
+    with pytest.raises(ConfigError, match="the cluster has no GPU"):
         fit_to(experiment(scaling__use_gpu=True), [NodeMemory(4, 0, 8 * GIB)])
 
 

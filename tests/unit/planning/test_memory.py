@@ -13,7 +13,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import memory_model
-from benchmarks.workload import WorkloadError, hh_path
 from orpo_ray.config import ConfigError, ExperimentConfig, LoraConfig, ModelConfig, parse
 from orpo_ray.data.dataset import Pair
 from orpo_ray.hardware import Device, device_of, this_machine
@@ -25,6 +24,7 @@ from orpo_ray.planning import memory
 from orpo_ray.planning.architecture import Architecture, architecture_of
 from orpo_ray.planning.memory import Memory, peak_memory
 from tests.support import ranks
+from tests.support.pair_sources import sources_of_pairs, write_stand_in
 
 LLAMA_8B = Architecture(
     parameters=8_030_261_248,
@@ -292,11 +292,9 @@ def test_checkpoints_have_the_size_that_is_predicted(changes: dict[str, Any], tm
         "tiny 8m, fp32, 1024 tokens, ZeRO-3 × 2",
     ],
 )
-def test_predictions_hold_in_real_processes(name: str, tmp_path: Path) -> None:
-    try:
-        hh_path()
-    except WorkloadError as missing:
-        pytest.skip(str(missing))
+def test_predictions_hold_in_real_processes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "hh-rlhf" not in sources_of_pairs():
+        monkeypatch.setenv("ORPO_RAY_SHARED", str(write_stand_in(tmp_path / "shared")))
     (case,) = (case for case in memory_model.cases() if case.name == name)
     measured = max(rank["peak"] for rank in memory_model.measure(case, tmp_path))
     config = case.experiment()

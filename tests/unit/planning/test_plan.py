@@ -14,12 +14,13 @@ import pytest
 from rich.console import Console
 
 from orpo_ray.config import DataConfig, parse
+from orpo_ray.formatting import GIB
 from orpo_ray.hardware import NodeMemory, this_machine
 from orpo_ray.models.precision import has_bf16_units
 from orpo_ray.planning import speed
 from orpo_ray.planning.architecture import architecture_of
-from orpo_ray.planning.memory import GIB
 from orpo_ray.planning.plan import Plan, plan
+from orpo_ray.planning.plan_table import plan_table
 from orpo_ray.storage.run_dir import EVENTS_FILE
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
@@ -124,7 +125,7 @@ def test_what_does_not_fit_in_memory() -> None:
     assert any(text.startswith("1m does not fit in memory") for text in texts(found, "error"))
     crowded = planned(NodeMemory(64, 0, 8 * GIB), sizes=None, sweep__num_samples=30)
     (text,) = texts(crowded, "error")
-    assert "64 trials would train at once, and memory holds 7" in text
+    assert "64 trials would train at once, but memory holds 7" in text
     assert "sweep.max_concurrent=7" in text
     assert planned(NodeMemory(64, 0, 8 * GIB), sizes=None, sweep__num_samples=30, sweep__max_concurrent=7).possible
 
@@ -157,7 +158,7 @@ def test_sizes_that_take_turns() -> None:
 
 def test_a_scheduler_without_enough_trials_and_a_budget_without_enough_hours() -> None:
     asha = {"type": "asha", "grace_steps": 20, "reduction_factor": 4}
-    assert any("nothing would be stopped early" in text for text in texts(planned(sweep__scheduler=asha), "warning"))
+    assert any("no trial would be stopped early" in text for text in texts(planned(sweep__scheduler=asha), "warning"))
     short = planned(sweep__budget={"device_hours": 1e-6})
     assert any("below one trial" in text for text in texts(short, "error"))
 
@@ -190,7 +191,7 @@ def test_reads_well_at_100_columns(name: str, tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     overrides = ["model.path=tiny-llama-8m", "data.path=builtin://style-pairs"] if name == "hh_smollm2" else []
     overrides.append(f"output_dir={tmp_path}")  # in runs/ the sweep may have run, and its time be known
-    console.print(plan(load(EXPERIMENTS / f"{name}.yaml", overrides), LAPTOP, 1e11))
+    console.print(plan_table(plan(load(EXPERIMENTS / f"{name}.yaml", overrides), LAPTOP, 1e11)))
     text = console.export_text()
     assert "…" not in text
     for word in ("wall time", "± a factor of 2", "checkpoints", "GiB each", "device-h"):

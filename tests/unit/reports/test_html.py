@@ -8,7 +8,8 @@ import pytest
 
 from orpo_ray.cli import main
 from orpo_ray.config import load
-from orpo_ray.reports.html import _script_json, train_command, write_experiment
+from orpo_ray.reports.experiment_file import train_command, write_experiment
+from orpo_ray.reports.html import script_json
 from orpo_ray.reports.report import write_report
 from orpo_ray.storage.results import load_results
 from orpo_ray.storage.run_dir import write_results
@@ -205,7 +206,7 @@ def test_the_config_and_where_it_came_from(sweep):
     assert "deepspeed" in told
     assert "eval_every: 10" in told
     kept = (run_dir / "provenance.json").read_bytes()
-    assert "Begun with" in page_of(run_dir)  # later, without the config
+    assert "Started with" in page_of(run_dir)  # later, without the config
     assert (run_dir / "provenance.json").read_bytes() == kept
 
 
@@ -267,6 +268,6 @@ def test_an_experiment_that_sweeps_the_loss_can_be_run_again(tmp_path):
 
 def test_data_in_a_script_cannot_end_it():
     text = json.dumps({"name": "</script><!-- & 'more'"})
-    escaped = str(_script_json(text))
+    escaped = str(script_json(text))
     assert not {"<", ">", "&"} & {*escaped}
     assert json.loads(escaped) == json.loads(text)

@@ -175,7 +175,10 @@ def test_a_report_of_a_whole_sweep(tmp_path):
     config = sweep_config(SPACE)
     files = write_report(run_dir, config)
     names = [file.relative_to(run_dir).as_posix() for file in files]
-    plots = [f"plots/{name}.png" for name in ("metric_by_lr", "metric_by_lambda", "pareto", "divergence", "curves")]
+    plots = [
+        f"plots/{name}.png"
+        for name in ("intervals", "heat_maps", "curves", "pareto", "importance", "scaling", "divergence")
+    ]
     assert names == ["report.html", "report.md", *plots, "best.yaml"]
     for plot in plots:
         assert (run_dir / plot).read_bytes().startswith(b"\x89PNG")
@@ -230,12 +233,18 @@ def test_a_single_run_has_curves_and_no_comparison(tmp_path):
 @pytest.mark.parametrize(
     ("trials", "plots"),
     [
-        ([({"optim.lr": lr}, "", "finished") for lr in (1e-4, 1e-3)], ["metric_by_lr.png", "pareto.png", "curves.png"]),
+        (
+            [({"optim.lr": lr}, "", "finished") for lr in (1e-4, 1e-3)],
+            ["intervals.png", "metric_by_lr.png", "curves.png", "pareto.png"],
+        ),
         (
             [({"loss.orpo_lambda": x}, "", "finished") for x in (0.0, 1.0)],
-            ["metric_by_lambda.png", "pareto.png", "curves.png"],
+            ["intervals.png", "metric_by_lambda.png", "curves.png", "pareto.png"],
         ),
-        ([({"optim.beta2": x}, "", "finished") for x in (0.9, 0.99)], ["pareto.png", "curves.png"]),
+        (
+            [({"optim.beta2": x}, "", "finished") for x in (0.9, 0.99)],
+            ["intervals.png", "curves.png", "pareto.png"],
+        ),
         ([({"optim.lr": lr}, "", "diverged") for lr in (1e-2, 1e-1)], ["metric_by_lr.png", "curves.png"]),
         ([({"optim.lr": lr}, "", "failed") for lr in (1e-2, 1e-1)], []),
         ([({"loss.orpo_lambda": x / 40, "optim.lr": 1e-3}, "", "stopped_early") for x in range(1, 41)], None),
@@ -488,7 +497,7 @@ def test_a_report_of_a_sweep_under_way(tmp_path, capsys, monkeypatch):
     assert "**Best so far: 2m λ=0 lr=1.7e-03.**" in page
     assert "8 trials: 2 finished, 5 unfinished, 1 stopped early." in page
     assert "**Failed**" not in page
-    assert all((tmp_path / "plots" / f"{name}.png").exists() for name in ("metric_by_lr", "metric_by_lambda", "curves"))
+    assert all((tmp_path / "plots" / f"{name}.png").exists() for name in ("intervals", "heat_maps", "curves"))
 
 
 def test_a_report_of_a_sweep_that_has_only_begun(tmp_path):

@@ -80,15 +80,15 @@ def test_what_did_not_run_to_its_end_is_left_out_and_told(tmp_path) -> None:
 def test_sweeps_that_carry_no_study_are_refused(tmp_path) -> None:
     one = read_sweep(swept(tmp_path, "one"))
     other = read_sweep(swept(tmp_path, "other", **{"sweep.metric": "eval/nll"}))
-    with pytest.raises(TransferError, match="judged by eval/log_odds and eval/nll; say which with --metric"):
+    with pytest.raises(TransferError, match="judged by eval/log_odds and eval/nll; choose one with --metric"):
         transfer_page.gather([one, other])
     assert transfer_page.gather([one, other], "eval/nll").metric == "eval/nll"
-    with pytest.raises(TransferError, match="no held-out metric 'nll'; there are eval/preference_accuracy"):
+    with pytest.raises(TransferError, match="'nll' is not a held-out metric; use one of eval/preference"):
         transfer_page.gather([one], "nll")
     with pytest.raises(TransferError, match=r"no trial of gone can be fitted \(84 failed\)"):
         transfer_page.gather([read_sweep(swept(tmp_path, "gone", statuses=dict.fromkeys(range(84), "failed")))])
     single = read_sweep(swept(tmp_path, "single", ("2m",)))
-    with pytest.raises(TransferError, match="a size is a number of parameters above 0, such as 7e9; 0 is none"):
+    with pytest.raises(TransferError, match="a size must be a number of parameters above 0, such as 7e9; 0 is not"):
         transfer_page.study([one], targets=(0.0,))
     with pytest.raises(TransferError, match=r"at least 2 model sizes, and has 1\. Sweep model"):
         transfer_page.study([single])
@@ -114,7 +114,7 @@ def test_sweeps_that_differ_in_more_than_size_are_told_apart(tmp_path) -> None:
     evidence, found = transfer_page.study([small, large])
     assert evidence.unlike == {"train.global_batch_size": ("16", "32")}
     page = transfer_page.write(tmp_path / "page", evidence, found, "x").read_text(encoding="utf-8")
-    assert "**Not alike, and taken for the size: train.global_batch_size: 16, 32.**" in page
+    assert "**Not equal, so their effect is attributed to size: train.global_batch_size: 16, 32.**" in page
 
 
 def test_the_command_writes_page_picture_and_numbers(tmp_path, capsys) -> None:
@@ -144,6 +144,6 @@ def test_what_is_said_of_nothing_is_shown_as_that(tmp_path) -> None:
     console = Console(width=120, record=True, file=None)
     with console.capture() as shown:
         console.print(transfer_page.table(found))
-    assert "Of lr at 1.3B parameters this says nothing: there are 2 sizes" in " ".join(shown.get().split())
+    assert "About lr at 1.3B parameters this says nothing: there are 2 sizes" in " ".join(shown.get().split())
     axes = transfer_page.draw(evidence, found).axes
-    assert [axis.get_title(loc="left") for axis in axes[2:]] == ["says nothing of 1.3B, 7B"] * 2
+    assert [axis.get_title(loc="left") for axis in axes[2:]] == ["says nothing about 1.3B, 7B"] * 2

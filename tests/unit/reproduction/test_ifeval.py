@@ -19,7 +19,7 @@ from orpo_ray.reproduction.ifeval import EXTRA, IfevalScore, Share, ifeval_comma
 
 def test_ifeval_command(tmp_path: Path) -> None:
     model = tmp_path / "a model"
-    with pytest.raises(JudgeError, match=r"holds no config.json"):
+    with pytest.raises(JudgeError, match=r"has no config.json"):
         ifeval_command(model, tmp_path, "float32")
     model.mkdir()
     (model / "config.json").write_text("{}", encoding="utf-8")
@@ -148,7 +148,7 @@ def test_ifeval_says_where_a_checker_checks_something_else() -> None:
 @pytest.mark.parametrize(
     ("change", "law"),
     [
-        ({"response": None}, "row 1: response must be text, and is None"),
+        ({"response": None}, "row 1: response must be text, but is None"),
         ({"prompt": 3}, "row 1: prompt must be text"),
         ({"instruction_id_list": [], "kwargs": []}, "lists of the same length, 1 or more"),
         ({"kwargs": []}, "lists of the same length"),

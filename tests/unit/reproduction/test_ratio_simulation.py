@@ -133,7 +133,7 @@ def test_the_figure_shows_every_curve_drawn_and_exact(simulated) -> None:
 
 
 def test_few_samples_and_a_zero_draw(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="at least 2, and is 1"):
+    with pytest.raises(ValueError, match="at least 2, but is 1"):
         simulate(samples=1)
 
     class Zeros:

@@ -87,12 +87,12 @@ def test_prompts_are_drawn_in_blocks_that_bound_the_memory() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "told"),
     [
-        (np.zeros((3, 4)), np.zeros((3, 5)), r"must both be \[rounds, prompts\], and are \(3, 4\) and \(3, 5\)"),
+        (np.zeros((3, 4)), np.zeros((3, 5)), r"must both be \[rounds, prompts\], but are \(3, 4\) and \(3, 5\)"),
         (np.zeros(4), np.zeros(4), r"\(4,\) and \(4,\)"),
-        (np.zeros((3, 1)), np.zeros((3, 1)), "at least 1 round and 2 prompts, and has 3 and 1"),
+        (np.zeros((3, 1)), np.zeros((3, 1)), "at least 1 round and 2 prompts, but has 3 and 1"),
         (np.zeros((0, 4)), np.zeros((0, 4)), "has 0 and 4"),
-        (np.zeros((1, 2)), np.array([[0.0, np.nan]]), r"of B's 2 rewards 1 are not, the first at \(0, 1\): nan"),
-        (np.array([[np.inf, np.inf]]), np.zeros((1, 2)), r"of A's 2 rewards 2 are not, the first at \(0, 0\): inf"),
+        (np.zeros((1, 2)), np.array([[0.0, np.nan]]), r"1 of B's 2 rewards are not, the first at \(0, 1\): nan"),
+        (np.array([[np.inf, np.inf]]), np.zeros((1, 2)), r"2 of A's 2 rewards are not, the first at \(0, 0\): inf"),
     ],
 )
 def test_wrong_rewards_are_refused(a, b, told: str) -> None:
@@ -125,7 +125,7 @@ def test_the_histogram_shows_every_model_in_the_same_bins() -> None:
     [
         ({}, "there is no model"),
         ({"SFT": np.zeros(3), "ORPO": np.zeros(0)}, "SFT 3, ORPO 0"),
-        ({"SFT": np.array([0.0, np.nan])}, "of SFT's 2 rewards 1 are not"),
+        ({"SFT": np.array([0.0, np.nan])}, "1 of SFT's 2 rewards are not"),
     ],
 )
 def test_a_histogram_of_nothing_is_refused(rewards, told: str) -> None:

@@ -9,8 +9,9 @@ from scipy.stats import ttest_ind
 
 from orpo_ray import cli
 from orpo_ray.reports.comparison import comparison_markdown, comparison_view
-from orpo_ray.results.compare import CompareError, Comparison, compare_runs
+from orpo_ray.results.compare import Comparison, compare_runs
 from orpo_ray.results.frames import mean_interval
+from orpo_ray.results.sides import CompareError
 from orpo_ray.storage.pair_scores import PAIRS_FILE
 from tests.support.run_dirs import experiment, life, write_run
 from tests.support.sweeps import pair_scores
@@ -99,7 +100,9 @@ def test_what_cannot_be_told_apart(sweeps, tmp_path) -> None:
     assert (found.metrics[0].better, found.metrics[0].verdict) == (None, "tied")
     assert found.metrics[0].low < 0 < found.metrics[0].high
     same = compare_runs("one", "copy", output_dir=tmp_path)
-    assert same.sentence == ("A (one) and B (copy) are the same on eval/log_odds: no pair moves the difference from 0.")
+    assert same.sentence == (
+        "A (one) and B (copy) are the same on eval/log_odds: the difference is 0 on every resample."
+    )
 
 
 def test_two_sweeps_best_against_best_and_setting_by_setting(sweeps, tmp_path) -> None:
@@ -212,7 +215,7 @@ def test_no_interval_is_said_with_its_reason(sweeps, tmp_path) -> None:
     file.unlink()
     found = compare_runs("one", "two", output_dir=tmp_path)
     assert re.fullmatch(
-        r"B \(two\) is ahead by 0\.\d{4} on eval/log_odds \(higher is better\), but how sure that is cannot be said: "
+        r"B \(two\) is ahead by 0\.\d{4} on eval/log_odds \(higher is better\), but how certain that is is unknown: "
         r"per-pair file of trial 00000 of two missing, and not both have several seeds\.",
         found.sentence,
     )

@@ -62,7 +62,7 @@ def test_a_curve_through_overlapping_outcomes_finds_the_even_chance() -> None:
             [t | {"status": {"diverged": "finished"}.get(t["status"], "diverged")} for t in trials(lambda _: 5e-4)],
             "more",
         ),
-        ([t | {"params": {"loss.orpo_lambda": 0.1}} for t in trials(lambda _: 5e-4)], "optim.lr is no axis"),
+        ([t | {"params": {"loss.orpo_lambda": 0.1}} for t in trials(lambda _: 5e-4)], "optim.lr is not an axis"),
     ],
     ids=["few", "none", "reversed", "no lr"],
 )

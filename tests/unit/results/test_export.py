@@ -10,7 +10,7 @@ import pytest
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from orpo_ray.config import parse
-from orpo_ray.results import export
+from orpo_ray.results import export, export_source
 from orpo_ray.storage.results import summarize
 from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE, write_results
 from tests.support.events import as_state
@@ -68,7 +68,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_a_run_directory_means_its_best_trial(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = export.find(str(run_dir))
+    found = export_source.find(str(run_dir))
     assert (found.trial["trial_id"], found.step, found.logged) == ("a", 20, {"eval/nll": 1.0})
     # The trial's own loss, read back from a dump that holds what orpo had filled in.
     assert (found.config.loss.name, found.config.loss.beta, found.config.loss.orpo_lambda) == ("dpo", 0.1, None)
@@ -76,34 +76,34 @@ def test_a_run_directory_means_its_best_trial(run_dir: Path, monkeypatch: pytest
     assert found.checkpoint == run_dir / "trials" / "a" / "step-00000020"
     (run_dir.parent / "runs").symlink_to(run_dir.parent)
     monkeypatch.chdir(run_dir.parent)
-    assert export.find("losses").trial["trial_id"] == "a"
+    assert export_source.find("losses").trial["trial_id"] == "a"
 
 
 def test_a_trials_directory_means_that_trial(run_dir: Path) -> None:
-    found = export.find(f"{run_dir}/trials/b/")
+    found = export_source.find(f"{run_dir}/trials/b/")
     assert (found.trial["trial_id"], found.step) == ("b", 10)
     assert found.logged == {"eval/nll": 9.0}  # of the checkpoint's step, not the last
 
 
 def test_what_cannot_be_exported_says_what_to_do(run_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(export.ExportError, match=f"orpo-ray export {'f' * 32}"):
-        export.find(str(run_dir / "trials" / "c"))
-    with pytest.raises(export.ExportError, match=r"no whole checkpoint.*train\.checkpoint_every"):
-        export.find(str(run_dir / "trials" / "d"))
+    with pytest.raises(export_source.ExportError, match=f"orpo-ray export {'f' * 32}"):
+        export_source.find(str(run_dir / "trials" / "c"))
+    with pytest.raises(export_source.ExportError, match=r"no complete checkpoint.*train\.checkpoint_every"):
+        export_source.find(str(run_dir / "trials" / "d"))
     with pytest.raises(FileNotFoundError):
-        export.find(str(tmp_path / "losse"))
+        export_source.find(str(tmp_path / "losse"))
     nobody = summarize("losses", "eval/nll", "min", as_state([]))
     write_results(run_dir / RESULTS_FILE, nobody)
-    with pytest.raises(export.ExportError, match="none is the best"):
-        export.find(str(run_dir))
+    with pytest.raises(export_source.ExportError, match="none is the best"):
+        export_source.find(str(run_dir))
 
 
 def test_unregistered_where_the_check_failed_or_mlflow_knows_no_run(run_dir: Path) -> None:
-    candidate = export.find(str(run_dir / "trials" / "b"))
-    with pytest.raises(export.ExportError, match="names no MLflow run of trial b"):
+    candidate = export_source.find(str(run_dir / "trials" / "b"))
+    with pytest.raises(export_source.ExportError, match="names no MLflow run of trial b"):
         export.register(candidate, export.Exported(run_dir, "digest", None))
     failed = export.verify.Check((export.verify.Comparison("eval/nll", 1.0, 2.0, 0.1),))
-    with pytest.raises(export.ExportError, match="did not pass its check"):
+    with pytest.raises(export_source.ExportError, match="did not pass its check"):
         export.register(candidate, export.Exported(run_dir, "digest", failed))
 
 

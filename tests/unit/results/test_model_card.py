@@ -74,7 +74,7 @@ def test_numbers_settings_and_the_command_are_there(facts: CardFacts) -> None:
         "| `eval/nll` | 1.5000 | 1.2500 to 1.7500 |",
         "| `eval/loss` | – | – |",
         "over 24 held-out pairs",
-        "best of 2 trials of the sweep `s`: lowest `eval/nll`. These settings cannot be told from it: λ=0.5. It is.",
+        "best of 2 trials of the sweep `s`: lowest `eval/nll`. These settings are tied with it: λ=0.5. It is.",
         "20 steps of 8 pairs on 2 workers with DeepSpeed ZeRO stage 3; matrix products in bf16",
         "orpo-ray train experiment.yaml",
         "torch 2.13.0",
@@ -89,7 +89,7 @@ def test_numbers_settings_and_the_command_are_there(facts: CardFacts) -> None:
 def test_what_is_not_so_is_not_said(facts: CardFacts) -> None:
     card = model_card(replace(facts, was_checked=False, pairs=None, trial=dict(facts.trial) | {"trial_id": "t2"}))
     assert "were not computed again" in card
-    assert "Taken by hand: trial `t2` of the 2" in card
+    assert "Chosen by hand: trial `t2`, one of 2" in card
     assert "1.2500" not in card  # the interval is of another setting
     assert "SHA-256" not in card
     rounded = model_card(replace(facts, dtype="bfloat16"))

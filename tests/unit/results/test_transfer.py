@@ -96,7 +96,7 @@ def test_noise_alone_says_nothing() -> None:
         for law in (found.lr, found.orpo_lambda):
             for each in law.extrapolations:
                 assert each.says_nothing
-                assert each.statement.startswith(f"Of {'lr' if law.axis == 'lr' else 'λ'} at ")
+                assert each.statement.startswith(f"About {'lr' if law.axis == 'lr' else 'λ'} at ")
                 assert "says nothing" in each.statement
 
 
@@ -118,8 +118,8 @@ def test_a_best_at_the_edge_is_flagged_and_says_nothing() -> None:
     for each in found.lr.extrapolations:
         assert each.says_nothing == ("the best is at the edge of the range tried at 8M",)
         assert each.statement == (
-            f"Of lr at {'1.3B' if each.parameters == 1.3e9 else '7B'} parameters this says nothing: the best is at the "
-            "edge of the range tried at 8M."
+            f"About lr at {'1.3B' if each.parameters == 1.3e9 else '7B'} parameters this says nothing: the best is at "
+            "the edge of the range tried at 8M."
         )
     below = study(made(shift=-3.0), "min", resamples=20).lr.optima
     assert all(optimum.at_edge and optimum.best == pytest.approx(optimum.highest_tried) for optimum in below)
@@ -152,7 +152,7 @@ def test_two_sizes_give_a_line_that_says_nothing() -> None:
     assert found.lr.exponent == pytest.approx(-0.5)
     assert found.lr.extrapolations[0].best == pytest.approx(true_lr(1.3e9))
     for each in found.lr.extrapolations:
-        assert each.says_nothing == ("there are 2 sizes, and a line through fewer than 3 is no evidence of one",)
+        assert each.says_nothing == ("there are 2 sizes, and fewer than 3 are no evidence of a line",)
 
 
 def test_an_interval_wider_than_a_factor_of_10_says_nothing_of_that_size_only() -> None:

@@ -106,7 +106,7 @@ def test_seeds_as_an_axis_and_repeats_that_are_none(tmp_path) -> None:
     found = summarized(tmp_path / "again", again)
     assert (found["settings"][0]["seeds"], found["covers"]) == (1, "pairs")
     assert found["settings"][0]["trial_ids"] == ["a0"]
-    assert found["selection_bias"]["sentence"].startswith("Nothing was chosen between")
+    assert found["selection_bias"]["sentence"].startswith("There was no choice between settings")
 
 
 def test_lower_is_better(tmp_path) -> None:
