@@ -1,5 +1,6 @@
 import pytest
 
+from orpo_ray import formatting
 from orpo_ray.formatting import markdown_table, number
 
 
@@ -22,3 +23,19 @@ def test_a_bar_does_not_end_a_cell_and_a_table_may_be_empty() -> None:
 @pytest.mark.parametrize(("value", "shown"), [(None, "–"), (float("nan"), "–"), (0.25, "0.2500")])
 def test_a_missing_number_is_a_dash(value, shown: str) -> None:
     assert number(value) == shown
+
+
+def test_durations_change_their_unit_at_two_minutes_and_two_hours():
+    assert [formatting.duration(s) for s in (None, 12.34, 119.9, 120, 7199, 7200)] == [
+        *("–", "12.3 s", "119.9 s", "2.0 min", "120.0 min", "2.0 h"),
+    ]
+
+
+def test_counts_of_parameters_have_three_digits():
+    assert [formatting.short_count(n) for n in (999, 922_752, 1.3e9)] == ["999", "923K", "1.3B"]
+    assert formatting.short_count(4_198_656, (" B", " M", " k")) == "4.2 M"
+
+
+def test_statuses_are_words_and_zero_counts_are_left_out():
+    assert formatting.ended_as({"finished": 12, "stopped_early": 2, "failed": 0}) == "12 finished, 2 stopped early"
+    assert (formatting.better_when("max"), formatting.better_when("min")) == ("higher", "lower")
