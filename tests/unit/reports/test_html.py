@@ -8,13 +8,12 @@ import pytest
 
 from orpo_ray.cli import main
 from orpo_ray.config import load
-from orpo_ray.reports.experiment_file import train_command, write_experiment
+from orpo_ray.reports.experiment_file import write_experiment
 from orpo_ray.reports.html import script_json
 from orpo_ray.reports.report import write_report
 from orpo_ray.storage.results import load_results
 from orpo_ray.storage.run_dir import write_results
 from tests.support.pages import METRIC, write_generations, write_sweep
-from tests.support.sweeps import trial as made_trial
 
 
 class Reader(HTMLParser):
@@ -130,13 +129,6 @@ def test_all_trials_are_in_the_table_with_commands_that_parse(sweep):
         assert config.train.max_steps == 200
 
 
-def test_a_forked_trial_has_no_command_and_names_need_quotes():
-    trial = made_trial("t0", {"optim.lr": 1e-3, "data.path": "my pairs.jsonl"}, None)
-    command = train_command(trial, "toy", "FILE", None)
-    assert command == "orpo-ray train FILE optim.lr=0.001 'data.path=my pairs.jsonl' name=toy-t0"
-    assert train_command(trial | {"forks": [{"step": 5}]}, "toy", "FILE", None) is None
-
-
 def test_failures_are_told_with_their_reasons(sweep):
     results, run_dir = sweep
     ends = words(Reader(page_of(run_dir)).sections["ends"])
@@ -199,8 +191,8 @@ def test_a_page_of_a_sweep_that_has_only_begun(tmp_path):
 
 def test_the_config_and_where_it_came_from(sweep):
     _, run_dir = sweep
-    config = load(run_dir / "experiment.yaml")
     assert "Command and versions are written when the sweep ends" in page_of(run_dir)
+    config = load(run_dir / "experiment.yaml")
     write_report(run_dir, config, formats=["html"])
     told = words(Reader((run_dir / "report.html").read_text()).sections["provenance"])
     assert "deepspeed" in told
@@ -253,17 +245,6 @@ def test_what_is_sent_to_others_has_no_password(tmp_path):
         if file.suffix in (".html", ".yaml", ".md", ".json"):
             assert "secret" not in file.read_text(encoding="utf-8"), file
     assert "http://host:5000" in (tmp_path / "best.yaml").read_text()
-
-
-def test_an_experiment_that_sweeps_the_loss_can_be_run_again(tmp_path):
-    write_sweep(tmp_path, 12, num_pairs=24)
-    tree = json.loads((tmp_path / "sweep.json").read_text())
-    del tree["config"]["sweep"]["space"]["loss.orpo_lambda"]
-    tree["config"]["sweep"]["space"]["loss.name"] = {"type": "grid", "values": ["orpo", "sft"]}
-    (tmp_path / "sweep.json").write_text(json.dumps(tree))
-    file = write_experiment(tmp_path)
-    assert load(file).sweep.space["loss.name"].candidates() == ("orpo", "sft")
-    assert load(file, ["loss.name=sft", "sweep=null"]).loss.orpo_lambda == 0
 
 
 def test_data_in_a_script_cannot_end_it():
