@@ -255,7 +255,7 @@ class Ours:
         self.ladder = Ladder(sweep, PARAMETERS, dict.fromkeys(PARAMETERS, 1), MAX_STEPS)
         self._rungs: dict[str, Rungs] = {}
         if rungs:
-            self._rungs = {s: Rungs(GRACE_STEPS, REDUCTION_FACTOR, MAX_STEPS, "max", patient=False) for s in PARAMETERS}
+            self._rungs = {s: Rungs(GRACE_STEPS, REDUCTION_FACTOR, MAX_STEPS, "max", depth_last=False) for s in PARAMETERS}
         self._more_to_come = True
 
     def next(self, history: SweepState) -> Start | Resume | None:
