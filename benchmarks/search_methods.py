@@ -279,7 +279,7 @@ class Ours:
 
     def evaluated(self, trial: TrialState, history: SweepState) -> Decision:
         """The ladder may give a trial up; rungs may pause it."""
-        if self.ladder.gives_up(trial, history) is not None:
+        if self.ladder.reason_to_stop(trial, history) is not None:
             return "stop"
         if not self._rungs:
             return "continue"

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 import ray.actor
 
-from orpo_ray.orchestration.broker_state import Assignment, Load
+from orpo_ray.orchestration.broker_state import Assignment, BrokerAddress, Load
 from orpo_ray.orchestration.trial_book import TrialBook
 from orpo_ray.storage.checkpoint_files import copy_to_trial, step_name
 from orpo_ray.storage.events import (
@@ -31,6 +31,7 @@ from orpo_ray.storage.events import (
     Warned,
 )
 from orpo_ray.storage.object_store import Storage
+from orpo_ray.storage.run_dir import SweepFolder
 from orpo_ray.training.trial import TrialResult
 
 
@@ -376,12 +377,11 @@ class Broker:
             self._changed.notify_all()
 
 
-def start(
-    name: str, namespace: str, run_dir: Path, max_failures: int, remote: Storage | None = None
-) -> ray.actor.ActorHandle:
-    """Start the sweep's broker on this node. Its concurrency must exceed all drivers and groups that wait in it."""
+def start(address: BrokerAddress, folder: SweepFolder, max_failures: int) -> ray.actor.ActorHandle:
+    """Start the sweep's broker on this node. Its concurrency must exceed the number of drivers and groups that wait."""
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
     actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(Broker)
-    return actor.options(name=name, namespace=namespace).remote(str(run_dir), max_failures, remote)
+    options = actor.options(name=address.name, namespace=address.namespace)
+    return options.remote(str(folder.run_dir), max_failures, folder.remote)

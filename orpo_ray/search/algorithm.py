@@ -13,11 +13,11 @@ from orpo_ray.storage.events import Submitted
 
 
 class SweepSearch(SearchAlgorithm):
-    """Tune's search algorithm: proposals as Tune's trials, paused until the conductor gives them a turn."""
+    """Tune's search algorithm: proposals as Tune's trials, paused until the scheduler gives them a turn."""
 
-    def __init__(self, conductor: SweepScheduler, num_trials: int) -> None:
-        """Proposals for that conductor."""
-        self._conductor, self._num_trials = conductor, num_trials
+    def __init__(self, scheduler: SweepScheduler, num_trials: int) -> None:
+        """Proposals for that scheduler."""
+        self._scheduler, self._num_trials = scheduler, num_trials
         self._spec: dict[str, Any] = {}
         self._parser: Any = None
         self.searcher = _NoSearcher()
@@ -41,13 +41,13 @@ class SweepSearch(SearchAlgorithm):
 
     def next_trial(self) -> Trial | None:
         """A trial, if one is wanted now."""
-        proposals = self._conductor.proposals
-        while not proposals.is_exhausted and self._conductor.wants_trial():
+        proposals = self._scheduler.proposals
+        while not proposals.is_exhausted and self._scheduler.wants_trial():
             proposal = proposals.next()
             if proposal is None:
                 return None
             if proposal.known is not None:
-                self._conductor.add_known(proposal.trial_id, proposal.params, proposal.known)
+                self._scheduler.add_known(proposal.trial_id, proposal.params, proposal.known)
                 continue
             if proposal.trial_id not in proposals.history.trials:
                 bundle = proposals.sweep.bundle_of(proposal.params)
@@ -69,13 +69,13 @@ class SweepSearch(SearchAlgorithm):
 
     def is_finished(self) -> bool:
         """Whether no more trials will come."""
-        return self._conductor.proposals.is_exhausted
+        return self._scheduler.proposals.is_exhausted
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """The conductor has heard it."""
+        """The scheduler has heard it."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The conductor has heard it."""
+        """The scheduler has heard it."""
 
     def has_checkpoint(self, dirpath: str) -> bool:
         """The journal has it all."""

@@ -36,7 +36,7 @@ class Proposals:
         self,
         config: ExperimentConfig,
         sweep: SweepConfig,
-        source: Searcher,
+        searcher: Searcher,
         history: SweepState,
         earlier: dict[str, TrialState],
         committed_hours: Callable[[SweepState], float],
@@ -46,13 +46,13 @@ class Proposals:
         Args:
             config: the experiment.
             sweep: its sweep.
-            source: of the search.
+            searcher: proposes the search's trials.
             history: of the sweep itself; whoever owns it keeps it up to date.
             earlier: finished trials of a warm start, by an id of their own.
             committed_hours: device-hours that running trials are expected to need still.
         """
         self._sweep = sweep
-        self._config, self._source, self.history = config, source, history
+        self._config, self._searcher, self.history = config, searcher, history
         self._earlier, self._committed_hours = earlier, committed_hours
         # A trial that was submitted but had not ended is given out again, under its id.
         self._again = [t for t in history.trials.values() if not t.status.has_ended]
@@ -69,9 +69,9 @@ class Proposals:
         return self._sweep
 
     @property
-    def source(self) -> Searcher:
-        """Of the search."""
-        return self._source
+    def searcher(self) -> Searcher:
+        """The searcher that proposes the search's trials."""
+        return self._searcher
 
     @property
     def max_steps(self) -> int | None:
@@ -123,7 +123,7 @@ class Proposals:
             self._next_index += 1
         everything = SweepState()
         everything.trials = {**self._earlier, **self.history.trials}
-        params = self._source.propose(self._next_index, everything)
+        params = self._searcher.propose(self._next_index, everything)
         if params is None:
             return None
         return Proposal(trial_id, params, "search", self._known(params))

@@ -40,7 +40,7 @@ class SweepScheduler(FIFOScheduler):
         broker: Any,
         slots: int,
         lookahead: int,
-        gives_up: Callable[[TrialState, SweepState], str | None] | None,
+        reason_to_stop: Callable[[TrialState, SweepState], str | None] | None,
         events: list[Event],
     ) -> None:
         """Take up a sweep.
@@ -50,11 +50,11 @@ class SweepScheduler(FIFOScheduler):
             broker: handle of the sweep's broker.
             slots: trials that can train at once.
             lookahead: trials given to drivers beyond that, so that groups find their next one waiting.
-            gives_up: the searcher's reason to end a trial, if it has a say in that.
+            reason_to_stop: gives the searcher's reason to end a trial; None for searchers that stop none.
             events: the journal so far.
         """
         super().__init__()
-        self.proposals, self._broker, self._gives_up = proposals, broker, gives_up
+        self.proposals, self._broker, self._reason_to_stop = proposals, broker, reason_to_stop
         self._sweep = proposals.sweep
         self._slots, self._lookahead = slots, lookahead
         self._rules: dict[str, PruningRule] = {}
@@ -63,7 +63,7 @@ class SweepScheduler(FIFOScheduler):
         self._ready: dict[str, Trial] = {}
         """Trials that may start at any time: fresh ones, and those that a restart found in training."""
         self._events = events
-        self.unwanted: set[str] = set()
+        self.stopped_by_user: set[str] = set()
         """Trials that the user has stopped. Another thread adds to it, once the broker knows."""
         self.is_running = False
         """Whether Tune's loop has begun."""
@@ -145,7 +145,7 @@ class SweepScheduler(FIFOScheduler):
             return self._stop(trial, _BUDGET_SPENT)
         if history.purpose == "confirm" or is_repeated:
             return str(Decision.CONTINUE)
-        if self._gives_up is not None and (why := self._gives_up(history, self._history)) is not None:
+        if self._reason_to_stop is not None and (why := self._reason_to_stop(history, self._history)) is not None:
             return self._stop(trial, why)
         decision = self._rule_of(trial).on_trial_result(self._view(tune_controller, trial), trial, result)
         if decision in (Decision.PAUSE, Decision.NOOP):
@@ -174,7 +174,7 @@ class SweepScheduler(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The next to take a free slot."""
         self.is_running = True
-        self._end_unwanted(tune_controller)
+        self._end_stopped_by_user(tune_controller)
         self._stop_eliminated(tune_controller)
         if self._num_active() >= self._slots + self._lookahead:
             return None
@@ -225,9 +225,9 @@ class SweepScheduler(FIFOScheduler):
         self._ready.pop(trial.trial_id, None)
         self._live.pop(trial.trial_id, None)
 
-    def _end_unwanted(self, controller: Any) -> None:
+    def _end_stopped_by_user(self, controller: Any) -> None:
         """Those that train hear of their end from the broker; those that wait would be chosen once more before."""
-        for trial_id in list(self.unwanted):
+        for trial_id in list(self.stopped_by_user):
             if (trial := self._live.get(trial_id)) is not None and trial.status == Trial.PAUSED:
                 controller.stop_trial(trial)
 
