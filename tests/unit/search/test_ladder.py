@@ -249,7 +249,9 @@ def test_a_small_model_ahead_at_equal_step_is_no_reason_to_stop_a_large_one() ->
     large = add(history, "16m", {10: 0.43}, status=None)
     assert ladder().reason_to_stop(history.trials[large], history) is None
     curves(history, "16m", [0.60, 0.61, 0.62, 0.63])
-    assert ladder().reason_to_stop(history.trials[large], history) is None, "0.43 + 0.2 is as good as its own size's best"
+    assert ladder().reason_to_stop(history.trials[large], history) is None, (
+        "0.43 + 0.2 is as good as its own size's best"
+    )
 
 
 def test_a_large_trial_far_behind_its_own_size_is_stopped_whatever_small_ones_did() -> None:
