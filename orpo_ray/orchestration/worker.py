@@ -147,9 +147,7 @@ def _home(spec: GroupSpec, control: Any) -> Iterator[Path]:
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home.parent / _LOCK):  # else a folder could be removed between its creation and its locking
         home.mkdir(exist_ok=True)
-        in_use = FileLock(
-            home / _LOCK
-        ).acquire()  # released when this process ends; marks the folder as in use until then
+        in_use = FileLock(home / _LOCK).acquire()  # marks the folder as in use until this process ends
         for other in home.parent.iterdir():
             if other != home:
                 with suppress(Timeout, OSError), FileLock(other / _LOCK, timeout=0):
