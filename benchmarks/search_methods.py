@@ -255,7 +255,9 @@ class Ours:
         self.ladder = Ladder(sweep, PARAMETERS, dict.fromkeys(PARAMETERS, 1), MAX_STEPS)
         self._rungs: dict[str, Rungs] = {}
         if rungs:
-            self._rungs = {s: Rungs(GRACE_STEPS, REDUCTION_FACTOR, MAX_STEPS, "max", depth_last=False) for s in PARAMETERS}
+            self._rungs = {
+                s: Rungs(GRACE_STEPS, REDUCTION_FACTOR, MAX_STEPS, "max", depth_last=False) for s in PARAMETERS
+            }
         self._more_to_come = True
 
     def next(self, history: SweepState) -> Start | Resume | None:
@@ -279,7 +281,7 @@ class Ours:
 
     def evaluated(self, trial: TrialState, history: SweepState) -> Decision:
         """The ladder may give a trial up; rungs may pause it."""
-        if self.ladder.gives_up(trial, history) is not None:
+        if self.ladder.reason_to_stop(trial, history) is not None:
             return "stop"
         if not self._rungs:
             return "continue"

@@ -1,4 +1,4 @@
-"""What `scaling: auto` becomes on the connected cluster: asked of its nodes once, and kept with the sweep."""
+"""Choose settings for `scaling: auto` from the memory of the connected cluster's nodes, once per sweep."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from orpo_ray.storage.run_dir import FITTED_FILE
 
 
 def fitted(config: ExperimentConfig, sweep: SweepConfig) -> tuple[ExperimentConfig, SweepConfig]:
-    """The experiment with what `scaling: auto` leaves open filled in, in every bundle.
+    """Fill in the settings that `scaling: auto` leaves open, in every bundle.
 
     Raises:
-        ConfigError: a model fits nowhere on the cluster, or is not to be found.
+        ConfigError: a model fits nowhere on the cluster, or cannot be found.
     """
     axis = sweep.bundle_axis
     labels = [str(label) for label in sweep.space[axis].candidates()] if axis else [""]
@@ -38,7 +38,7 @@ def fitted(config: ExperimentConfig, sweep: SweepConfig) -> tuple[ExperimentConf
         return config.trial(chosen[""]).model_copy(update={"sweep": sweep}), sweep
     bundle = sweep.space[axis]
     assert isinstance(bundle, Bundle)
-    # What a bundle sets itself was respected when the rest was chosen.
+    # A bundle's own settings were respected when the rest was chosen.
     values = {label: chosen[label] | settings for label, settings in bundle.values.items()}
     space = sweep.space | {axis: bundle.model_copy(update={"values": values})}
     sweep = sweep.model_copy(update={"space": space})
@@ -46,7 +46,7 @@ def fitted(config: ExperimentConfig, sweep: SweepConfig) -> tuple[ExperimentConf
 
 
 def cluster_nodes() -> list[NodeMemory]:
-    """Every node of the connected cluster, asked on the spot: CPUs and GPUs are those that Ray was told of."""
+    """Memory of every node of the connected cluster, measured on the node; CPUs and GPUs as Ray knows them."""
     asked = []
     for node in ray.nodes():
         if node["Alive"]:

@@ -1,8 +1,8 @@
 """The broker between Tune's trial drivers and the warm worker groups: one async actor, and the sweep's journal.
 
-Every trial's life passes through here: a driver submits it, a group takes it, evaluations go to the driver and its
-decision comes back, training metrics and the end are written down. What is written to `events.jsonl` is the truth of
-the sweep; whoever dies, the next broker reads it and goes on.
+Every trial passes through the broker: a driver submits it, a worker group takes it, its evaluations go to the driver
+and the driver's decision comes back, and its training metrics and end are recorded. The journal `events.jsonl` is the
+sweep's only source of truth: after any crash the next broker reads it and continues.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import ray
 import ray.actor
 
-from orpo_ray.orchestration.broker_state import Assignment, Load
+from orpo_ray.orchestration.broker_state import Assignment, BrokerAddress, Load
 from orpo_ray.orchestration.trial_book import TrialBook
 from orpo_ray.storage.checkpoint_files import copy_to_trial, step_name
 from orpo_ray.storage.events import (
@@ -31,19 +31,20 @@ from orpo_ray.storage.events import (
     Warned,
 )
 from orpo_ray.storage.object_store import Storage
+from orpo_ray.storage.run_dir import SweepFolder
 from orpo_ray.training.trial import TrialResult
 
 
 class Broker:
-    """See the module's docstring. All methods are remote; those that wait do so without holding up the others."""
+    """Matches trials with worker groups. All methods are called remotely; methods that wait do not block the others."""
 
     def __init__(self, run_dir: str, max_failures: int, remote: Storage | None = None) -> None:
         """Continue from the journal in `run_dir`, if there is one.
 
         Args:
             run_dir: the sweep's directory.
-            max_failures: how often a trial is tried again after its process died.
-            remote: the sweep's folder in an object store, where checkpoints then are.
+            max_failures: how often a trial is retried after its processes died.
+            remote: the sweep's folder in an object store, if checkpoints are kept there.
         """
         self._book = TrialBook(Path(run_dir), max_failures, remote)
         self._changed = asyncio.Condition()
@@ -53,14 +54,14 @@ class Broker:
     async def submit(
         self, trial_id: str, params: dict[str, Any], bundle: str, resource_class: str, config: Any, purpose: Purpose
     ) -> None:
-        """Queue a trial, new or paused. One that waits or trains already (its driver was restarted) is left alone.
+        """Queue a trial, new or paused. A trial that waits or trains already (its driver was restarted) stays as it is.
 
         Args:
-            trial_id: the proposer's.
+            trial_id: as the search proposed it.
             params: axis name -> value.
             bundle: label of its bundle, or "".
-            resource_class: which groups can run it: those that occupy what it needs.
-            config: its ExperimentConfig, only passed on.
+            resource_class: worker groups that can run it.
+            config: its ExperimentConfig, passed on to the worker group.
             purpose: `search` or `confirm`.
         """
         if trial_id not in self._book.trials:
@@ -72,14 +73,14 @@ class Broker:
         if not known or trial.is_parked:
             trial.is_parked = False
             self._book.enqueue(trial_id)
-        # Its worker may not have let go of it yet; then `finished` sees that it is wanted again.
+        # Its worker may not have returned it yet; then `finished` queues it again.
         trial.pause_requested = False
         await self._notify()
 
     async def adopt(
         self, trial_id: str, params: dict[str, Any], bundle: str, step: int, metrics: dict[str, float], run_id: str
     ) -> None:
-        """Record a trial whose result an earlier MLflow run already holds: nothing is trained."""
+        """Record a trial whose result is taken from an earlier MLflow run instead of training."""
         if trial_id in self._book.trials:
             return
         self._book.record(Submitted(trial_id=trial_id, params=params, bundle=bundle))
@@ -96,7 +97,7 @@ class Broker:
         )
 
     async def pause(self, trial_id: str) -> None:
-        """The trial is to give its group back at the evaluation it waits at, keeping its checkpoint."""
+        """Pause a trial at the evaluation it waits at; it keeps its checkpoint and frees its group."""
         trial = self._book.trials[trial_id]
         if trial.report is not None or trial.is_parked:
             return
@@ -112,16 +113,16 @@ class Broker:
         Both are paused first. Files are linked, not copied: checkpoints are never changed, only replaced.
 
         Args:
-            trial_id: the trial that is to go on from the donor's checkpoint.
+            trial_id: the trial that continues from the donor's checkpoint.
             donor_id: the trial copied from.
-            params: the settings it goes on with.
-            timeout_s: how long the workers may take to let go of the two.
+            params: the settings it continues with.
+            timeout_s: how long the workers may take to pause the two trials.
 
         Returns:
-            The optimizer step that the checkpoint is of.
+            The optimizer step of the copied checkpoint.
 
         Raises:
-            TimeoutError: they did not.
+            TimeoutError: the trials were not paused in time.
             FileNotFoundError: the donor has no checkpoint.
         """
         trial, donor = self._book.trials[trial_id], self._book.trials[donor_id]
@@ -133,10 +134,10 @@ class Broker:
         step, checkpoint = donor.state.evaluated_step, donor.state.checkpoint
         if checkpoint is None or not checkpoint.endswith(step_name(step)):
             raise FileNotFoundError(
-                f"trial {donor_id} has no checkpoint of step {step} that trial {trial_id} could go on from, only "
+                f"trial {donor_id} has no checkpoint of step {step} that trial {trial_id} could continue from, only "
                 f"{checkpoint}"
             )
-        # Written down first: a restart finishes what a crash leaves half done.
+        # Recorded first, so that a restart can complete a fork that a crash interrupted.
         self._book.record(Forked(trial_id=trial_id, donor=donor_id, step=step, params=params))
         await self._book.journal.flushed()
         trial.state.checkpoint = await asyncio.to_thread(
@@ -145,12 +146,12 @@ class Broker:
         return step
 
     async def next_result(self, trial_id: str, driver: str) -> dict[str, Any] | None:
-        """Wait for the trial's next evaluation or its end. Asking for the next one says: go on.
+        """Wait for the trial's next evaluation or its end. Asking again after an evaluation means: continue.
 
         Args:
             trial_id: the trial.
-            driver: name of the asking driver. A new one is given again what its predecessor took with it; one that has
-                been replaced while it waited gets None, which nobody hears.
+            driver: name of the asking driver. A new driver gets the last result that its predecessor received; a driver
+                replaced while it waited gets None.
         """
         trial = self._book.trials[trial_id]
         is_new, trial.driver = trial.driver != driver, driver
@@ -167,11 +168,11 @@ class Broker:
         return result
 
     async def stop(self, trial_id: str, reason: str | None = None) -> None:
-        """The trial is to end at its next evaluation; harmless if it has ended.
+        """End a trial at its next evaluation; no effect if it has ended.
 
         Args:
             trial_id: the trial.
-            reason: for its end, where there is something to say.
+            reason: recorded with its end.
         """
         trial = self._book.trials.get(trial_id)
         if trial is None or trial.report is not None:
@@ -187,9 +188,9 @@ class Broker:
         await self._notify()
 
     async def hold(self) -> None:
-        """The sweep is to be interrupted: nothing is handed out any more, what trains pauses at its next evaluation.
+        """Interrupt the sweep: assign no more trials, and pause those in training at their next evaluation.
 
-        The scheduler still decides on that evaluation; only what it lets go on is paused, for the next run to take up.
+        The scheduler still decides on that evaluation; only trials that it continues are paused, for the next run.
         """
         self._book.is_held = True
         for trial_id in [t for queue in self._book.queues.values() for t in queue]:
@@ -200,12 +201,12 @@ class Broker:
     # ---- worker groups --------------------------------------------------------------------------------------------
 
     async def join(self, group: str, resource_class: str, processes: list[str], nodes: list[str]) -> None:
-        """A group's processes are up. If they were up before and had a trial, that one was interrupted.
+        """Register a group whose processes are up. If it had a trial before, that trial was interrupted.
 
         Args:
             group: its name.
             resource_class: which trials it can run.
-            processes: `host:pid` of every rank, for the journal: where to look when a trial hangs.
+            processes: `host:pid` of every rank, recorded in the journal to help find a trial that hangs.
             nodes: id of every rank's node.
         """
         self._book.group(group).go_up(resource_class, processes, nodes, time.monotonic())
@@ -213,15 +214,15 @@ class Broker:
         await self._notify()
 
     async def controlled(self, group: str, controller: ray.actor.ActorHandle) -> None:
-        """The group has begun to start, under this actor of Ray Train's."""
+        """Register the group's Ray Train controller, when the group begins to start."""
         self._book.group(group).controller = controller
 
     async def controller(self, group: str) -> ray.actor.ActorHandle | None:
-        """The actor that starts and watches the group; None before there is one."""
+        """The Ray Train controller of the group; None before it exists."""
         return self._book.group(group).controller
 
     async def complain(self, group: str, reason: str) -> None:
-        """A rank says why it is about to bring its group down."""
+        """Record why a rank is about to end its group."""
         known = self._book.group(group)
         known.complaint = known.complaint or reason
 
@@ -229,15 +230,15 @@ class Broker:
         """Wait for a trial of the group's resource class.
 
         Returns:
-            The trial; `wait` after `timeout_s` without one; `end` when the group is to end.
+            The trial; `wait` after `timeout_s` without one; `end` when the group should end.
         """
         known = self._book.group(group)
         if known.resource_class is None:
-            return "end"  # it was given up, since a node of it died; its trials are with others
+            return "end"  # one of its nodes died, and its trial went to another group
         resource_class, processes = known.resource_class, known.processes
 
         def replaced() -> bool:
-            # The process that asked has died, and its request still waits: it must not take a trial along.
+            # The process that asked has died, but its request still waits: it must not get a trial.
             return known.processes is not processes
 
         def ready() -> bool:
@@ -253,9 +254,9 @@ class Broker:
             if known.is_retired:
                 return "end"
             queue = self._book.queues.get(resource_class)
-            if not queue:  # emptied between the wait and now
+            if not queue:  # emptied since the wait ended
                 return "wait"
-            # The oldest trial of the bundle whose weights the group has in memory, else the oldest.
+            # Prefer the oldest trial of the bundle whose weights the group has in memory.
             warm = (t for t in queue if self._book.trials[t].state.bundle == known.last_bundle)
             trial_id = next(warm, queue[0])
             queue.remove(trial_id)
@@ -266,7 +267,7 @@ class Broker:
         return Assignment(trial_id, trial.state.attempt, trial.config)
 
     async def started(self, trial_id: str, attempt: int, step: int, max_steps: int, facts: dict[str, Any]) -> None:
-        """Training begins after `step` steps that were done before."""
+        """Record that training starts at `step`, the number of optimizer steps done before."""
         trial = self._book.trials[trial_id]
         if attempt != trial.state.attempt:
             return
@@ -285,7 +286,7 @@ class Broker:
         )
 
     async def log(self, trial_id: str, attempt: int, step: int, metrics: dict[str, float]) -> None:
-        """Training metrics of a step; steps that an earlier attempt reported are not written twice."""
+        """Record training metrics of a step, unless an earlier attempt has already reported that step."""
         state = self._book.trials[trial_id].state
         if attempt == state.attempt and step > state.logged_step:
             self._book.record(Logged(trial_id=trial_id, step=step, metrics=metrics))
@@ -299,15 +300,15 @@ class Broker:
         checkpoint: str | None,
         seconds: float,
     ) -> str:
-        """Held-out metrics of a step. Waits for the driver's decision: `continue`, `pause` or `stop`.
+        """Record held-out metrics of a step, then wait for the driver's decision: `continue`, `pause` or `stop`.
 
         Args:
             trial_id: the trial.
-            attempt: the assignment's.
+            attempt: of the assignment.
             step: optimizer step.
             metrics: held-out metrics.
-            checkpoint: the newest one.
-            seconds: of training until here.
+            checkpoint: address of the newest one.
+            seconds: training time until this step.
         """
         trial = self._book.trials[trial_id]
         if attempt != trial.state.attempt:
@@ -324,8 +325,10 @@ class Broker:
         return await trial.pending_decision
 
     async def finished(self, trial_id: str, attempt: int, result: TrialResult) -> None:
-        """A group has handed its trial back: it has ended or is paused, and the group is free; or it is preempted,
-        and the group is about to end."""
+        """Take back a trial from its group.
+
+        Either it has ended or is paused and the group is free, or it is preempted and the group is about to end.
+        """
         trial = self._book.trials[trial_id]
         if attempt == trial.state.attempt and trial.report is None:
             self._book.take_back(trial, result)
@@ -334,39 +337,41 @@ class Broker:
     # ---- the sweep process ----------------------------------------------------------------------------------------
 
     async def lost(self, group: str, reason: str) -> None:
-        """The group's processes are no more; a trial it had is queued again or, too often tried, failed. The group may
-        join again."""
+        """Record that the group's processes are gone, and requeue its trial or fail it after too many attempts.
+
+        The group may join again.
+        """
         self._book.interrupt(group, reason)
         self._book.group(group).go_down()
         await self._notify()
 
     async def fail_resource_class(self, resource_class: str, reason: str) -> None:
-        """No group of this resource_class can be kept running: its waiting trials fail with the reason."""
+        """Fail the waiting trials of a resource class for which no group can be kept running."""
         for trial_id in self._book.queues.pop(resource_class, []):
             self._book.end_unfinished(self._book.trials[trial_id], Status.FAILED, reason)
         await self._notify()
 
     async def retire(self, group: str) -> None:
-        """Let the group end once its present trial is done."""
+        """Let the group end after its current trial."""
         self._book.group(group).is_retired = True
         await self._notify()
 
     async def drain(self) -> list[Event]:
-        """Events since the last call that no crash can take back any more, in order."""
+        """Events that have become durable since the last call, in order."""
         replayed, self._book.replayed = self._book.replayed, []
         return replayed + self._book.journal.take()
 
     async def flushed(self) -> None:
-        """Wait until all that was told so far is safe from any crash."""
+        """Wait until everything recorded so far is durable."""
         await self._book.journal.flushed()
 
     async def warn(self, trial_id: str, attempt: int, message: str) -> None:
-        """Something went wrong in a trial that does not end it."""
+        """Record a problem in a trial that does not end it."""
         if attempt == self._book.trials[trial_id].state.attempt:
             self._book.record(Warned(trial_id=trial_id, message=message))
 
     async def load(self) -> Load:
-        """Queues and groups as they are."""
+        """Current queues and groups."""
         return self._book.load()
 
     # ---- inside ---------------------------------------------------------------------------------------------------
@@ -376,12 +381,11 @@ class Broker:
             self._changed.notify_all()
 
 
-def start(
-    name: str, namespace: str, run_dir: Path, max_failures: int, remote: Storage | None = None
-) -> ray.actor.ActorHandle:
-    """Start the sweep's broker on this node. Its concurrency must exceed all drivers and groups that wait in it."""
+def start(address: BrokerAddress, folder: SweepFolder, max_failures: int) -> ray.actor.ActorHandle:
+    """Start the sweep's broker on this node. Its concurrency must exceed the number of drivers and groups that wait."""
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
     actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(Broker)
-    return actor.options(name=name, namespace=namespace).remote(str(run_dir), max_failures, remote)
+    options = actor.options(name=address.name, namespace=address.namespace)
+    return options.remote(str(folder.run_dir), max_failures, folder.remote)

@@ -1,4 +1,4 @@
-"""What the broker keeps of trials and worker groups besides the journal. No Ray."""
+"""State of trials and worker groups that the broker keeps beside the journal, and the broker's address."""
 
 from __future__ import annotations
 
@@ -6,8 +6,27 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+
 from orpo_ray.storage.events import Status
 from orpo_ray.storage.sweep_state import TrialState
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """Name under which every process of the sweep finds the broker."""
+
+    name: str
+    namespace: str
+    """Ray namespace."""
+
+    def connect(self) -> Any:
+        """Actor handle of the broker.
+
+        Raises:
+            ValueError: no such actor is alive.
+        """
+        return ray.get_actor(self.name, namespace=self.namespace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,30 +35,30 @@ class Assignment:
 
     trial_id: str
     attempt: int
-    """How often it has been handed out before. Reports of an earlier attempt are ignored."""
+    """Number of earlier attempts. Reports of an earlier attempt are ignored."""
     config: Any
     """The trial's ExperimentConfig."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Queues and worker groups, for the group manager."""
+    """Queue lengths and the activity of worker groups, for the group manager."""
 
     queued: dict[str, int]
     """resource class -> trials waiting."""
     busy: dict[str, str]
     """group -> trial."""
     assigned: dict[str, int]
-    """group -> trials it has been given so far."""
+    """group -> number of trials assigned to it so far."""
     idle_seconds: dict[str, float]
-    """group -> seconds since it had work."""
+    """group -> seconds since it became idle."""
     nodes: dict[str, list[str]]
     """group -> id of each rank's node, for groups whose processes are up."""
 
 
 @dataclass(slots=True)
 class BrokeredTrial:
-    """A trial's state, and what its driver and its worker wait for."""
+    """A trial's state, and the messages that its driver and its worker wait for."""
 
     state: TrialState
     resource_class: str = ""
@@ -47,33 +66,33 @@ class BrokeredTrial:
     config: Any = None
     """Its ExperimentConfig; None until it is submitted by this run of the sweep."""
     group: str | None = None
-    """Worker group that has it."""
+    """Worker group that trains it."""
     stop_requested: bool = False
     stop_reason: str | None = None
     pause_requested: bool = False
     is_parked: bool = False
-    """No group has it, and none takes it before it is submitted again."""
+    """It is neither queued nor in a group, and stays so until it is submitted again."""
     report: dict[str, Any] | None = None
-    """Its end, as its driver gets it."""
+    """Its end, in the form that its driver gets."""
     driver: str | None = None
-    """Name of the driver that asked last for its results."""
+    """Name of the driver that last asked for its results."""
     results: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
     """Evaluations on their way to the driver."""
     pending_decision: asyncio.Future[str] | None = None
-    """Set while a worker waits to hear whether to go on."""
+    """Set while a worker waits for the decision on its evaluation."""
 
     def standing_decision(self) -> str:
-        """The decision on an evaluation that was reported before a restart, and decided then."""
+        """The decision on an evaluation that was already reported and decided before a restart."""
         return "stop" if self.stop_requested else "pause" if self.pause_requested else "continue"
 
     def decide(self, decision: str) -> None:
-        """Answer the worker that waits, if one does."""
+        """Answer the worker, if one waits."""
         if self.pending_decision is not None and not self.pending_decision.done():
             self.pending_decision.set_result(decision)
         self.pending_decision = None
 
     def last_report(self, devices: int) -> dict[str, Any]:
-        """The last evaluation as the driver gets it; the report of an end has a status.
+        """The last evaluation in the form that the driver gets; `status` is None until the end.
 
         Args:
             devices: number of ranks of its group.
@@ -89,7 +108,7 @@ class BrokeredTrial:
         }
 
     def end(self, devices: int) -> dict[str, Any]:
-        """Keep and return the report of the end that its state tells."""
+        """Build, keep and return the report of its end, from its state."""
         assert self.state.end is not None
         end = self.state.end
         self.is_parked = False
@@ -102,13 +121,13 @@ class BrokeredTrial:
         return self.report
 
     def error_of_end(self, status: Status, error: str | None) -> str | None:
-        """The error that its end is recorded with: for a stop, the reason that was given."""
+        """The error to record with its end; for a stop without an error, the reason given for the stop."""
         return error or self.stop_reason if status is Status.STOPPED_EARLY else error
 
 
 @dataclass(slots=True)
 class BrokeredGroup:
-    """A worker group. Its name outlives its processes: Ray Train may start them again."""
+    """A worker group. Its name outlives its processes, which Ray Train may restart."""
 
     resource_class: str | None = None
     """Trials it can run; None while its processes are not up."""
@@ -117,24 +136,24 @@ class BrokeredGroup:
     nodes: list[str] = field(default_factory=list)
     """Node id of each rank."""
     controller: Any = None
-    """Handle of Ray Train's actor for it."""
+    """Actor handle of its Ray Train controller."""
     last_bundle: str | None = None
     """Bundle of its latest trial, whose weights it has in memory."""
     assigned: int = 0
-    """Trials it has been given so far."""
+    """Number of trials assigned to it so far."""
     trial_id: str | None = None
-    """Trial it has now."""
+    """Trial that it trains now."""
     idle_since: float | None = None
-    """`time.monotonic()` when it last had nothing to do; None while its processes are not up."""
+    """`time.monotonic()` when it last became idle; None while its processes are not up."""
     complaint: str | None = None
-    """Why it is about to end, as one of its ranks said."""
+    """Why it is about to end, as reported by one of its ranks."""
     is_retired: bool = False
-    """It ends once its present trial is done."""
+    """It ends after its current trial."""
 
     def go_up(self, resource_class: str, processes: list[str], nodes: list[str], now: float) -> None:
-        """Take note that its processes are up."""
+        """Record that its processes are up."""
         self.resource_class, self.processes, self.nodes, self.idle_since = resource_class, processes, nodes, now
 
     def go_down(self) -> None:
-        """Take note that its processes are gone."""
+        """Record that its processes are gone."""
         self.resource_class, self.processes, self.nodes, self.idle_since = None, [], [], None

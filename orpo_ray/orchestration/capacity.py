@@ -1,8 +1,8 @@
-"""What the cluster holds now, and what it could grow to.
+"""Resources of the cluster now, and of the nodes that an autoscaler could add.
 
-Trials that wait are asked for as placement groups, which is what makes an autoscaler add nodes. How far it may go, Ray
-tells nobody but the autoscaler itself (Ray Train's own check reads a record in the GCS that open-source clusters do not
-write), so it is read where `ray up` left it on the head node; elsewhere it stays unknown.
+Waiting trials request placement groups, which makes an autoscaler add nodes. Ray does not expose the autoscaler's
+limits (Ray Train's own check reads a record in the GCS that open-source clusters do not write), so they are read from
+the file that `ray up` leaves on the head node; elsewhere they stay unknown.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
 _NODE_GROUP = "ray.io/node-group"
 """Label with a node's type, set by `ray up` and KubeRay (docs.ray.io, "Use labels to control scheduling")."""
 _UNBOUNDED = 1000
-"""Nodes that are planned with where a cluster sets no bound."""
+"""Number of nodes to plan with if a cluster sets no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one group occupies. Trials that need the same share a resource_class: any group of it can run them."""
+    """Resources of one worker group. Any group of a trial's resource class can run it."""
 
     num_workers: int
     cpus_per_worker: int
@@ -40,27 +40,27 @@ class Resources:
 
     @classmethod
     def of(cls, scaling: ScalingConfig, cluster_has_gpus: bool) -> Resources:
-        """`use_gpu: auto` means: where the cluster has GPUs."""
+        """Resources for a scaling config; `use_gpu: auto` uses GPUs if the cluster has any."""
         use_gpu = cluster_has_gpus if scaling.use_gpu == "auto" else scaling.use_gpu
         return cls(scaling.num_workers, scaling.cpus_per_worker, int(use_gpu))
 
     @property
     def resource_class(self) -> str:
-        """Name of the resource_class."""
+        """Name of the resource class, e.g. `2x4cpu1gpu`."""
         return f"{self.num_workers}x{self.cpus_per_worker}cpu{self.gpus_per_worker}gpu"
 
     @property
     def per_worker(self) -> dict[str, float]:
-        """Ray's resources of one worker."""
+        """Ray resources of one worker."""
         return {"CPU": float(self.cpus_per_worker), "GPU": float(self.gpus_per_worker)}
 
     def describe(self) -> str:
-        """In words."""
+        """Text for messages, e.g. `2 × 4 CPU and 1 GPU`."""
         gpus = f" and {self.gpus_per_worker} GPU" if self.gpus_per_worker else ""
         return f"{self.num_workers} × {self.cpus_per_worker} CPU{gpus}"
 
     def workers_on(self, node: Mapping[str, float]) -> int:
-        """How many of the group's workers a node with these free resources holds."""
+        """Number of the group's workers that fit on a node with these free resources."""
         return int(min(node.get(kind, 0.0) // need for kind, need in self.per_worker.items() if need))
 
 
@@ -71,37 +71,36 @@ class Capacity:
     nodes: dict[str, dict[str, float]]
     """Id of each live node -> its total resources, e.g. `{"CPU": 16, "GPU": 1}`."""
     growth: tuple[dict[str, float], ...] | None = ()
-    """Nodes that an autoscaler could add, each with its resources; empty where there is none; None where there is one
-    that does not say."""
+    """Resources of each node that an autoscaler could add; empty without an autoscaler, None if limits are unknown."""
     most_new_nodes: int = 0
-    """How many of `growth` it may add at once."""
+    """How many of `growth` may exist at once."""
 
     @property
     def has_gpus(self) -> bool | None:
-        """Whether any node offers a GPU, now or later; None where that cannot be known."""
+        """Whether a node has a GPU, now or after growth; None if unknown."""
         if any(node.get("GPU", 0) > 0 for node in [*self.nodes.values(), *(self.growth or ())]):
             return True
         return None if self.growth is None else False
 
     @property
     def is_elastic(self) -> bool:
-        """Whether nodes come by themselves where groups wait."""
+        """Whether an autoscaler may add nodes for waiting groups."""
         return self.growth is None or self.most_new_nodes > 0
 
     def could_hold(self, requests: Sequence[Resources]) -> bool:
-        """Whether there is room for all these groups at once, after growing as far as may be."""
+        """Whether all these groups fit at once after the largest possible growth."""
         if self.growth is None or not requests:
             return True
-        # The nodes that hold most of what is asked for last, and largest, are added first.
+        # Add first the nodes that hold most workers of the last request.
         wanted = requests[-1]
         added = sorted(self.growth, key=wanted.workers_on, reverse=True)[: self.most_new_nodes]
         return fits(requests, [*self.nodes.values(), *added])
 
     def slots(self, kinds: Sequence[Resources]) -> int:
-        """Trials that should train or wait for nodes at once.
+        """Number of trials that should train or wait for nodes at once.
 
-        Each costs a process on the head node. So a cluster that grows is asked for as many again as it holds, at
-        least one, as autoscalers themselves do by default (`upscaling_speed: 1.0`).
+        Each trial costs a process on the head node, so a growing cluster is asked to at most double, by at least one
+        trial, as autoscalers do by default (`upscaling_speed: 1.0`).
         """
         now = most_groups(kinds, list(self.nodes.values()))
         if self.growth is None:
@@ -110,7 +109,7 @@ class Capacity:
         return max(1, min(2 * now or 1, most_groups(kinds, [*self.nodes.values(), *added])))
 
     def describe(self) -> str:
-        """What there is, and could be, in words."""
+        """Current and possible resources, as text for messages."""
         text = f"the cluster has {_totals(list(self.nodes.values()))} on {len(self.nodes)} nodes"
         if self.growth is None:
             return f"{text} and an autoscaler"
@@ -122,7 +121,7 @@ class Capacity:
 
 
 def snapshot() -> Capacity:
-    """The connected cluster now. Cheap: two questions to the GCS, and a small file."""
+    """The connected cluster now. Cheap: two GCS requests and a small file."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = {node["NodeID"]: node["Resources"] for node in alive}
     types = [node["Labels"].get(_NODE_GROUP, "") for node in alive]
@@ -139,27 +138,27 @@ def snapshot() -> Capacity:
 
 
 def give_back_abandoned() -> None:
-    """Remove what actors of this job had reserved that are no more.
+    """Remove placement groups of this job whose creating actor is dead.
 
     A killed controller of Ray Train leaves its placement group behind. Ray Train's own cleaner asks the dashboard
     whether the controller lives; without a dashboard the group would keep its CPUs and GPUs until the job ends (ray
-    2.60). The GCS knows too, but shows it only in its own records.
+    2.60). The GCS knows too, but only its own records show it.
     """
     job = ray.get_runtime_context().get_job_id()
     for record in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(record)
         if group.creator_job_id.hex() != job or group.state == PlacementGroupTableData.REMOVED:
             continue
-        # Those that the job's own process has made, Tune's, have no actor; it too is said to be dead.
+        # Placement groups made by the job's own process (Tune's) have no actor, but are marked as having a dead one.
         if group.creator_actor_dead and not ActorID(group.creator_actor_id).is_nil():
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
 def fits(requests: Sequence[Resources], nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether all workers of all groups find room at once, placed first-fit, the largest first.
+    """Whether the workers of all groups fit at once, placed first-fit, largest first.
 
     Args:
-        requests: what each group occupies.
+        requests: resources of each group.
         nodes: each node's total resources.
     """
     free = [dict(node) for node in nodes]
@@ -168,11 +167,11 @@ def fits(requests: Sequence[Resources], nodes: Sequence[Mapping[str, float]]) ->
 
 
 def place(request: Resources, free: Sequence[dict[str, float]]) -> bool:
-    """Take a group's room from the nodes, if all its workers find some; else nothing is taken.
+    """Deduct a group's resources from the nodes if all its workers fit; else change nothing. Returns whether they fit.
 
     Args:
-        request: what the group occupies.
-        free: what each node has left; changed in place.
+        request: resources of the group.
+        free: free resources of each node; changed in place.
     """
     room = [request.workers_on(node) for node in free]
     if sum(room) < request.num_workers:
@@ -187,25 +186,25 @@ def place(request: Resources, free: Sequence[dict[str, float]]) -> bool:
 
 
 def most_groups(kinds: Sequence[Resources], nodes: Sequence[Mapping[str, float]]) -> int:
-    """How many groups these nodes hold at once, when they are of the smallest kind."""
+    """Number of groups of the smallest kind that fit on these nodes at once."""
     smallest = min(kinds, key=lambda r: (r.gpus_per_worker * r.num_workers, r.cpus_per_worker * r.num_workers))
     return sum(smallest.workers_on(node) for node in nodes) // smallest.num_workers
 
 
 class SharedFolder:
-    """Asks every node, once, whether it sees a folder of this one."""
+    """Checks once per node whether it sees a folder of this node."""
 
     def __init__(self, proof: Path) -> None:
         """Args:
-        proof: a file in that folder, which no other node has by itself.
+        proof: a file in that folder that no other node has on its own disk.
         """
         self._proof, self._text = proof, proof.read_text(encoding="utf-8")
         self._asked: dict[str, Any] = {}
-        """Node -> the reference to its answer, until that is there."""
+        """Node -> object reference of its pending answer."""
         self._known = {ray.get_runtime_context().get_node_id()}
 
     def nodes_without_access(self, capacity: Capacity, timeout_s: float = 0.0) -> list[str]:
-        """Ask nodes that are new, wait for answers at most so long. Returns ids of nodes that do not see the folder."""
+        """Ask new nodes, waiting at most `timeout_s`. Returns the ids of nodes that do not see the folder."""
         for node in capacity.nodes.keys() - self._known:
             there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
             task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_text_of)
@@ -233,8 +232,8 @@ def _text_of(path: str) -> str | None:
 
 
 def _reported(types: list[str]) -> tuple[tuple[dict[str, float], ...], int] | None:
-    """What a managed service has told the GCS about the nodes it may add."""
-    from ray._private.state import state  # no public way; Ray Train and Ray Data read it here too
+    """Node limits that a managed service has reported to the GCS."""
+    from ray._private.state import state  # there is no public API; Ray Train and Ray Data read it here too
 
     config = state.get_cluster_config()
     if config is None or not config.node_group_configs:
@@ -247,7 +246,7 @@ def _reported(types: list[str]) -> tuple[tuple[dict[str, float], ...], int] | No
 
 
 def _addable(cluster: dict[str, Any], types: list[str]) -> tuple[tuple[dict[str, float], ...] | None, int]:
-    """Nodes that a cluster file still lets the autoscaler add, and how many of them at once."""
+    """Nodes that the autoscaler may still add by a cluster file, and how many of them at once."""
     growth: list[dict[str, float]] = []
     most_workers = cluster.get("max_workers", 2)  # Ray's default
     for name, kind in cluster.get("available_node_types", {}).items():
@@ -255,7 +254,7 @@ def _addable(cluster: dict[str, Any], types: list[str]) -> tuple[tuple[dict[str,
             continue
         resources = kind.get("resources")
         if not resources:
-            return None, 0  # Ray finds them out when such a node is there
+            return None, 0  # Ray detects them once such a node runs
         most = min(kind.get("max_workers", most_workers), most_workers)
         growth += [{key: float(n) for key, n in resources.items()}] * max(0, most - types.count(name))
     workers = len(types) - types.count(cluster["head_node_type"])

@@ -14,12 +14,16 @@ class SweepError(UserError, RuntimeError):
 
 
 def resolve_use_gpu(config: ExperimentConfig, sweep: SweepConfig, capacity: Capacity) -> bool:
-    """What `scaling.use_gpu: auto` means here."""
+    """Whether `scaling.use_gpu: auto` means GPUs on this cluster.
+
+    Raises:
+        SweepError: it is unknown whether the cluster could add GPUs.
+    """
     asks = any(request != other for request, other in zip(*_with_and_without_gpus(config, sweep), strict=True))
     if asks and capacity.has_gpus is None:
         raise SweepError(
-            f"scaling.use_gpu is auto, but {capacity.describe()} that does not tell whether it could add GPUs: "
-            "set scaling.use_gpu to true or false"
+            f"scaling.use_gpu is auto, but {capacity.describe()} whose limits are unknown, so it may or may not add "
+            "GPUs: set scaling.use_gpu to true or false"
         )
     return bool(capacity.has_gpus)
 
@@ -30,7 +34,7 @@ def _with_and_without_gpus(config: ExperimentConfig, sweep: SweepConfig) -> tupl
 
 
 def group_resources(config: ExperimentConfig, sweep: SweepConfig, has_gpus: bool) -> dict[str, Resources]:
-    """What a worker group occupies, for each bundle label (`""` where there is no bundle axis)."""
+    """Bundle label (`""` without a bundle axis) -> resources of a worker group."""
     axis = sweep.bundle_axis
     if axis is None:
         return {"": Resources.of(config.scaling, has_gpus)}
@@ -39,6 +43,11 @@ def group_resources(config: ExperimentConfig, sweep: SweepConfig, has_gpus: bool
 
 
 def require_room(resources: dict[str, Resources], capacity: Capacity) -> None:
+    """Check that a worker group of every bundle fits the cluster.
+
+    Raises:
+        SweepError: one would never fit.
+    """
     for bundle, request in resources.items():
         if not capacity.could_hold([request]):
             name = f"bundle {bundle}" if bundle else "a trial"
@@ -50,7 +59,15 @@ def require_room(resources: dict[str, Resources], capacity: Capacity) -> None:
 
 
 def require_shared_folders(config: ExperimentConfig, nodes: list[str]) -> None:
-    """On several nodes, all must see what is written here."""
+    """Fail if some nodes do not see the run directory.
+
+    Args:
+        config: the experiment.
+        nodes: ids of nodes that do not see it.
+
+    Raises:
+        SweepError: there are such nodes.
+    """
     if nodes:
         where = ", ".join(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in nodes))
         raise SweepError(

@@ -1,4 +1,4 @@
-"""Claim a run directory for a sweep, or recognise the sweep it already holds."""
+"""Claim a run directory for a sweep, or check that it holds the same sweep already."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from orpo_ray.storage.run_dir import FITTED_FILE, LOCK_FILE, RESULTS_FILE, SWEEP
 
 
 def claim_run_dir(config: ExperimentConfig, remote: Storage | None) -> str:
-    """Write the config into a new run directory, or recognise it in the old one; returns the sweep's id."""
+    """Write the config into a new run directory, or compare it with the one there. Returns the sweep's id.
+
+    Raises:
+        SweepError: the directory holds a sweep with other settings.
+    """
     path = config.run_dir / SWEEP_FILE
     mine = config.model_dump(mode="json")
     if path.exists():
@@ -28,7 +32,7 @@ def claim_run_dir(config: ExperimentConfig, remote: Storage | None) -> str:
                 f"{config.run_dir} holds a sweep with other settings ({'; '.join(changed)}): "
                 "choose another name, or remove that directory to start over"
             )
-        (config.run_dir / RESULTS_FILE).unlink(missing_ok=True)  # it would speak of an earlier end
+        (config.run_dir / RESULTS_FILE).unlink(missing_ok=True)  # results of an earlier end are outdated
         return str(known["sweep_id"])
     sweep_id = uuid.uuid4().hex[:12]
     write_results(path, {"sweep_id": sweep_id, "created": int(time.time() * 1000), "config": mine})
@@ -38,15 +42,15 @@ def claim_run_dir(config: ExperimentConfig, remote: Storage | None) -> str:
 
 
 def _comparable(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without what may change between two runs of the same sweep: where it runs, not what it does."""
+    """A config without the settings that may change when a sweep is continued: where it runs, not what it does."""
     tree = json.loads(json.dumps(tree))
-    tree.setdefault("storage", None)  # of a sweep from before there was any
+    tree.setdefault("storage", None)  # missing in sweeps of older versions
     tree.pop("checkpoint", None)
     for name in ("num_workers", "cpus_per_worker"):
-        tree["scaling"].pop(name, None)  # checkpoints are cut anew, and the objective does not depend on it
+        tree["scaling"].pop(name, None)  # checkpoints are resharded, and the objective does not depend on it
     tree.pop("output_dir")
     tree["tracking"].pop("system_metrics", None)
-    tree.pop("generation", None)  # only shown; and of a sweep from before there was any
+    tree.pop("generation", None)  # only displayed; missing in sweeps of older versions
     for name in ("max_concurrent", "max_failures"):
         tree["sweep"].pop(name)
     return tree
@@ -60,7 +64,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def remove_new_run_dir(run_dir: Path) -> None:
-    """Remove what a sweep that was refused has written; what else is there stays."""
+    """Remove the files of a sweep that was refused at its start; other files stay."""
     for name in (SWEEP_FILE, FITTED_FILE, LOCK_FILE):
         (run_dir / name).unlink(missing_ok=True)
     if not any(run_dir.iterdir()):

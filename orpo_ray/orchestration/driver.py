@@ -1,4 +1,4 @@
-"""Tune's side of a trial: a light actor that forwards between Tune and the broker. Imports no torch."""
+"""Tune's side of a trial: a light actor that relays between Tune and the broker. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from ray import tune
 
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import plain
+from orpo_ray.orchestration.broker_state import BrokerAddress
+from orpo_ray.storage.events import Status
 
 WORST = 1.0e6
-"""Told to Tune for a diverged or failed trial, with the sign that makes it worst: NaN never compares as worse."""
+"""Magnitude of the metric reported to Tune for a diverged or failed trial, signed so that it is worst: NaN would not
+compare as worse."""
 
 
 class TrialDriver(tune.Trainable):
-    """Hands a trial's config to the broker and forwards what comes back."""
+    """Submits a trial to the broker and forwards its evaluations to Tune."""
 
     def setup(
         self,
@@ -26,31 +29,29 @@ class TrialDriver(tune.Trainable):
         experiment: ExperimentConfig,
         resource_classes: dict[str, str],
         confirmations: str,
-        broker_name: str,
-        namespace: str,
+        broker: BrokerAddress,
     ) -> None:
         """Called once per actor; actors are reused for later trials.
 
         Args:
             config: the first trial's params: axis name -> value.
             experiment: the sweep.
-            resource_classes: bundle -> resource_class.
-            confirmations: how the ids of confirmation trials begin.
-            broker_name: the broker's name.
-            namespace: and namespace.
+            resource_classes: bundle label -> resource class.
+            confirmations: prefix of the ids of confirmation trials.
+            broker: where the broker is found.
         """
         self._experiment, self._resource_classes, self._confirmations = experiment, resource_classes, confirmations
-        self._broker = ray.get_actor(broker_name, namespace=namespace)
+        self._broker = broker.connect()
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take on another trial, or one that was paused.
+        """Switch to another trial, or to one that was paused.
 
-        It is handed over at the first step: Tune also makes drivers that it drops again before they were of use.
+        The trial is submitted at the first step: Tune also creates drivers that it drops before they are used.
         """
         self._params = plain(new_config)
         self._name = uuid.uuid4().hex
-        self._is_handed_over = False
+        self._is_submitted = False
         self._last: dict[str, Any] = {"step": 0, "metrics": {}}
         sweep = self._experiment.sweep
         assert sweep is not None
@@ -60,16 +61,16 @@ class TrialDriver(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """The next evaluation, or the end.
+        """Wait for the trial's next evaluation or its end, and return it.
 
         `step` is the trial's optimizer step: unlike Tune's own counter it does not restart after a retry. The metric is
-        in every result, as Tune demands; `report` is the broker's own words.
+        in every result, as Tune requires; `report` is the broker's report as JSON.
         """
-        if not self._is_handed_over:
-            self._hand_over()
+        if not self._is_submitted:
+            self._submit()
         report = ray.get(self._broker.next_result.remote(self.trial_id, self._name))
         self._last = {"step": report["step"], "metrics": report["metrics"] or self._last["metrics"]}
-        lost = report["status"] in ("diverged", "failed")
+        lost = report["status"] in (Status.DIVERGED, Status.FAILED)
         value = self._worst if lost else self._last["metrics"].get(self._metric, self._worst)
         step = max(report["step"], 1)
         return {
@@ -80,35 +81,35 @@ class TrialDriver(tune.Trainable):
             "done": report["status"] is not None,
         }
 
-    def _hand_over(self) -> None:
+    def _submit(self) -> None:
         resource_class, config = self._resource_classes[self._bundle], self._experiment.trial(self._params)
         purpose = "confirm" if self.trial_id.startswith(self._confirmations) else "search"
         submission = self._broker.submit.remote(
             self.trial_id, self._params, self._bundle, resource_class, config, purpose
         )
         ray.get(submission)
-        self._is_handed_over = True
+        self._is_submitted = True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """A note of which state Tune means: the state itself is in the trial's folder, written by its workers."""
+        """Write a note of the step; the state itself is in the trial's folder, written by its workers."""
         note = {"trial_id": self.trial_id, "step": self._last["step"]}
         (Path(checkpoint_dir) / "state.json").write_text(json.dumps(note), encoding="utf-8")
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing: workers start from the newest checkpoint in the trial's folder; a fork has put a donor's there."""
+        """Do nothing: workers resume from the newest checkpoint in the trial's folder, where a fork puts its copy."""
 
 
 class StopAtBroker(tune.Callback):
-    """Tells the broker of every trial that Tune has ended: a stopped driver's worker waits for that word."""
+    """Tells the broker of every trial that Tune has ended, because the worker of a stopped driver waits for that."""
 
-    def __init__(self, broker_name: str, namespace: str) -> None:
-        """Names rather than a handle, which Tune could not pickle."""
-        self._name, self._namespace = broker_name, namespace
+    def __init__(self, broker: BrokerAddress) -> None:
+        """Take the address rather than a handle, which Tune could not pickle."""
+        self._broker = broker
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Ended by itself or stopped; the broker knows which."""
-        ray.get_actor(self._name, namespace=self._namespace).stop.remote(trial.trial_id)
+        """The trial ended by itself or was stopped; the broker knows which."""
+        self._broker.connect().stop.remote(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The driver failed; its trial must not run on alone."""
+        """The driver failed; its trial must not keep training without it."""
         self.on_trial_complete(iteration, trials, trial)

@@ -1,4 +1,4 @@
-"""Move events from the broker to MLflow, Prometheus and the terminal while a sweep runs."""
+"""Move events from the broker to MLflow, Prometheus and the terminal, and handle user requests, while a sweep runs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ _TICK_S = 0.2
 
 
 class EventPump(threading.Thread):
-    """Moves events from the broker, and how busy the nodes are, to MLflow, Prometheus and the terminal; lets the group
-    manager look around."""
+    """Thread that forwards events and node metrics, drives the group manager, and handles the user's requests."""
 
     def __init__(
         self,
@@ -35,24 +34,24 @@ class EventPump(threading.Thread):
         shared: SharedFolder | None,
         tracker: SweepTracker,
         progress: SweepProgress,
-        monitor: ClusterMonitor | None,
     ) -> None:
-        super().__init__(name="follower", daemon=True)
-        self._config, self._shared, self._monitor = config, shared, monitor
+        super().__init__(name="event pump", daemon=True)
+        self._config, self._shared = config, shared
+        self._monitor = ClusterMonitor() if config.tracking.system_metrics else None
         self._broker, self._manager, self._tracker, self._progress = handle, manager, tracker, progress
         assert config.sweep is not None
         self._metrics = SweepMetrics(config.name, config.sweep.metric, config.sweep.mode)
         self._stopping = threading.Event()
         self._error: BaseException | None = None
         self._inbox: requests.Inbox | None = None
-        self._conductor: SweepScheduler | None = None
+        self._scheduler: SweepScheduler | None = None
         self.asked_to_stop = False
-        """The user wants the sweep interrupted."""
+        """Whether the user has asked to interrupt the sweep."""
         self._is_interrupted = False
 
-    def listen(self, inbox: requests.Inbox, conductor: SweepScheduler) -> None:
-        """From now on, do what the user asks for."""
-        self._conductor, self._inbox = conductor, inbox
+    def listen(self, inbox: requests.Inbox, scheduler: SweepScheduler) -> None:
+        """Handle the user's requests from now on."""
+        self._scheduler, self._inbox = scheduler, inbox
 
     def run(self) -> None:
         try:
@@ -60,37 +59,38 @@ class EventPump(threading.Thread):
                 self._manager.tick()
                 if self._shared is not None:
                     require_shared_folders(self._config, self._shared.nodes_without_access(self._manager.capacity))
-                if self._conductor is not None:
-                    self._conductor.resize(self._manager.slots)
+                if self._scheduler is not None:
+                    self._scheduler.resize(self._manager.slots)
                 self._move_events()
                 if self._monitor is not None and (sample := self._monitor.tick()):
                     self._tracker.handle_system(sample)
-                if self._inbox is not None and self._conductor is not None:
-                    self._handle_requests(self._inbox, self._conductor)
+                if self._inbox is not None and self._scheduler is not None:
+                    self._handle_requests(self._inbox, self._scheduler)
         except BaseException as error:
             self._error = error
-            _thread.interrupt_main()  # else Tune would wait for ever for groups that nobody starts; `stop` tells why
+            # Else Tune would wait forever for groups that are not started. `stop` raises the error.
+            _thread.interrupt_main()
 
-    def _handle_requests(self, inbox: requests.Inbox, conductor: SweepScheduler) -> None:
+    def _handle_requests(self, inbox: requests.Inbox, scheduler: SweepScheduler) -> None:
         for request in inbox.new():
             if request.trial_id is None:
                 self.asked_to_stop = True
                 ray.get(self._broker.hold.remote())
             else:
                 ray.get(self._broker.stop.remote(request.trial_id, request.reason))
-                conductor.unwanted.add(request.trial_id)
-        # Before its loop has begun, Tune would not catch the interrupt.
-        if self.asked_to_stop and conductor.is_running and not self._is_interrupted:
+                scheduler.stopped_by_user.add(request.trial_id)
+        # Tune does not catch the interrupt before its loop has begun.
+        if self.asked_to_stop and scheduler.is_running and not self._is_interrupted:
             load: Load = ray.get(self._broker.load.remote())
             if not load.busy:
                 self._is_interrupted = True
                 _thread.interrupt_main()
 
     def stop(self, timeout_s: float) -> None:
-        """Give the groups so long to end, move what is left.
+        """Stop the thread, end the groups within `timeout_s`, and move the remaining events.
 
         Raises:
-            Exception: the thread had failed.
+            Exception: the error that ended the thread.
         """
         self._stopping.set()
         self.join()

@@ -1,35 +1,35 @@
-"""Worker groups: each one long-lived Ray TorchTrainer that takes trial after trial from the broker."""
+"""Start and end worker groups, each a long-lived Ray TorchTrainer that trains one trial after another."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 
-from orpo_ray.orchestration.broker_state import Load
+from orpo_ray.config import SweepConfig
+from orpo_ray.orchestration.broker_state import BrokerAddress, Load
 from orpo_ray.orchestration.capacity import Capacity, Resources, give_back_abandoned, place, snapshot
 from orpo_ray.orchestration.worker import GroupSpec
 from orpo_ray.orchestration.worker_group import WorkerGroup
-from orpo_ray.storage.object_store import Storage
+from orpo_ray.storage.run_dir import SweepFolder
 
 _MAX_FAILED_STARTS = 3
-"""Groups of a resource class that end without having taken a trial, in a row, before its trials are given up."""
+"""A resource class's trials fail after this many of its groups in a row have ended without taking a trial."""
 _IDLE_GRACE_S = 3.0
-"""A group without work is kept this long before it makes room for another resource class's."""
-_LOOK_S = 2.0
-"""How often the cluster is looked at: nodes come and go."""
+"""An idle group is kept this long before it makes room for a group of another resource class."""
+_SNAPSHOT_EVERY_S = 2.0
+"""Interval between snapshots of the cluster: nodes come and go."""
 _AFTERMATH_S = 30.0
-"""For so long after a group has ended with an error, what its controller had reserved is looked for."""
-_END_S = 10.0
-"""How long the end of a group's controller takes at most to get here."""
+"""For this long after a group has ended with an error, resources that its controller left reserved are searched for."""
+_KILL_TIMEOUT_S = 10.0
+"""Time allowed for `fit()` to return after its controller was killed."""
 
 
 class GroupManager:
-    """Starts groups where trials wait and ends those that have none, within what the cluster holds.
+    """Starts groups for waiting trials and ends idle groups, within the cluster's capacity.
 
     Not thread-safe: `tick` is called by one thread.
     """
@@ -37,47 +37,40 @@ class GroupManager:
     def __init__(
         self,
         broker: Any,
-        broker_name: str,
-        namespace: str,
-        run_dir: Path,
-        remote: Storage | None,
-        proof: Path | None,
+        address: BrokerAddress,
+        folder: SweepFolder,
+        sweep: SweepConfig,
         kinds: set[Resources],
         capacity: Capacity,
         notify: Callable[[str], None],
-        max_groups: int | None,
-        max_group_trials: int,
     ) -> None:
         """Start one group of each kind, as far as there is room: every kind will be needed.
 
         Args:
-            broker: the sweep's broker, under `broker_name` in `namespace`.
-            run_dir: groups keep Ray Train's state in `groups/`, trials their checkpoints in `trials/`,
-            remote: or in folders of that name in an object store.
-            proof: a file that every node must see before it trains; None where nodes need not share files.
-            kinds: what groups may occupy.
+            broker: actor handle of the sweep's broker.
+            address: of the broker, for the workers.
+            folder: the sweep's. Groups keep Ray Train's state in `groups/`, trials their checkpoints in `trials/`.
+            sweep: limits the groups that run at once (`max_concurrent`) and the trials of a group (`max_group_trials`).
+            kinds: resources that a group may need.
             capacity: the cluster now.
             notify: tells the user when trials wait for nodes.
-            max_groups: groups running at once at most, i.e. trials training at once.
-            max_group_trials: trials after which a group is replaced by a new one.
         """
-        self._broker, self._broker_name, self._namespace = broker, broker_name, namespace
-        self._run_dir, self._remote, self._proof, self._notify_user = run_dir, remote, proof, notify
+        self._broker, self._address, self._folder, self._notify_user = broker, address, folder, notify
         self._kinds = {kind.resource_class: kind for kind in kinds}
         self.capacity = capacity
-        """As last looked at."""
-        self._looked_at = time.monotonic()
-        self._max_groups, self._max_group_trials = max_groups, max_group_trials
+        """The cluster at the last snapshot."""
+        self._snapshot_at = time.monotonic()
+        self._max_groups, self._max_group_trials = sweep.max_concurrent, sweep.max_group_trials
         self._groups: dict[str, WorkerGroup] = {}
         self._retiring: set[str] = set()
         self._waiting: set[str] = set()
-        """Groups that need nodes which are not there."""
+        """Groups for which the cluster has no room yet."""
         self._announced: tuple[str, ...] = ()
         self._broken_at = float("-inf")
         """When a group last ended with an error."""
         self._started = 0
         self._failed_starts: dict[str, int] = {}
-        # Names are never reused: Ray Train would take up the state of an earlier group of the same name.
+        # Names are never reused: Ray Train would restore the state of an earlier group of the same name.
         self._stamp = int(time.time())
         free = self._settle({})
         for kind in sorted(kinds, key=lambda k: (k.gpus_per_worker, k.num_workers, k.cpus_per_worker), reverse=True):
@@ -87,23 +80,23 @@ class GroupManager:
 
     @property
     def slots(self) -> int:
-        """Trials that can train at once, or wait for nodes that may come."""
+        """Number of trials that can train at once, or wait for nodes that may be added."""
         most = self.capacity.slots(list(self._kinds.values()))
         return most if self._max_groups is None else min(most, self._max_groups)
 
     def tick(self) -> None:
-        """Look once, act once. Call a few times a second."""
+        """Start and end groups as the load requires. Call a few times a second."""
         load: Load = ray.get(self._broker.load.remote())
-        if time.monotonic() - self._looked_at > _LOOK_S:
-            self.capacity, self._looked_at = snapshot(), time.monotonic()
-            if self._looked_at - self._broken_at < _AFTERMATH_S:
+        if time.monotonic() - self._snapshot_at > _SNAPSHOT_EVERY_S:
+            self.capacity, self._snapshot_at = snapshot(), time.monotonic()
+            if self._snapshot_at - self._broken_at < _AFTERMATH_S:
                 give_back_abandoned()
-            if any(self._left_without(group_id, load.nodes) for group_id in list(self._groups)):
+            if any(self._requeue_if_node_died(group_id, load.nodes) for group_id in list(self._groups)):
                 load = ray.get(self._broker.load.remote())
         self._reap(load)
         for group_id in self._groups:
             if group_id not in self._retiring and load.assigned.get(group_id, 0) >= self._max_group_trials:
-                self._retire(group_id)  # it ends after its present trial, and is replaced where trials wait
+                self._retire(group_id)  # it ends after its current trial, and is replaced if trials wait
         free = self._settle(load.nodes)
         for resource_class, queued in load.queued.items():
             up = [
@@ -122,23 +115,29 @@ class GroupManager:
         self._announce_waiting(load)
 
     def shutdown(self, timeout_s: float) -> None:
-        """Let every group end by itself, so that nothing is left for Ray to clean up."""
+        """Let every group end by itself, so that Ray has nothing to clean up; kill those that take longer.
+
+        Args:
+            timeout_s: time for all groups together.
+        """
         for group_id in self._groups:
             ray.get(self._broker.retire.remote(group_id))
         deadline = time.monotonic() + timeout_s
         for group_id, group in self._groups.items():
-            if group_id not in self._waiting:  # such a one hears nothing before there are nodes for it
+            if group_id not in self._waiting:  # a group without nodes does not hear that it is retired
                 group.join(max(0.0, deadline - time.monotonic()))
-        # A thread that is still in `fit()` when Ray is shut down takes the whole process with it (ray 2.60).
+        # A thread that is still in `fit()` when Ray is shut down ends the whole process (ray 2.60).
         for group_id, group in self._groups.items():
             controller = ray.get(self._broker.controller.remote(group_id)) if group.running else None
             if controller is not None:
                 ray.kill(controller)
-                group.join(_END_S)
+                group.join(_KILL_TIMEOUT_S)
 
-    def _left_without(self, group_id: str, nodes: dict[str, list[str]]) -> bool:
-        """Whether a node of the group has died. Then its trial may be taken by another group at once: Ray Train starts
-        the group again, but not before there is room for it."""
+    def _requeue_if_node_died(self, group_id: str, nodes: dict[str, list[str]]) -> bool:
+        """Requeue the group's trial if one of its nodes has died. Returns whether one has.
+
+        Ray Train restarts the group only once there is room for it; another group can take the trial at once.
+        """
         dead = set(nodes.get(group_id, ())) - self.capacity.nodes.keys()
         if dead:
             ray.get(self._broker.lost.remote(group_id, f"node {min(dead)} has died"))
@@ -160,7 +159,7 @@ class GroupManager:
             resource_class, reason = group.spec.resource_class, group.error or "the worker group ended by itself"
             ray.get(self._broker.lost.remote(group_id, reason))
             if group_id in self._waiting:
-                continue  # it has waited for nodes as long as Ray Train does; the next one goes on waiting
+                continue  # Ray Train gave up waiting for nodes; the next group waits again
             self._failed_starts[resource_class] = self._failed_starts.get(resource_class, 0) + 1
             if self._failed_starts[resource_class] >= _MAX_FAILED_STARTS:
                 ray.get(
@@ -174,7 +173,7 @@ class GroupManager:
         ray.get(self._broker.retire.remote(group_id))
 
     def _settle(self, nodes: dict[str, list[str]]) -> list[dict[str, float]]:
-        """Find out which groups wait for nodes. Returns what the others leave free of each node.
+        """Determine which groups wait for nodes. Returns the free resources of each node, other groups deducted.
 
         Args:
             nodes: group -> node of each rank, for groups whose processes are up.
@@ -186,15 +185,17 @@ class GroupManager:
                 coming.append(group_id)
                 continue
             for node in nodes[group_id]:
-                left = free.get(node, {})  # a node that came since the last snapshot does not count yet
+                left = free.get(node, {})  # a node added since the last snapshot does not count yet
                 for kind, need in group.resources.per_worker.items():
                     left[kind] = left.get(kind, 0.0) - need
         self._waiting = {g for g in coming if not place(self._groups[g].resources, list(free.values()))}
         return list(free.values())
 
     def _may_start(self, request: Resources, free: list[dict[str, float]]) -> bool:
-        """Whether there is room for another group, or it should be what makes the autoscaler add nodes: at most as
-        many wait for nodes as have some."""
+        """Whether there is room for another group, or its request should make the autoscaler add nodes.
+
+        At most as many groups wait for nodes as have nodes, and at least one may.
+        """
         if self._max_groups is not None and len(self._groups) >= self._max_groups:
             return False
         if place(request, [dict(node) for node in free]):
@@ -207,9 +208,9 @@ class GroupManager:
         )
 
     def _idle_group(self, load: Load) -> str | None:
-        """A group whose resource class has nothing waiting and that has had nothing to do for a while."""
+        """A group that has been idle for a while and whose resource class has no waiting trials."""
         if self._retiring:
-            return None  # room is being made already
+            return None  # another group is ending already, which makes room
         for group_id, idle_seconds in load.idle_seconds.items():
             group = self._groups.get(group_id)
             if group is not None and group.spec.resource_class not in load.queued and idle_seconds > _IDLE_GRACE_S:
@@ -217,7 +218,7 @@ class GroupManager:
         return None
 
     def _announce_waiting(self, load: Load) -> None:
-        """Tell the user once which trials wait for nodes."""
+        """Tell the user once which resources waiting trials need."""
         unmet = tuple(sorted(wanted for wanted in load.queued if not self._holds_one_of(wanted)))
         if unmet != self._announced:
             self._announced = unmet
@@ -234,11 +235,8 @@ class GroupManager:
         spec = GroupSpec(
             group=f"group-{self._stamp}-{self._started:03d}",
             resource_class=resources.resource_class,
-            broker=self._broker_name,
-            namespace=self._namespace,
-            trials_dir=str(self._run_dir / "trials") if self._remote is None else None,
-            remote=self._remote,
-            proof=None if self._proof is None else str(self._proof),
+            broker=self._address,
+            folder=self._folder,
             threads=resources.cpus_per_worker,
         )
-        self._groups[spec.group] = WorkerGroup(spec, resources, self._run_dir / "groups", self._broker)
+        self._groups[spec.group] = WorkerGroup(spec, resources, self._broker)

@@ -1,4 +1,4 @@
-"""Notices that a worker's machine is about to be taken away: SIGTERM, or Ray draining its node."""
+"""Detects that a worker's machine is about to be preempted: SIGTERM, or Ray draining its node."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _terminated = threading.Event()
 
 
 def is_preempted() -> bool:
-    """Whether this worker is to save its trial and end. No message is sent for it: it is asked after every step.
+    """Whether this worker should save its trial and end. Called after every step, so it sends no messages.
 
-    Ray's own `ray.train.get_preemption_info` makes all workers meet, which takes milliseconds; what it would pass on
-    lies in the worker's context (ray 2.60).
+    Ray's own `ray.train.get_preemption_info` synchronises all workers, which takes milliseconds; this reads the same
+    information from the worker's context (ray 2.60).
     """
     return _terminated.is_set() or get_train_context().preemption_context.preemption_info is not None
 
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """SIGTERM does not end the process in here; `is_preempted` tells of it."""
+    """Context in which SIGTERM does not end the process but makes `is_preempted` true."""
     _at_work.set()
     try:
         yield
@@ -41,15 +41,15 @@ def at_work() -> Iterator[None]:
 
 @dataclass
 class NoticingTorchConfig(TorchConfig):
-    """Torch's backend of Ray Train that also lets workers notice SIGTERM.
+    """Ray Train's torch backend, with a SIGTERM handler in the workers.
 
-    Ray ends a worker at once on that signal. Only a process's main thread can decide otherwise, and a worker's training
-    runs in another one; a backend's start-up functions run in the main one.
+    By default Ray ends a worker at once on SIGTERM. Only the main thread can install a handler, and training runs in
+    another thread; a backend's start-up functions run in the main thread.
     """
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
-        """What Ray Train calls."""
+        """The backend class, as Ray Train asks for it."""
         return _NoticingBackend
 
 

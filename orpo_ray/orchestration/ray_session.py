@@ -1,4 +1,4 @@
-"""What differs between a laptop and a cluster: connecting to Ray."""
+"""Connect to Ray: to an existing cluster, or to one started on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orpo_ray.errors import UserError
 
 
 class ClusterError(UserError, RuntimeError):
-    """No cluster can be had as asked for."""
+    """The cluster cannot be reached or started with these settings."""
 
 
 @contextmanager
@@ -24,18 +24,18 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     """
     import ray
 
-    # A virtual environment that is not activated has its ninja, which DeepSpeed needs, off PATH; children inherit this.
+    # DeepSpeed needs ninja, which is not on PATH if the virtual environment is not activated. Children inherit PATH.
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
-    # Ray Train polls its workers this often: it bounds how fast a crashed or finished group is noticed.
+    # Interval at which Ray Train polls its workers: bounds how fast a crashed or finished group is noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    # Tune would save its list of all trials again and again; the journal has what matters.
+    # Tune would save its list of all trials repeatedly; the journal makes that unnecessary.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
     # Population-based schedulers link checkpoints and fit models between two results; Tune warns from half a second.
     os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "30")
     # Tune's table and files would repeat the sweep's own.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # A driver per submitted trial is more processes than CPUs, and meant; Ray warns from 3 × this many.
+    # One driver per submitted trial means more processes than CPUs, by design; Ray warns above 3 × this number.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     # A group that must wait for room, or for a node to be added, gives up after this long.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
@@ -61,10 +61,10 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let a Ray cluster that is started here listen on 127.0.0.1 alone: nobody else has to reach it.
+    """Let a Ray cluster that is started here listen on 127.0.0.1 only: no other machine needs to reach it.
 
     Ray does so by itself on macOS and Windows (ray-project/ray#18730) and has no argument for it: an address given to
-    `ray.init` is replaced by the machine's. Its processes read the variable, this one has read it on import.
+    `ray.init` is replaced by the machine's. Ray's processes read the variable; this process has read it on import.
     """
     from ray._private import ray_constants
 

@@ -1,4 +1,4 @@
-"""A sweep from its config to its results: Ray Tune proposes and prunes, worker groups train, MLflow follows."""
+"""Run a sweep from its config to its results: Ray Tune proposes and prunes, worker groups train, MLflow records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from orpo_ray import provenance
 from orpo_ray.config import AshaConfig, ExperimentConfig, SweepConfig
 from orpo_ray.orchestration import broker
 from orpo_ray.orchestration.auto_scaling import fitted
-from orpo_ray.orchestration.capacity import SharedFolder, snapshot
+from orpo_ray.orchestration.broker_state import BrokerAddress
+from orpo_ray.orchestration.capacity import Capacity, Resources, SharedFolder, snapshot
 from orpo_ray.orchestration.checks import (
     SweepError,
     group_resources,
@@ -44,24 +45,31 @@ from orpo_ray.search.searcher import Searcher, Size
 from orpo_ray.storage import journal, requests, results, sync
 from orpo_ray.storage.lease import Lease, LeaseError
 from orpo_ray.storage.object_store import Storage
-from orpo_ray.storage.run_dir import EVENTS_FILE, FITTED_FILE, LOCK_FILE, RESULTS_FILE, SWEEP_FILE, write_results
+from orpo_ray.storage.run_dir import (
+    EVENTS_FILE,
+    FITTED_FILE,
+    LOCK_FILE,
+    RESULTS_FILE,
+    SWEEP_FILE,
+    SweepFolder,
+    write_results,
+)
 from orpo_ray.storage.sweep_state import SweepState, read_state
 from orpo_ray.tracking import warm_start
-from orpo_ray.tracking.node_metrics import ClusterMonitor
 from orpo_ray.tracking.sweep_tracker import SweepTracker
 from orpo_ray.tracking.warm_start import WarmStart
 
 NAMESPACE = "orpo_ray"
 _TUNE_DIR = "tune"
 _PROBE_TIMEOUT_S = 60
-"""A node starts a process to say whether it sees the run directory."""
+"""Each node starts a process to check that it sees the run directory."""
 _DRIVER_RESOURCES = {"node:__internal_head__": 1e-4}
 """Drivers take no CPU, so they never starve the workers, and sit on the head node, which is not preempted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a sweep leaves behind."""
+    """Results of a sweep, and where its files are."""
 
     results: dict[str, Any]
     """As in results.json."""
@@ -71,6 +79,37 @@ class Outcome:
     undelivered: int
     """Events that MLflow did not take in time; the same command delivers them."""
     interrupted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A sweep that owns its run directory and fits the cluster."""
+
+    config: ExperimentConfig
+    sweep: SweepConfig
+    sweep_id: str
+    folder: SweepFolder
+    capacity: Capacity
+    resources: dict[str, Resources]
+    """Bundle label -> resources of a worker group."""
+    sizes: dict[str, Size]
+    """Bundle label -> size, where there is a budget."""
+    searcher: Searcher
+    shared: SharedFolder | None
+    """Asks nodes whether they see the run directory; None where an object store is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The running parts of a sweep besides its search."""
+
+    address: BrokerAddress
+    broker: Any
+    """Actor handle of the broker."""
+    manager: GroupManager
+    tracker: SweepTracker
+    pump: EventPump
+    warm_start: WarmStart | None
 
 
 def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
@@ -86,19 +125,19 @@ def run(config: ExperimentConfig, progress: SweepProgress) -> Outcome:
     config, sweep = config.as_sweep()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        # Not at once: `orpo-ray watch` holds it for a moment to see whether a sweep does.
+        # With a short timeout, because `orpo-ray watch` takes the lock for a moment to see whether the sweep runs.
         with FileLock(config.run_dir / LOCK_FILE, timeout=0.2):
             if config.storage is None:
-                return _run(config, sweep, progress, None)
-            return _run_kept(config, sweep, progress, Storage(config.storage) / config.name)
+                return _run(config, sweep, SweepFolder(config.run_dir), progress)
+            return _run_with_lease(config, sweep, progress, Storage(config.storage) / config.name)
     except Timeout:
         raise SweepError(
             f"{config.run_dir}: another process runs this sweep now; wait for it, or choose another name"
         ) from None
 
 
-def _run_kept(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, remote: Storage) -> Outcome:
-    """Run a sweep whose journal and checkpoints are in an object store, from wherever it was run before."""
+def _run_with_lease(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, remote: Storage) -> Outcome:
+    """Run a sweep whose journal and checkpoints are in an object store, wherever it ran before."""
     remote.check()
     lost: list[str] = []
 
@@ -112,7 +151,7 @@ def _run_kept(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgr
         raise SweepError(str(error)) from None
     try:
         sync.restore(config.run_dir, remote)
-        return _run(config, sweep, progress, remote)
+        return _run(config, sweep, SweepFolder(config.run_dir, remote), progress)
     except KeyboardInterrupt:
         if lost:
             raise SweepError(lost[0]) from None
@@ -122,20 +161,40 @@ def _run_kept(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgr
             lease.release()
 
 
-def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, remote: Storage | None) -> Outcome:
-    inbox = requests.Inbox(config.run_dir)
-    is_new = not (config.run_dir / SWEEP_FILE).exists()
-    sweep_id = claim_run_dir(config, remote)
-    # Without a store, what workers write must be seen from here.
-    proof = None if remote else config.run_dir / SWEEP_FILE
+def _run(config: ExperimentConfig, sweep: SweepConfig, folder: SweepFolder, progress: SweepProgress) -> Outcome:
+    """The steps of a sweep: claim and check, start its parts, search, report."""
+    inbox = requests.Inbox(folder.run_dir)
+    plan = _claim_and_check(config, sweep, folder)
+    parts = _start(plan, progress)
+    complete = False
+    try:
+        scheduler = _build_scheduler(plan, parts)
+        parts.pump.listen(inbox, scheduler)
+        complete = _search(plan, parts.address, scheduler)
+    finally:
+        # Interrupted trials are left as they are: the next run starts from their checkpoints.
+        parts.pump.stop(timeout_s=30 if complete or parts.pump.asked_to_stop else 0)
+    outcome = _report(plan, parts.tracker, complete)
+    ray.kill(parts.broker)
+    return outcome
+
+
+def _claim_and_check(config: ExperimentConfig, sweep: SweepConfig, folder: SweepFolder) -> _Plan:
+    """Claim the run directory and check that the cluster can run the sweep.
+
+    Raises:
+        SweepError: the run directory holds another experiment, or a trial would never fit the cluster.
+    """
+    is_new = not (folder.run_dir / SWEEP_FILE).exists()
+    sweep_id = claim_run_dir(config, folder.remote)
     try:
         config, sweep = fitted(config, sweep)
-        if remote is not None and (config.run_dir / FITTED_FILE).exists():
-            sync.put(config.run_dir, remote, FITTED_FILE)
+        if folder.remote is not None and (folder.run_dir / FITTED_FILE).exists():
+            sync.put(folder.run_dir, folder.remote, FITTED_FILE)
         capacity = snapshot()
         resources = group_resources(config, sweep, resolve_use_gpu(config, sweep, capacity))
         require_room(resources, capacity)
-        shared = SharedFolder(proof) if proof else None
+        shared = SharedFolder(folder.proof) if folder.proof else None
         if shared is not None:
             require_shared_folders(config, shared.nodes_without_access(capacity, timeout_s=_PROBE_TIMEOUT_S))
         # Before groups start: an error while they do would take the process with it, see `GroupManager.shutdown`.
@@ -143,95 +202,80 @@ def _run(config: ExperimentConfig, sweep: SweepConfig, progress: SweepProgress, 
         searcher = searchers.build(sweep, config.run_dir, sizes, config.train.max_steps)
     except Exception:
         if is_new:
-            remove_new_run_dir(config.run_dir)
+            remove_new_run_dir(folder.run_dir)
         raise
+    return _Plan(config, sweep, sweep_id, folder, capacity, resources, sizes, searcher, shared)
 
-    broker_name = f"broker-{sweep_id}"
-    handle = broker.start(broker_name, NAMESPACE, config.run_dir, sweep.max_failures, remote)
-    manager = GroupManager(
-        handle,
-        broker_name,
-        NAMESPACE,
-        config.run_dir,
-        remote,
-        proof,
-        set(resources.values()),
-        capacity,
-        lambda text: progress.console.print(text, markup=False, highlight=False),
-        max_groups=sweep.max_concurrent,
-        max_group_trials=sweep.max_group_trials,
-    )
+
+def _start(plan: _Plan, progress: SweepProgress) -> _Parts:
+    """Start the broker, the worker groups, MLflow's tracker and the event pump."""
+
+    def notify(text: str) -> None:
+        progress.console.print(text, markup=False, highlight=False)
+
+    config, sweep = plan.config, plan.sweep
+    address = BrokerAddress(f"broker-{plan.sweep_id}", NAMESPACE)
+    handle = broker.start(address, plan.folder, sweep.max_failures)
+    kinds = set(plan.resources.values())
+    manager = GroupManager(handle, address, plan.folder, sweep, kinds, plan.capacity, notify)
     # Worker processes take seconds to come up; MLflow is opened meanwhile.
-    tracker = SweepTracker(config, sweep_id, provenance.collect())
+    tracker = SweepTracker(config, plan.sweep_id, provenance.collect())
     tracker.start()
-    known = warm_start.load(config, sweep, tracker.uri, tracker.parent_id) if sweep.warm_start else None
-    if known is not None:
-        progress.console.print(known.message, markup=False, highlight=False)
-    monitor = ClusterMonitor() if config.tracking.system_metrics else None
-    follower = EventPump(config, handle, manager, shared, tracker, progress, monitor)
-    follower.start()
-    complete = False
-    try:
-        resource_classes = {bundle: request.resource_class for bundle, request in resources.items()}
-        cost = CostModel({b: s.parameters for b, s in sizes.items()}, {b: s.devices for b, s in sizes.items()})
-        num_classes = len(set(resource_classes.values()))
-        conductor = _conductor(config, sweep, searcher, cost, handle, manager.slots, num_classes, known)
-        follower.listen(inbox, conductor)
-        complete = _fit(config, conductor, broker_name, resource_classes)
-    finally:
-        # Interrupted trials are left as they are: their checkpoints are what the next run starts from.
-        follower.stop(timeout_s=30 if complete or follower.asked_to_stop else 0)
-    tracker.flush()  # runs of the last trials get their ids
+    found = warm_start.load(config, sweep, tracker.uri, tracker.parent_id) if sweep.warm_start else None
+    if found is not None:
+        notify(found.message)
+    pump = EventPump(config, handle, manager, plan.shared, tracker, progress)
+    pump.start()
+    return _Parts(address, handle, manager, tracker, pump, found)
+
+
+def _build_scheduler(plan: _Plan, parts: _Parts) -> SweepScheduler:
+    """The scheduler of the sweep, continuing where its journal ends."""
+    config, sweep = plan.config, plan.sweep
+    events = journal.read_events(plan.folder.run_dir / EVENTS_FILE)
+    sizes, searcher = plan.sizes, plan.searcher
+    cost = CostModel({b: s.parameters for b, s in sizes.items()}, {b: s.devices for b, s in sizes.items()})
+    hours = sweep.budget.device_hours if sweep.budget else 0.0
+    earlier = {} if parts.warm_start is None else parts.warm_start.trials
+    proposals = Proposals(
+        config, sweep, searcher, SweepState(events), earlier, lambda state: cost.remaining(state, hours).committed
+    )
+    # One queued trial per resource class keeps groups from waiting for a driver to start (a process of some 100 MB).
+    # Model-based searchers and ASHA get no look-ahead: later decisions use more results.
+    decides = sweep.is_model_based or isinstance(sweep.scheduler, AshaConfig)
+    lookahead = 0 if decides else len({request.resource_class for request in plan.resources.values()})
+    reason_to_stop = searcher.reason_to_stop if isinstance(searcher, Ladder) else None
+    return SweepScheduler(proposals, parts.broker, parts.manager.slots, lookahead, reason_to_stop, events)
+
+
+def _report(plan: _Plan, tracker: SweepTracker, complete: bool) -> Outcome:
+    """Summarise the journal into results.json, write the report, and end the MLflow run."""
+    config, sweep = plan.config, plan.sweep
+    run_dir, remote = plan.folder.run_dir, plan.folder.remote
+    tracker.flush()  # so that the last trials' runs have their ids
     if remote is not None:
-        sync.pull(config.run_dir, remote)  # what workers on other nodes left
-    state = read_state(config.run_dir)
+        sync.pull(run_dir, remote)  # files that workers on other nodes have written
+    state = read_state(run_dir)
     summary = results.summarize(config.name, sweep.metric, sweep.mode, state, tracker.run_ids)
-    if isinstance(searcher, Ladder):
-        summary["expectations"] = searcher.expectations(state)
-    summary["winners"] = winners.summarize_winners(summary, config.run_dir)
+    if isinstance(plan.searcher, Ladder):
+        summary["expectations"] = plan.searcher.expectations(state)
+    summary["winners"] = winners.summarize_winners(summary, run_dir)
     if (winner := summary["winners"]["best"]) is not None:
-        # Where finalists were confirmed, the best score of the search need not be the best setting's.
+        # With confirmed finalists, the best score of the search need not belong to the best setting.
         summary["best"] = next(t for t in summary["trials"] if t["trial_id"] == winner["trial_id"])
     summary["interrupted"] = not complete
-    write_results(config.run_dir / RESULTS_FILE, summary)
-    files = report.write_report(config.run_dir, config)
+    write_results(run_dir / RESULTS_FILE, summary)
+    files = report.write_report(run_dir, config)
     if remote is not None:
-        names = (file.relative_to(config.run_dir) for file in (config.run_dir / RESULTS_FILE, *files))
-        sync.put(config.run_dir, remote, *map(str, names))
-    tracker.attach([config.run_dir / RESULTS_FILE, *files])
+        names = (file.relative_to(run_dir) for file in (run_dir / RESULTS_FILE, *files))
+        sync.put(run_dir, remote, *map(str, names))
+    tracker.attach([run_dir / RESULTS_FILE, *files])
     undelivered = tracker.close(summary, interrupted=not complete)
-    ray.kill(handle)
-    return Outcome(summary, config.run_dir, files, tracker.uri, undelivered, interrupted=not complete)
-
-
-def _conductor(
-    config: ExperimentConfig,
-    sweep: SweepConfig,
-    searcher: Searcher,
-    cost: CostModel,
-    handle: Any,
-    slots: int,
-    num_resource_classes: int,
-    known: WarmStart | None,
-) -> SweepScheduler:
-    """Take up the sweep where its journal ends."""
-    events = journal.read_events(config.run_dir / EVENTS_FILE)
-    history = SweepState(events)
-    hours = sweep.budget.device_hours if sweep.budget else 0.0
-    earlier = {} if known is None else known.trials
-    proposals = Proposals(
-        config, sweep, searcher, history, earlier, lambda history: cost.remaining(history, hours).committed
-    )
-    # A trial that waits for each kind of group, so that none has to wait for its driver, a process of some 100 MB. But
-    # whoever decides by results decides better the later it does.
-    decides = sweep.is_model_based or isinstance(sweep.scheduler, AshaConfig)
-    lookahead = 0 if decides else num_resource_classes
-    gives_up = searcher.gives_up if isinstance(searcher, Ladder) else None
-    return SweepScheduler(proposals, handle, slots, lookahead, gives_up, events)
+    return Outcome(summary, run_dir, files, tracker.uri, undelivered, interrupted=not complete)
 
 
 def _sizes(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, Size]:
-    """Bundles by label, where there is a budget, the only reason to read model architectures here."""
+    """Bundle label -> size. Empty without a budget: only a budget needs the models' sizes here."""
     if sweep.budget is None:
         return {}
     axis = sweep.bundle_axis
@@ -246,32 +290,30 @@ def _sizes(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, Size]:
     }
 
 
-def _fit(
-    config: ExperimentConfig, conductor: SweepScheduler, broker_name: str, resource_classes: dict[str, str]
-) -> bool:
-    """Let Tune run the sweep to its end. Returns whether it came there, and was not interrupted."""
-    # Tune would warn that it finds no result files of its own, which would only repeat the journal.
+def _search(plan: _Plan, address: BrokerAddress, scheduler: SweepScheduler) -> bool:
+    """Let Tune run the sweep to its end. Returns whether it got there, i.e. was not interrupted."""
+    # Tune would warn that it finds no result files of its own; the journal has the results.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     # Tune puts these into the drivers' runtime environment, which Ray writes to command lines and logs (ray 2.60).
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
-    sweep = conductor.proposals.sweep
+    config, sweep = plan.config, plan.sweep
     trainable = tune.with_resources(
         tune.with_parameters(
             TrialDriver,
             experiment=config,
-            resource_classes=resource_classes,
+            resource_classes={bundle: request.resource_class for bundle, request in plan.resources.items()},
             confirmations=CONFIRMATIONS,
-            broker_name=broker_name,
-            namespace=NAMESPACE,
+            broker=address,
         ),
         tune.PlacementGroupFactory([_DRIVER_RESOURCES]),
     )
-    shutil.rmtree(config.run_dir / _TUNE_DIR, ignore_errors=True)  # of an earlier run; the journal has what matters
+    # Tune's files of an earlier run; the journal has everything that is needed.
+    shutil.rmtree(config.run_dir / _TUNE_DIR, ignore_errors=True)
     grid = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=SweepSearch(conductor, sweep.num_trials + sweep.num_confirmations),
-            scheduler=conductor,
+            search_alg=SweepSearch(scheduler, sweep.num_trials + sweep.num_confirmations),
+            scheduler=scheduler,
             metric=sweep.metric,
             mode=sweep.mode,
             reuse_actors=True,
@@ -279,13 +321,15 @@ def _fit(
         run_config=tune.RunConfig(
             name=_TUNE_DIR,
             storage_path=str(config.run_dir),
-            callbacks=[StopAtBroker(broker_name, NAMESPACE)],
+            callbacks=[StopAtBroker(address)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=3),  # of a driver
             verbose=0,
         ),
     ).fit()
     if grid.num_errors:
-        raise SweepError(f"a trial driver failed, which is a defect of orpo_ray: {grid.errors[0]}") from grid.errors[0]
-    trials = conductor.proposals.history.trials.values()
-    return conductor.proposals.is_exhausted and all(trial.status is not None for trial in trials)
+        raise SweepError(f"internal error: a trial driver failed; please report it: {grid.errors[0]}") from grid.errors[
+            0
+        ]
+    trials = scheduler.proposals.history.trials.values()
+    return scheduler.proposals.is_exhausted and all(trial.status.has_ended for trial in trials)

@@ -1,6 +1,6 @@
-"""Work besides training: on the cluster's workers, as much of it at once as they have room for, and kept on disk.
+"""Cached remote tasks (sampling, scoring), run in parallel on Ray workers.
 
-The head node of a cluster may have no GPU, and a driver there does not see the workers'.
+Tasks do not run in the driver, because a cluster's head node may have no GPU.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ from orpo_ray.orchestration.capacity import Capacity, Resources, snapshot
 from orpo_ray.storage.run_dir import write_results
 
 _RETRIES = 2
-"""Of a task whose process was lost; Ray begins it again and hands on the parts that are missing."""
+"""Retries of a task whose process was lost; Ray restarts it and passes on the missing parts."""
 
 
 class TaskError(UserError, RuntimeError):
-    """A task was lost with its process, or Ray could not begin it; the message says which one, and what to do."""
+    """A task was lost with its process, or Ray could not start it; the message names the task and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Something to compute once."""
+    """A computation whose result is cached in a file."""
 
     name: str
-    """Of the file that keeps it."""
+    """Name of the file that keeps the result, without suffix."""
     title: str
     """For the progress bar."""
     asked: Any
-    """JSON: what the outcome depends on. It is computed again where this has changed."""
+    """Cache key, as JSON: everything that the result depends on."""
     parts: Callable[..., Iterator[tuple[int, Any]]]
-    """Runs on a worker and yields, part by part, units done and what came out."""
+    """Runs on a worker and yields (units done, partial result) for each part."""
     arguments: tuple[Any, ...]
-    """Of `parts`; paths must be those of a file system that the workers share with this process."""
+    """Arguments of `parts`; paths must be on a file system that the workers share with this process."""
     units: int
-    """Over all parts."""
+    """Total units of all parts, for the progress bar."""
     joined: Callable[[list[Any]], Any]
-    """From what came out of the parts to JSON."""
+    """Combines the partial results into the JSON result."""
     uses_gpu: bool = True
-    """False: it computes on CPUs wherever it runs."""
+    """False for a task that computes on CPUs everywhere."""
 
 
 def run_all(tasks: Sequence[Task], folder: Path, scaling: ScalingConfig, console: Console) -> dict[str, Any]:
-    """What the tasks give, as JSON gives it back. Ray must be initialised.
+    """Run the tasks that are not cached. Returns task name -> result, as read back from JSON. Ray must be initialised.
 
     Args:
-        tasks: in the order in which they are begun.
-        folder: keeps what was computed.
-        scaling: each of them occupies what it gives one worker.
-        console: shows a bar for each.
+        tasks: in the order in which they are started.
+        folder: of the cached results.
+        scaling: each task gets the resources of one worker.
+        console: shows a progress bar for each task.
 
     Raises:
-        TaskError: a worker's process died, or its node, or Ray could not begin it.
-        Exception: whatever a task raises. Either is raised when the others have ended, and what they gave is kept.
+        TaskError: a worker's process or node died, or Ray could not start a task.
+        Exception: an error that a task raised. Errors are raised after all other tasks have ended and been cached.
     """
-    missing = [task for task in tasks if not _is_kept(task, folder)]
+    missing = [task for task in tasks if not _is_cached(task, folder)]
     cluster = snapshot()
     streams = {_started(task, scaling, cluster): task for task in missing}
     done: dict[str, list[Any]] = {task.name: [] for task in missing}
@@ -99,22 +99,22 @@ def run_all(tasks: Sequence[Task], folder: Path, scaling: ScalingConfig, console
 def _started(task: Task, scaling: ScalingConfig, cluster: Capacity) -> Any:
     needs = Resources.of(scaling, bool(cluster.has_gpus))
     cpus, gpus = needs.cpus_per_worker, needs.gpus_per_worker
-    if gpus and not task.uses_gpu:  # then one CPU would be too few, and there are more where GPUs are
+    if gpus and not task.uses_gpu:  # one CPU would be too few, and nodes with GPUs have more
         cpus, gpus = max(1, int(max(node.get("CPU", 0) for node in cluster.nodes.values())) // 2), 0
     options: dict[str, Any] = {"num_returns": "streaming", "num_cpus": cpus, "num_gpus": gpus, "max_retries": _RETRIES}
     if not gpus and any(node.get("GPU", 0) for node in cluster.nodes.values()):
-        # Ray leaves them visible to a task that has asked for none.
+        # Ray leaves GPUs visible to a task that has requested none.
         options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     return ray.remote(**options)(task.parts).remote(*task.arguments)
 
 
 def _failure(task: Task, error: RayError) -> Exception:
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
-        error.cause.__cause__ = error  # whose text has the worker's traceback
+        error.cause.__cause__ = error  # its text has the worker's traceback
         return error.cause
     told = TaskError(
-        f"{task.title}: {type(error).__name__}: {error!s:.300}; what other tasks gave is kept, and the same command "
-        "begins this one again"
+        f"{task.title}: {type(error).__name__}: {error!s:.300}; results of other tasks are kept, and the same command "
+        "restarts this one"
     )
     told.__cause__ = error
     return told
@@ -128,7 +128,7 @@ def _read(task: Task, folder: Path) -> dict[str, Any]:
     return dict(json.loads(_file(task, folder).read_text(encoding="utf-8")))
 
 
-def _is_kept(task: Task, folder: Path) -> bool:
+def _is_cached(task: Task, folder: Path) -> bool:
     return _file(task, folder).exists() and _read(task, folder)["asked"] == json.loads(json.dumps(task.asked))
 
 

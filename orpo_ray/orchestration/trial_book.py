@@ -1,4 +1,4 @@
-"""Trials, queues and worker groups of a sweep as the broker keeps them, with every change in the journal. No Ray."""
+"""The broker's records: trials, queues and worker groups of a sweep, with every change written to the journal."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from orpo_ray.training.trial import TrialResult
 
 
 class TrialBook:
-    """The sweep's state, and what is decided from it alone: the broker adds the waiting."""
+    """The sweep's state and the decisions that need nothing else; the broker adds the waiting."""
 
     def __init__(self, run_dir: Path, max_failures: int, remote: Storage | None) -> None:
         """Continue from the journal in `run_dir`, if there is one.
 
         Args:
             run_dir: the sweep's directory.
-            max_failures: how often a trial is tried again after its process died.
-            remote: the sweep's folder in an object store, where checkpoints then are.
+            max_failures: how often a trial is retried after its processes died.
+            remote: the sweep's folder in an object store, if checkpoints are kept there.
         """
         self.run_dir, self.max_failures, self.remote = run_dir, max_failures, remote
         self.sweep = SweepState()
         self.trials: dict[str, BrokeredTrial] = {}
         self.groups: dict[str, BrokeredGroup] = {}
         self.queues: dict[str, list[str]] = {}
-        """resource class -> trials that wait"""
+        """Resource class -> ids of waiting trials, in order."""
         self.is_held = False
-        """The sweep is being interrupted: no trial is handed out any more."""
+        """The sweep is being interrupted: no trial is assigned any more."""
         self.replayed: list[Event] = []
-        """Events that the journal held before this start."""
+        """Events that the journal held at the start."""
         self._replay()
         self.journal = Journal(run_dir / EVENTS_FILE, remote)
 
     def load(self) -> Load:
-        """Queues and groups as they are."""
+        """Current queues and groups."""
         now = time.monotonic()
         groups = self.groups.items()
         return Load(
@@ -58,7 +58,7 @@ class TrialBook:
         )
 
     def take_back(self, trial: BrokeredTrial, result: TrialResult) -> None:
-        """A worker group has handed a trial back."""
+        """Take back a trial from its worker group, ended, paused or preempted."""
         if trial.group is not None:
             group = self.group(trial.group)
             group.trial_id, group.idle_since = None, time.monotonic()
@@ -66,7 +66,7 @@ class TrialBook:
         place: Any = {"trial_id": trial_id, "step": result.steps, "checkpoint": result.checkpoint}
         if result.status is Status.PREEMPTED:
             trial.group, trial.pending_decision = None, None
-            # Its reports that are still on the way belong to the past attempt; a preemption is no failure.
+            # Reports still on their way belong to the past attempt; a preemption does not count as a failure.
             self.record(Preempted(**place, attempt=attempt + 1))
             self.enqueue(trial_id)
         elif result.status is Status.PAUSED:
@@ -77,9 +77,9 @@ class TrialBook:
             elif trial.pause_requested:
                 trial.is_parked, trial.pause_requested = True, False
             else:
-                self.enqueue(trial_id)  # it was submitted again meanwhile
+                self.enqueue(trial_id)  # it was submitted again in the meantime
         elif result.status is Status.FAILED:
-            # The exception took what the worker knew of the trial; the journal has it.
+            # The worker lost its state with the exception; the journal has the last evaluation.
             self.end_unfinished(trial, Status.FAILED, result.error, result.train_seconds)
         else:
             self.end(
@@ -95,7 +95,7 @@ class TrialBook:
             )
 
     def group(self, name: str) -> BrokeredGroup:
-        """The worker group of this name, known or new."""
+        """The worker group of this name, created if it is new."""
         return self.groups.setdefault(name, BrokeredGroup())
 
     def devices(self, trial: BrokeredTrial) -> int:
@@ -103,7 +103,7 @@ class TrialBook:
         return (len(self.group(trial.group).processes) if trial.group else 0) or 1
 
     def enqueue(self, trial_id: str) -> None:
-        """Queue a trial in the order of Tune's ids, which count up: drivers start at once and arrive in any order."""
+        """Queue a trial in the order of trial ids, which count up: drivers start together and submit in any order."""
         trial = self.trials[trial_id]
         if self.is_held:
             trial.is_parked = True
@@ -111,15 +111,15 @@ class TrialBook:
             bisect.insort(self.queues.setdefault(trial.resource_class, []), trial_id)
 
     def decide(self, trial: BrokeredTrial, decision: str) -> None:
-        """Answer the worker that waits; in a sweep that is being interrupted no trial goes on."""
+        """Answer the waiting worker; while the sweep is being interrupted, `continue` becomes `pause`."""
         trial.decide("pause" if self.is_held and decision == "continue" else decision)
 
     def interrupt(self, group: str, reason: str) -> None:
-        """The group's processes have died; a trial they had is queued again, or has failed too often.
+        """Requeue the trial of a group whose processes have died, or end it after too many failures.
 
         Args:
             group: its name.
-            reason: why, unless one of its ranks has said it.
+            reason: used unless one of its ranks has reported one.
         """
         known = self.group(group)
         reason, known.complaint = known.complaint or reason, None
@@ -130,7 +130,7 @@ class TrialBook:
         attempt, failures = trial.state.attempt + 1, trial.state.failures + 1
         if failures > self.max_failures:
             error = f"{reason}; given up after {failures} attempts (sweep.max_failures {self.max_failures})"
-            trial.state.attempt = attempt  # what its workers may still report is ignored
+            trial.state.attempt = attempt  # so that late reports of its workers are ignored
             self.end_unfinished(trial, Status.FAILED, error)
             return
         trial_id = trial.state.trial_id
@@ -144,9 +144,9 @@ class TrialBook:
 
         Args:
             trial: the trial.
-            status: how it ends.
+            status: of the end.
             error: why.
-            train_seconds: training time, where a worker has told it; else that of the last evaluation.
+            train_seconds: training time if a worker reported it; by default that of the last evaluation.
         """
         state = trial.state
         self.end(
@@ -162,13 +162,13 @@ class TrialBook:
         )
 
     def end(self, end: Finished) -> None:
-        """End a trial, and tell its driver."""
+        """End a trial and notify its driver."""
         self.record(end)
         trial = self.trials[end.trial_id]
         trial.results.put_nowait(trial.end(self.devices(trial)))
 
     def record(self, event: Event) -> None:
-        """Write an event down, then take note of it."""
+        """Append an event to the journal, then apply it."""
         self.journal.append(event)
         self._apply(event)
 
@@ -182,7 +182,7 @@ class TrialBook:
         if not path.exists():
             return
         drop_torn_tail(path)
-        forks: dict[str, str | None] = {}  # trial -> checkpoint that it has not gone on from yet
+        forks: dict[str, str | None] = {}  # trial -> donor's checkpoint that it has not resumed from yet
         for event in read_events(path):
             if isinstance(event, Forked):
                 forks[event.trial_id] = self.sweep.trials[event.donor].checkpoint
@@ -196,7 +196,7 @@ class TrialBook:
             else:
                 trial.end(devices=1)
         for trial_id, checkpoint in forks.items():
-            # Where the donor has gone on, and its checkpoint with it, the copy had been made.
+            # If the donor has moved on from this checkpoint, the copy was made before the crash.
             if checkpoint is not None and exists(checkpoint, self.remote):
                 copied = copy_to_trial(checkpoint, trial_id, self.run_dir, self.remote)
                 self.sweep.trials[trial_id].checkpoint = copied

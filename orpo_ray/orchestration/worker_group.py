@@ -1,9 +1,8 @@
-"""One worker group: a TorchTrainer whose processes train one trial after another."""
+"""One worker group: a Ray TorchTrainer whose processes train one trial after another."""
 
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -15,20 +14,24 @@ from orpo_ray.orchestration.preemption import NoticingTorchConfig
 from orpo_ray.orchestration.worker import GroupSpec, run_group
 
 _MAX_GROUP_RESTARTS = 10
-"""Ray restarts a crashed group this often; then a new group is started, if trials still wait."""
+"""Ray restarts a crashed group at most this often; after that a new group is started if trials still wait."""
 _COLLECTIVE_TIMEOUT_S = 1800
-"""A rank that never arrives fails the group after this."""
+"""A rank that does not reach a collective fails the group after this time."""
+_GROUPS_DIR = "groups"
+"""Folder of Ray Train's own state in the sweep's folder."""
 
 
 class ControllerRegistration(ControllerCallback):
-    """Makes a group's controller known to the broker: Ray Train shows it to nobody, and it alone can be told to end a
-    group that waits for nodes."""
+    """Registers a group's Ray Train controller with the broker.
+
+    Ray Train does not expose the controller, and killing it is the only way to end a group that waits for nodes.
+    """
 
     def __init__(self, broker: Any, group: str) -> None:
         self._broker, self._group = broker, group
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """In the controller's process."""
+        """Called by Ray Train in the controller's process."""
         me = ray.get_runtime_context().current_actor
         self._broker.controlled.remote(self._group, me)
 
@@ -36,8 +39,9 @@ class ControllerRegistration(ControllerCallback):
 class WorkerGroup:
     """A running group. `fit()` blocks, so it lives in a thread of the sweep process."""
 
-    def __init__(self, spec: GroupSpec, resources: Resources, groups_dir: Path, broker: Any) -> None:
-        """Start at once; processes come up in the background."""
+    def __init__(self, spec: GroupSpec, resources: Resources, broker: Any) -> None:
+        """Start the group; its processes come up in the background."""
+        run_dir, remote = spec.folder.run_dir, spec.folder.remote
         self.spec = spec
         self.resources = resources
         self.error: str | None = None
@@ -55,8 +59,8 @@ class WorkerGroup:
             ),
             run_config=ray.train.RunConfig(
                 name=spec.group,
-                storage_path=str(groups_dir) if spec.remote is None else f"{spec.remote.path}/{groups_dir.name}",
-                storage_filesystem=None if spec.remote is None else spec.remote.filesystem,
+                storage_path=str(run_dir / _GROUPS_DIR) if remote is None else f"{remote.path}/{_GROUPS_DIR}",
+                storage_filesystem=None if remote is None else remote.filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=_MAX_GROUP_RESTARTS, controller_failure_limit=3),
                 callbacks=[ControllerRegistration(broker, spec.group)],
                 worker_runtime_env={"env_vars": _worker_environment(resources)},
@@ -77,7 +81,7 @@ class WorkerGroup:
     def _fit(self) -> None:
         try:
             self._trainer.fit()
-        except Exception as error:  # whatever ended the group is its result, told by the manager
+        except Exception as error:  # any error is the group's result, which the manager reports
             self.error = f"{type(error).__name__}: {error}"
 
 

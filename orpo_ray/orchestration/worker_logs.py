@@ -1,8 +1,8 @@
-"""Log lines of worker processes as JSON, each with its trial and rank, so that a cluster's logs can be searched.
+"""JSON log lines of worker processes, each with its trial and rank, so that a cluster's logs can be searched.
 
 A line goes to the process's standard error, which Ray keeps and its dashboard shows, and to a file of the rank. Fields:
 `time` (UTC, ISO 8601, milliseconds), `level`, `logger`, `message`, `group`, `rank`, `node` (Ray's id), `host`, `pid`,
-and where there is one `trial_id`, `attempt` and `exception` (a traceback). After docs.python.org, logging cookbook,
+and where they apply `trial_id`, `attempt` and `exception` (a traceback). After docs.python.org, logging cookbook,
 "implementing structured logging".
 """
 
@@ -24,22 +24,22 @@ from typing import Any
 from orpo_ray.provenance import without_password
 
 LOGS_DIR = "logs"
-"""In the run directory: `GROUP-rank-N.jsonl`."""
+"""Folder in the run directory, with files `GROUP-rank-N.jsonl`."""
 MAX_BYTES, BACKUPS = 10 * 2**20, 2
-"""A file that has grown so far is renamed to `.1`, and that to `.2`, the last."""
+"""A file of this size is renamed to `.1`, and `.1` to `.2`, the last backup."""
 
 _log = logging.getLogger(__name__)
 _trial: dict[str, Any] = {}
-"""The trial of this process. Of the process, not of a thread or context: it has one trial at a time, and threads that
-prepare its batches or end its transfers belong to it."""
+"""Log fields of the trial that this process trains. Global rather than per thread, because a process has one trial at a
+time, and threads that prepare batches or finish transfers belong to that trial."""
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON, without the passwords of addresses."""
+    """Formats a record as one line of JSON, with passwords removed from addresses."""
 
     def __init__(self, **where: Any) -> None:
         """Args:
-        where: fields that every line of this process has.
+        where: fields added to every line of this process.
         """
         super().__init__()
         self._where = where
@@ -63,10 +63,10 @@ class JsonFormatter(logging.Formatter):
 def configure(folder: Path, group: str, rank: int, node: str) -> Path:
     """Send all logging and warnings of this process to standard error and to a file, as JSON.
 
-    Of orpo_ray from INFO on, of libraries from WARNING on, unless they set a level of their own.
+    orpo_ray logs from INFO on, libraries from WARNING on, unless they set a level of their own.
 
     Args:
-        folder: for the file; made if it is missing.
+        folder: of the file; created if it is missing.
         group: name of the worker group.
         rank: of this process in it.
         node: Ray's id of the node.
@@ -92,7 +92,7 @@ def configure(folder: Path, group: str, rank: int, node: str) -> Path:
 
 @contextmanager
 def trial(trial_id: str, attempt: int) -> Iterator[None]:
-    """Lines logged meanwhile, by whatever thread, are of this trial."""
+    """Context in which lines logged by any thread carry this trial's fields."""
     _trial.update(trial_id=trial_id, attempt=attempt)
     try:
         yield
@@ -101,9 +101,9 @@ def trial(trial_id: str, attempt: int) -> Iterator[None]:
 
 
 def adopt_libraries() -> None:
-    """Let libraries that print their log lines themselves, as DeepSpeed and transformers do, hand them on instead.
+    """Redirect libraries that print their own log lines (DeepSpeed, transformers) to this process's handlers.
 
-    To be called once they are imported. Ray's own loggers are left alone: Ray reads what they write.
+    Call it after they are imported. Ray's own loggers are left alone, because Ray reads their output.
     """
     for name, logger in list(logging.root.manager.loggerDict.items()):
         if not isinstance(logger, logging.Logger) or name.partition(".")[0] == "ray":

@@ -1,7 +1,7 @@
 """Asynchronous successive halving with pauses (Li et al. 2018, arXiv 1810.05934).
 
-The algorithm alone, without Ray: a trial that reaches a rung and is not among its best waits there, on disk, and is
-promoted once it is. Ray Tune's own ASHA stops such a trial for good, by what few trials had reported before it.
+A trial that reaches a rung and is not among its best pauses there, on disk, and is promoted once it is. Ray Tune's own
+ASHA stops such a trial for good, judged by the few trials that reported before it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from orpo_ray.storage.sweep_state import SweepState
 class _Rung:
     step: int
     values: dict[str, float] = field(default_factory=dict)
-    """trial -> its metric here, higher is better."""
+    """trial -> its metric at this rung, higher is better."""
 
 
 class Rungs:
-    """The rungs of trials that may be compared: those of one model size."""
+    """The rungs of comparable trials, i.e. of one model size. No Ray."""
 
     def __init__(
         self,
@@ -41,13 +41,13 @@ class Rungs:
         """Rungs at grace_steps · reduction_factor^k, below max_steps.
 
         Args:
-            grace_steps: the first rung.
-            reduction_factor: η: about one trial in η leaves a rung.
-            max_steps: a trial's whole length.
+            grace_steps: step of the first rung.
+            reduction_factor: η; about one trial in η is promoted from a rung.
+            max_steps: optimizer steps of a whole trial.
             mode: whether a higher or a lower metric is better.
-            depth_last: promote from the lowest rung first, and nobody while fresh trials are to come. Where the number
-                of trials is fixed this loses no time and promotes fewer that later ones overtake. Otherwise the
-                highest rung comes first, as in the paper, so that whole results are there early.
+            depth_last: promote from the lowest rung first, and only once no fresh trials are to come. With a fixed
+                number of trials this costs no time and promotes fewer trials that later ones overtake. Otherwise the
+                highest rung comes first, as in the paper, so that complete results exist early.
         """
         self._depth_last = depth_last
         self._factor = reduction_factor
@@ -71,11 +71,11 @@ class Rungs:
         return list(self._waiting)
 
     def add(self, trial_id: str) -> None:
-        """A trial has been proposed and will run."""
+        """Add a trial that has been proposed and will run."""
         self._running.setdefault(trial_id, 0)
 
     def report(self, trial_id: str, step: int, value: float, more_to_come: bool) -> Literal["continue", "pause"]:
-        """An evaluation. Pause means: its turn is over until `next_promotion` names it."""
+        """Record an evaluation. A paused trial waits until `next_promotion` returns it."""
         passed = self._running[trial_id]
         reached = passed
         while reached < len(self._rungs) and step >= self._rungs[reached].step:
@@ -91,11 +91,11 @@ class Rungs:
         return "continue"
 
     def next_promotion(self, more_to_come: bool) -> str | None:
-        """The trial that should go on next; None if all have to wait. Tell `promote` when it does.
+        """The paused trial to resume next; None if all have to wait. Call `promote` when it resumes.
 
         Args:
-            more_to_come: whether further trials will be proposed. Without them the best of each rung goes on, however
-                few there are.
+            more_to_come: whether further trials will be proposed. If not, the best trial of each complete rung is
+                promoted, however few there are.
         """
         if self._depth_last and more_to_come:
             return None
@@ -108,11 +108,11 @@ class Rungs:
         return None
 
     def promote(self, trial_id: str) -> None:
-        """The trial goes on."""
+        """Record that a paused trial resumes."""
         self._running[trial_id] = self._waiting.pop(trial_id) + 1
 
     def eliminated(self, more_to_come: bool) -> list[str]:
-        """Waiting trials that can never be promoted: their rung is complete and its places are taken."""
+        """Paused trials that can never be promoted: their rung is complete and its promotions are taken."""
         complete = 0 if more_to_come else self._num_complete()
         return [
             trial_id
@@ -121,29 +121,29 @@ class Rungs:
         ]
 
     def remove(self, trial_id: str) -> None:
-        """The trial has ended. What it reached still counts."""
+        """Remove a trial that has ended. Its values at the rungs still count."""
         self._running.pop(trial_id, None)
         self._waiting.pop(trial_id, None)
 
     def _candidates(self, index: int, last: bool) -> list[str]:
-        """The best of a rung, as many as may leave it: one in η, and of a rung that is `last` complete at least one."""
+        """Best trials of a rung, as many as may be promoted: one in η, at least one if `last` (no more will arrive)."""
         values = self._rungs[index].values
         places = int(len(values) / self._factor)
         ranked = sorted(values, key=lambda trial_id: -values[trial_id])  # ties: the first to arrive
         return ranked[: max(places, 1) if last else places]
 
     def _num_complete(self) -> int:
-        """Rungs at which nobody else can arrive, if no trial is added: counted from the lowest."""
+        """Number of rungs, from the lowest, that no further trial can reach if none is added."""
         for index in range(len(self._rungs)):
             if any(passed <= index for passed in self._running.values()):
                 return index
             if any(self._waiting.get(trial_id) == index for trial_id in self._candidates(index, last=True)):
-                return index + 1  # complete itself, but somebody leaves it for the next one
+                return index + 1  # complete itself, but one of its trials will reach the next rung
         return len(self._rungs)
 
 
 class Asha:
-    """`Rungs` for Tune."""
+    """Pruning rule that applies `Rungs` to Tune's trials."""
 
     def __init__(
         self,
@@ -156,14 +156,14 @@ class Asha:
         self._sweep, self._trials, self._history = sweep, trials, history
         self._more_to_come = more_to_come
         self._rungs: Rungs | None = None
-        self._answers: tuple[bool, str | None, list[str]] | None = None
-        """(more to come, next promotion, eliminated ones), until something changes: Tune asks many times a second."""
+        self._cached: tuple[bool, str | None, list[str]] | None = None
+        """Cache of (more to come, next promotion, eliminated trials), because Tune asks many times a second."""
         self._events = events
         if max_steps := next((e.max_steps for e in events if isinstance(e, Started)), None):
             self._start(max_steps)
 
     def _start(self, max_steps: int) -> Rungs:
-        """Learn again what the journal's trials had reported."""
+        """Build the rungs and replay the journal's reports."""
         assert isinstance(self._sweep.scheduler, AshaConfig)
         scheduler = self._sweep.scheduler
         rungs = self._rungs = Rungs(
@@ -176,7 +176,7 @@ class Asha:
         for event in self._events:
             trial_id = event.trial_id
             if isinstance(event, Started | Logged | Evaluated) and trial_id in rungs.waiting:
-                rungs.promote(trial_id)  # it went on
+                rungs.promote(trial_id)  # it was resumed
             match event:
                 case Submitted():
                     rungs.add(trial_id)
@@ -185,7 +185,7 @@ class Asha:
                 case Finished():
                     rungs.remove(trial_id)
         for trial_id in rungs.waiting:
-            # A crash came between its evaluation and the decision to pause it.
+            # Set again because a crash may have come between its evaluation and the decision to pause it.
             self._history.trials[trial_id].status = Status.PAUSED
         self._events = []
         return rungs
@@ -193,7 +193,7 @@ class Asha:
     def on_trial_add(self, controller: Any, trial: Trial) -> None:
         if self._rungs is not None and trial.trial_id not in self._rungs.waiting:
             self._rungs.add(trial.trial_id)
-            self._answers = None
+            self._cached = None
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         rungs = self._rungs
@@ -201,7 +201,7 @@ class Asha:
             rungs = self._start(json.loads(result["report"])["max_steps"])
             for other in controller.get_trials():
                 rungs.add(other.trial_id)
-        self._answers = None
+        self._cached = None
         decision = rungs.report(trial.trial_id, result["step"], result[self._sweep.metric], self._more_to_come())
         return str(Decision.PAUSE if decision == "pause" else Decision.CONTINUE)
 
@@ -211,36 +211,38 @@ class Asha:
     def on_trial_remove(self, controller: Any, trial: Trial) -> None:
         if self._rungs is not None:
             self._rungs.remove(trial.trial_id)
-            self._answers = None
+            self._cached = None
 
     def choose_trial_to_run(self, controller: Any) -> Trial | None:
-        chosen = self._ask()[1]
+        chosen = self._answers()[1]
         trial = None if chosen is None else self._trials.get(chosen)
-        # Tune is still writing its note of the pause; a moment later it is paused.
+        # Right after a pause Tune is still saving the trial, which is not PAUSED yet.
         return trial if trial is not None and trial.status == Trial.PAUSED else None
 
     def last_promotion(self) -> Trial | None:
-        """Who would go on if no trial were to come."""
+        """The trial that would be promoted if no more trials were to come."""
         chosen = None if self._rungs is None else self._rungs.next_promotion(more_to_come=False)
         trial = None if chosen is None else self._trials.get(chosen)
         return trial if trial is not None and trial.status == Trial.PAUSED else None
 
     def begin(self, trial: Trial) -> None:
-        """The trial has been given a turn."""
+        """Record that the trial was chosen to run."""
         if self._rungs is not None and trial.trial_id in self._rungs.waiting:
             self._rungs.promote(trial.trial_id)
-            self._answers = None
+            self._cached = None
 
     def eliminated(self) -> list[str]:
         """See `Rungs.eliminated`; only trials that Tune has paused already."""
-        return [name for name in self._ask()[2] if name in self._trials and self._trials[name].status == Trial.PAUSED]
+        return [
+            name for name in self._answers()[2] if name in self._trials and self._trials[name].status == Trial.PAUSED
+        ]
 
-    def _ask(self) -> tuple[bool, str | None, list[str]]:
+    def _answers(self) -> tuple[bool, str | None, list[str]]:
         more = self._more_to_come()
-        if self._answers is None or self._answers[0] != more:
+        if self._cached is None or self._cached[0] != more:
             rungs = self._rungs
             promotion, eliminated = (
                 (None, []) if rungs is None else (rungs.next_promotion(more), rungs.eliminated(more))
             )
-            self._answers = (more, promotion, eliminated)
-        return self._answers
+            self._cached = (more, promotion, eliminated)
+        return self._cached

@@ -1,4 +1,4 @@
-"""Population-based schedulers: Tune's PBT and PB2, kept in step with paused trials."""
+"""Population-based schedulers: Tune's synchronous PBT and PB2, adapted to paused trials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orpo_ray.storage.sweep_state import TrialState
 
 
 class _Population:
-    """What population-based schedulers share: an exploit copies the donor's checkpoint, a restart is made up for."""
+    """Shared part of both schedulers: an exploit copies the donor's checkpoint, and a restart restores their state."""
 
     _exploited: Callable[[Trial, Trial], None]
     _population: dict[str, TrialState]
@@ -33,7 +33,10 @@ class _Population:
         self._remember(trial)
 
     def choose_trial_to_run(self, controller: Any) -> Trial | None:
-        """Whoever is behind the next exchange. The last to come holds it; if that one has ended, there is none."""
+        """A paused trial that has not reached the next exchange.
+
+        Tune advances the exchange when the last trial reaches it. If that trial has ended, it is advanced here.
+        """
         live = controller.get_live_trials()
         if live and all(t.status == Trial.PAUSED for t in live):
             behind = min(self._trial_state[t].last_train_time for t in live)  # type: ignore[attr-defined]
@@ -43,7 +46,7 @@ class _Population:
         return chosen
 
     def _remember(self, trial: Trial) -> None:
-        """The state that a trial of a continued sweep had."""
+        """Restore Tune's state of a trial when a sweep is continued."""
         past = self._population.get(trial.trial_id)
         interval = self._perturbation_interval  # type: ignore[attr-defined]
         alive = [t.evaluated_step for t in self._population.values() if not t.status.has_ended]
@@ -58,7 +61,7 @@ class _Population:
 
 
 class Pbt(_Population, PopulationBasedTraining):
-    """Tune's PBT, in step."""
+    """Tune's synchronous PBT."""
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class Pbt(_Population, PopulationBasedTraining):
         mutations |= {n: list(axis.values) for n, axis in sweep.space.items() if isinstance(axis, Choice)}
 
         def within(config: dict[str, Any]) -> dict[str, Any]:
-            """A factor may lead out of an axis."""
+            """Clip values, because a perturbation factor may leave an axis's range."""
             return config | {n: min(max(config[n], a.low), a.high) for n, a in ranges.items()}
 
         super().__init__(
@@ -98,8 +101,8 @@ class Pbt(_Population, PopulationBasedTraining):
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
-    """What PB2 sees of a trial."""
+class _PB2Trial:
+    """Stand-in for a trial, with log axes as logarithms, as PB2 sees it."""
 
     name: str
     config: dict[str, Any]
@@ -108,7 +111,7 @@ class _Shown:
         return self.name
 
 
-def _as_shown(config: dict[str, Any], axes: dict[str, Uniform | LogUniform]) -> dict[str, Any]:
+def _log_scaled(config: dict[str, Any], axes: dict[str, Uniform | LogUniform]) -> dict[str, Any]:
     return config | {n: math.log(config[n]) for n, axis in axes.items() if isinstance(axis, LogUniform) and n in config}
 
 
@@ -124,28 +127,28 @@ def pb2(
     exploited: Callable[[Trial, Trial], None],
     population: dict[str, TrialState],
 ) -> PruningRule:
-    """Tune's PB2, in step. Its libraries are loaded only for it."""
+    """Tune's synchronous PB2. Its libraries are imported only here."""
     from ray.tune.schedulers.pb2 import PB2
 
     axes = {n: axis for n, axis in sweep.space.items() if isinstance(axis, Uniform | LogUniform)}
 
     class Pb2(_Population, PB2):
-        """It models what an evaluation gained over the one before: it is shown all of them, log axes as logarithms."""
+        """PB2 models the gain of an evaluation over the one before, so it gets all of them; log axes as logarithms."""
 
         def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
             state, step = self._trial_state[trial], result["step"]
             if step - state.last_perturbation_time < self._perturbation_interval:
-                self._save_trial_state(state, step, result, trial)  # PB2 itself notes only those at exchanges
+                self._save_trial_state(state, step, result, trial)  # PB2 itself saves only those at exchanges
             return str(super().on_trial_result(controller, trial, result))
 
         def _save_trial_state(self, state: Any, time: int, result: dict[str, Any], trial: Trial) -> None:
-            super()._save_trial_state(state, time, result, _Shown(str(trial), _as_shown(trial.config, axes)))
+            super()._save_trial_state(state, time, result, _PB2Trial(str(trial), _log_scaled(trial.config, axes)))
 
         def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
-            donor = _Shown(str(trial_to_clone), _as_shown(trial_to_clone.config, axes))
+            donor = _PB2Trial(str(trial_to_clone), _log_scaled(trial_to_clone.config, axes))
             shown, operations = super()._get_new_config(trial, donor)
             if all(shown[name] == donor.config[name] for name in axes):
-                # Nothing is known of the donor's gain yet, and PB2 would run its settings twice.
+                # Without a known gain of the donor, PB2 would run the donor's settings twice.
                 return trial_to_clone.config | {name: _drawn(axis) for name, axis in axes.items()}, operations
             return trial_to_clone.config | {
                 name: min(
@@ -161,7 +164,7 @@ def pb2(
         metric=sweep.metric,
         mode=sweep.mode,
         perturbation_interval=scheduler.interval_steps,
-        hyperparam_bounds={n: [_as_shown({n: end}, axes)[n] for end in (a.low, a.high)] for n, a in axes.items()},
+        hyperparam_bounds={n: [_log_scaled({n: end}, axes)[n] for end in (a.low, a.high)] for n, a in axes.items()},
         quantile_fraction=scheduler.quantile,
         log_config=False,
         synch=True,

@@ -1,4 +1,4 @@
-"""Which trial comes next: unfinished ones of an earlier run first, then the search, then confirmation. No Ray."""
+"""Choose the next trial: first unfinished ones of an earlier run, then the search, then confirmation. No Ray."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 _SEED = "train.seed"
 CONFIRMATIONS = "c"
-"""Begins the ids of confirmation trials: they sort behind those of the search."""
+"""Prefix of the ids of confirmation trials: they sort after those of the search."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,42 +26,42 @@ class Proposal:
     params: dict[str, Any]
     purpose: Purpose
     known: TrialState | None = None
-    """A finished trial of a warm start that had the same settings: take its result, do not train."""
+    """A finished trial of a warm start with the same settings; its result is used instead of training."""
 
 
 class Proposals:
-    """The order of a sweep's trials. What it answers depends on nothing but the history and its own arguments."""
+    """The order of a sweep's trials; its answers depend only on the history and the constructor's arguments."""
 
     def __init__(
         self,
         config: ExperimentConfig,
         sweep: SweepConfig,
-        source: Searcher,
+        searcher: Searcher,
         history: SweepState,
         earlier: dict[str, TrialState],
         committed_hours: Callable[[SweepState], float],
     ) -> None:
-        """Take up a sweep where its history ends.
+        """Continue a sweep where its history ends.
 
         Args:
             config: the experiment.
             sweep: its sweep.
-            source: of the search.
-            history: of the sweep itself; whoever owns it keeps it up to date.
-            earlier: finished trials of a warm start, by an id of their own.
-            committed_hours: device-hours that running trials are expected to need still.
+            searcher: proposes the search's trials.
+            history: state of the sweep; its owner keeps it up to date.
+            earlier: finished trials of a warm start, by ids of their own.
+            committed_hours: device-hours that running trials are expected to need to their end.
         """
         self._sweep = sweep
-        self._config, self._source, self.history = config, source, history
+        self._config, self._searcher, self.history = config, searcher, history
         self._earlier, self._committed_hours = earlier, committed_hours
-        # A trial that was submitted but had not ended is given out again, under its id.
+        # A trial that was submitted but has not ended is proposed again, under its id.
         self._again = [t for t in history.trials.values() if not t.status.has_ended]
         self._next_index = 0
         self._confirmations: list[dict[str, Any]] | None = None
         self.why_over: str | None = None
         """Why the search has ended; None while it has not."""
         self.is_exhausted = False
-        """Nothing will be proposed any more."""
+        """Whether nothing will be proposed any more."""
 
     @property
     def sweep(self) -> SweepConfig:
@@ -69,25 +69,25 @@ class Proposals:
         return self._sweep
 
     @property
-    def source(self) -> Searcher:
-        """Of the search."""
-        return self._source
+    def searcher(self) -> Searcher:
+        """The searcher that proposes the search's trials."""
+        return self._searcher
 
     @property
     def max_steps(self) -> int | None:
-        """Of a whole trial, where the experiment says so in steps."""
+        """Optimizer steps of a whole trial; None if its length is set in epochs."""
         return self._config.train.max_steps
 
     @property
     def num_evaluations(self) -> int:
-        """Of a whole trial."""
+        """Evaluations of a whole trial."""
         train = self._config.train
-        assert train.max_steps is not None  # the config demands it of the schedulers that plan by it
+        assert train.max_steps is not None  # the config requires it for schedulers that plan by it
         return math.ceil(train.max_steps / (train.eval_every or train.max_steps))
 
     @property
     def search_is_over(self) -> bool:
-        """No more search trials will be proposed."""
+        """Whether no more search trials will be proposed."""
         return self.why_over is not None and not self._again
 
     def next(self) -> Proposal | None:
@@ -109,7 +109,7 @@ class Proposals:
         return self._confirm()
 
     def over_budget(self, planned: bool) -> bool:
-        """Whether the budget is spent; `planned`: or will be by what is running and by confirmation."""
+        """Whether the budget is spent; with `planned`, counting running trials' remaining cost and confirmation."""
         if self._sweep.budget is None:
             return False
         hours = self.history.device_hours
@@ -118,12 +118,12 @@ class Proposals:
         return hours >= self._sweep.budget.device_hours
 
     def _search(self) -> Proposal | None:
-        # The first that is missing: drivers submit in any order, and a crash may have come between two of them.
+        # The lowest missing number: drivers submit in any order, and a crash may have come between two submissions.
         while (trial_id := trial_id_of(self._next_index)) in self.history.trials:
             self._next_index += 1
         everything = SweepState()
         everything.trials = {**self._earlier, **self.history.trials}
-        params = self._source.propose(self._next_index, everything)
+        params = self._searcher.propose(self._next_index, everything)
         if params is None:
             return None
         return Proposal(trial_id, params, "search", self._known(params))
@@ -142,7 +142,7 @@ class Proposals:
         return Proposal(f"{CONFIRMATIONS}{number:05d}", self._confirmations.pop(0), "confirm")
 
     def _planned_confirmations(self) -> list[dict[str, Any]]:
-        """Seed by seed, so that a budget that ends early leaves the finalists with equally many."""
+        """Seed by seed, so that finalists have equally many trials when the budget ends early."""
         confirm = self._sweep.confirm
         if confirm is None:
             return []
@@ -165,6 +165,6 @@ class Proposals:
         return [t for t in self.history.trials.values() if t.status is Status.FINISHED]
 
     def _confirmation_hours(self) -> float:
-        """What confirmation will need, by the longest trials so far."""
+        """Device-hours that confirmation will need, estimated from the longest trial so far."""
         longest = max((t.device_seconds for t in self._finished()), default=0.0)
         return self._sweep.num_confirmations * longest / 3600.0

@@ -13,26 +13,26 @@ from orpo_ray.storage.events import Evaluated, Event
 
 
 class PruningRule(Protocol):
-    """How trials of one bundle are compared. Confirmation trials are not shown to it."""
+    """Compares the search trials of one bundle."""
 
     def on_trial_add(self, controller: Any, trial: Trial) -> None:
-        """It has been proposed, or taken up again after a restart."""
+        """A trial was proposed, or restored after a restart."""
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """An evaluation before the last: continue, pause or stop."""
+        """Decide on an evaluation before the last one: continue, pause or stop."""
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """It has ended by itself, or by a stop that the rule decided."""
+        """A trial ended by itself, or was stopped while it trained."""
 
     def on_trial_remove(self, controller: Any, trial: Trial) -> None:
-        """It was ended while it waited."""
+        """A trial was ended while it was paused."""
 
     def choose_trial_to_run(self, controller: Any) -> Trial | None:
-        """A paused trial that should go on."""
+        """A paused trial that should resume; None if there is none."""
 
 
 class BundleView:
-    """Tune's controller as one bundle's rule sees it: only its trials."""
+    """Tune's controller restricted to one bundle's trials, as its rule sees it."""
 
     def __init__(self, controller: Any, trials: Callable[[], list[Trial]]) -> None:
         self._controller, self._mine = controller, trials
@@ -48,7 +48,7 @@ class BundleView:
 
 
 class Fifo:
-    """Every trial runs to its end."""
+    """Runs every trial to its end."""
 
     def on_trial_add(self, controller: Any, trial: Trial) -> None:
         pass
@@ -67,7 +67,7 @@ class Fifo:
 
 
 class Median(Fifo):
-    """Tune's median rule, which learns again what trials before a restart had reported."""
+    """Tune's median stopping rule, with reports from before a restart replayed."""
 
     def __init__(self, rule: MedianStoppingRule, metric: str, events: list[Event]) -> None:
         self._rule = rule
@@ -78,7 +78,7 @@ class Median(Fifo):
                 self._earlier.setdefault(event.trial_id, []).append(result)
 
     def on_trial_add(self, controller: Any, trial: Trial) -> None:
-        # Asked about a result, the rule may want to stop; told of an end, it only takes note.
+        # `on_trial_result` might decide to stop the trial; `on_trial_complete` only records the result.
         for result in self._earlier.pop(trial.trial_id, []):
             self._rule.on_trial_complete(controller, trial, result)
 
@@ -90,10 +90,10 @@ class Median(Fifo):
 
 
 class HyperBand(HyperBandForBOHB):
-    """Tune's HyperBand. Brackets that the search left half filled are halved only when nothing else can be done."""
+    """Tune's HyperBand. Partly filled brackets are halved only when the search has ended and no trial can run."""
 
     def choose_trial_to_run(self, tune_controller: Any, allow_recurse: bool = True) -> Trial | None:
-        """A trial of a bracket that has been halved."""
+        """A paused trial of a bracket that has been halved."""
         for band in self._hyperbands:
             for bracket in band:
                 for trial in bracket.current_trials() if bracket is not None else ():
@@ -102,7 +102,7 @@ class HyperBand(HyperBandForBOHB):
         return None
 
     def halve_unfilled(self, controller: Any) -> None:
-        """No more trials will fill the brackets."""
+        """Halve all brackets, because no more trials will fill them."""
         for band in self._hyperbands:
             for bracket in band:
                 if bracket is not None and bracket.current_trials():

@@ -1,8 +1,7 @@
-"""Which trial trains next, goes on, pauses or ends: Tune's view of the sweep, one rule for every bundle.
+"""The Ray Tune scheduler: decides which trial starts, continues, pauses or ends, with one pruning rule per bundle.
 
-Two faces of one thing: Tune asks a search algorithm for trials and a scheduler for decisions. Both are rebuilt from the
-journal when a sweep is continued; of Tune's own snapshots, which leave schedulers out (ray-project/ray#30838), none is
-used.
+Tune asks a search algorithm (`search.algorithm`) for trials and this scheduler for decisions. Both are rebuilt from the
+journal when a sweep is continued. Tune's own snapshots, which omit schedulers (ray-project/ray#30838), are not used.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _BUDGET_SPENT = "the sweep's budget is spent"
 
 
 class SweepScheduler(FIFOScheduler):
-    """Tune's scheduler: gives turns, within the slots there are, and asks each bundle's rule."""
+    """Starts, pauses and stops trials within the free slots; one pruning rule per bundle."""
 
     def __init__(
         self,
@@ -40,36 +39,36 @@ class SweepScheduler(FIFOScheduler):
         broker: Any,
         slots: int,
         lookahead: int,
-        gives_up: Callable[[TrialState, SweepState], str | None] | None,
+        reason_to_stop: Callable[[TrialState, SweepState], str | None] | None,
         events: list[Event],
     ) -> None:
-        """Take up a sweep.
+        """Start or continue a sweep.
 
         Args:
-            proposals: what comes next; its history is kept up to date here.
-            broker: handle of the sweep's broker.
-            slots: trials that can train at once.
-            lookahead: trials given to drivers beyond that, so that groups find their next one waiting.
-            gives_up: the searcher's reason to end a trial, if it has a say in that.
+            proposals: the trials to come; its history is kept up to date here.
+            broker: actor handle of the sweep's broker.
+            slots: number of trials that can train at once.
+            lookahead: trials started beyond that, so that groups find their next trial queued.
+            reason_to_stop: gives the searcher's reason to end a trial; None for searchers that stop none.
             events: the journal so far.
         """
         super().__init__()
-        self.proposals, self._broker, self._gives_up = proposals, broker, gives_up
+        self.proposals, self._broker, self._reason_to_stop = proposals, broker, reason_to_stop
         self._sweep = proposals.sweep
         self._slots, self._lookahead = slots, lookahead
         self._rules: dict[str, PruningRule] = {}
         self._trials: dict[str, Trial] = {}
         self._live: dict[str, Trial] = {}
         self._ready: dict[str, Trial] = {}
-        """Trials that may start at any time: fresh ones, and those that a restart found in training."""
+        """Trials that may start at any time: new ones, and those that were in training before a restart."""
         self._events = events
-        self.unwanted: set[str] = set()
-        """Trials that the user has stopped. Another thread adds to it, once the broker knows."""
+        self.stopped_by_user: set[str] = set()
+        """Ids of trials that the user has stopped. The event pump's thread adds to it after telling the broker."""
         self.is_running = False
         """Whether Tune's loop has begun."""
 
     def __reduce__(self) -> Any:
-        # Tune pickles its settings at the start. Nothing is ever read from there.
+        # Tune pickles its settings at the start but never reads them back here.
         return (FIFOScheduler, ())
 
     @property
@@ -77,11 +76,11 @@ class SweepScheduler(FIFOScheduler):
         return self.proposals.history
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Metric and mode are the sweep's."""
+        """Ignore Tune's settings: metric and mode come from the sweep's config."""
         return True
 
     def resize(self, slots: int) -> None:
-        """So many trials can train at once from now on. Called by another thread."""
+        """Change the number of trials that can train at once. Called by the event pump's thread."""
         self._slots = slots
 
     # ---- proposals
@@ -89,10 +88,10 @@ class SweepScheduler(FIFOScheduler):
     def wants_trial(self) -> bool:
         """Whether another trial should be proposed now."""
         if self._is_population:
-            return True  # it is compared as a whole
+            return True  # a population starts as a whole
         waiting = len(self._ready)
         if self._sweep.is_model_based:
-            # A proposal is the better the more is known: only where a slot would be empty.
+            # Proposals improve with more results, so propose only if a slot would be empty.
             return waiting == 0 and self._num_active() < self._slots and self._promotion() is None
         return waiting == 0 and self._num_active() < self._slots + self._lookahead
 
@@ -101,7 +100,7 @@ class SweepScheduler(FIFOScheduler):
         return isinstance(self._sweep.scheduler, PbtConfig | Pb2Config)
 
     def add_known(self, trial_id: str, params: dict[str, Any], known: TrialState) -> None:
-        """Take over a result instead of training: it is submitted and finished at once."""
+        """Use a known result instead of training: the trial is submitted and finished at once."""
         bundle = self._sweep.bundle_of(params)
         step, metrics = known.evaluated_step, known.last_metrics
         ray.get(self._broker.adopt.remote(trial_id, params, bundle, step, metrics, known.reused_from))
@@ -117,10 +116,10 @@ class SweepScheduler(FIFOScheduler):
             )
         )
 
-    # ---- what Tune tells
+    # ---- callbacks of Tune
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """A proposal has become a trial, or its driver is started again."""
+        """A proposal became a Tune trial, or its driver was restarted."""
         history = self._history.trials[trial.trial_id]
         is_new = trial.trial_id not in self._trials
         self._trials[trial.trial_id] = self._live[trial.trial_id] = trial
@@ -128,24 +127,24 @@ class SweepScheduler(FIFOScheduler):
         if history.purpose == "search":
             rule = self._rule_of(trial)
             rule.on_trial_add(self._view(tune_controller, trial), trial)
-        # Rungs and populations know from the journal who waits. HyperBand's brackets begin anew: all go on to the next
-        # evaluation, and are compared there.
+        # Rungs and populations restore paused trials from the journal. HyperBand's brackets start empty: all trials run
+        # to their next evaluation and are compared there.
         if is_new and (not history.paused or isinstance(rule, HyperBand)):
             self._ready[trial.trial_id] = trial
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Continue, pause or stop."""
+        """Decide on an evaluation: continue, pause or stop."""
         report = json.loads(result["report"])
         history = self._history.trials[trial.trial_id]
         is_repeated = report["step"] <= history.evaluated_step
-        self._note(trial, report)
+        self._record(trial, report)
         if report["max_steps"] is not None and report["step"] >= report["max_steps"]:
-            return str(Decision.CONTINUE)  # its end is on its way
+            return str(Decision.CONTINUE)  # the report of its end follows
         if self.proposals.over_budget(planned=False):
             return self._stop(trial, _BUDGET_SPENT)
         if history.purpose == "confirm" or is_repeated:
             return str(Decision.CONTINUE)
-        if self._gives_up is not None and (why := self._gives_up(history, self._history)) is not None:
+        if self._reason_to_stop is not None and (why := self._reason_to_stop(history, self._history)) is not None:
             return self._stop(trial, why)
         decision = self._rule_of(trial).on_trial_result(self._view(tune_controller, trial), trial, result)
         if decision in (Decision.PAUSE, Decision.NOOP):
@@ -154,27 +153,27 @@ class SweepScheduler(FIFOScheduler):
         return str(decision)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """The trial has ended by itself, or was stopped while it trained."""
+        """A trial ended by itself, or was stopped while it trained."""
         report = json.loads(result["report"])
-        self._note(trial, report)
+        self._record(trial, report)
         self._end(trial, Status(report["status"] or Status.STOPPED_EARLY), report["seconds"])
         if self._history.trials[trial.trial_id].purpose == "search":
             self._rule_of(trial).on_trial_complete(self._view(tune_controller, trial), trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """The trial was ended while it waited."""
+        """A trial was ended while it was paused."""
         history = self._history.trials[trial.trial_id]
         self._end(trial, Status.STOPPED_EARLY, history.clock_seconds)
         if history.purpose == "search":
             self._rule_of(trial).on_trial_remove(self._view(tune_controller, trial), trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Its driver failed; Tune starts another, and calls `on_trial_add`."""
+        """Do nothing: Tune restarts the failed driver and calls `on_trial_add`."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The next to take a free slot."""
+        """The next trial for a free slot; None if there is none."""
         self.is_running = True
-        self._end_unwanted(tune_controller)
+        self._end_stopped_by_user(tune_controller)
         self._stop_eliminated(tune_controller)
         if self._num_active() >= self._slots + self._lookahead:
             return None
@@ -192,7 +191,7 @@ class SweepScheduler(FIFOScheduler):
                     rule.halve_unfilled(self._view_of_rule(tune_controller, rule))
         chosen = promoted or fresh if self._sweep.is_model_based else fresh or promoted
         if chosen is None and not self._num_active():
-            # The searcher waits for results, and there will be none unless somebody goes on.
+            # The searcher waits for results, which need a trial to continue.
             last = (rule.last_promotion() for rule in self._rules.values() if isinstance(rule, Asha))
             chosen = next((trial for trial in last if trial is not None), None)
         return None if chosen is None else self._begin(chosen)
@@ -200,7 +199,7 @@ class SweepScheduler(FIFOScheduler):
     # ---- inside
 
     def _stop(self, trial: Trial, reason: str) -> str:
-        """Tell the broker why, before it hears from Tune that the trial ends."""
+        """Give the broker the reason before Tune ends the trial."""
         ray.get(self._broker.stop.remote(trial.trial_id, reason))
         return str(Decision.STOP)
 
@@ -211,8 +210,8 @@ class SweepScheduler(FIFOScheduler):
             rule.begin(trial)
         return trial
 
-    def _note(self, trial: Trial, report: dict[str, Any]) -> None:
-        """Into the history, as the journal has it."""
+    def _record(self, trial: Trial, report: dict[str, Any]) -> None:
+        """Apply a report to the history, as the journal does."""
         history = self._history.trials[trial.trial_id]
         history.max_steps, history.devices = report["max_steps"], report["devices"]
         if report["step"] > history.evaluated_step and report["metrics"]:
@@ -225,9 +224,9 @@ class SweepScheduler(FIFOScheduler):
         self._ready.pop(trial.trial_id, None)
         self._live.pop(trial.trial_id, None)
 
-    def _end_unwanted(self, controller: Any) -> None:
-        """Those that train hear of their end from the broker; those that wait would be chosen once more before."""
-        for trial_id in list(self.unwanted):
+    def _end_stopped_by_user(self, controller: Any) -> None:
+        """End paused trials that the user stopped, before they are chosen again; the broker ends those in training."""
+        for trial_id in list(self.stopped_by_user):
             if (trial := self._live.get(trial_id)) is not None and trial.status == Trial.PAUSED:
                 controller.stop_trial(trial)
 
@@ -250,7 +249,7 @@ class SweepScheduler(FIFOScheduler):
         return None
 
     def _more_to_come(self) -> bool:
-        """Whether there are fresh trials, proposed or not, to be tried before others are promoted."""
+        """Whether new trials, proposed or not, are still to start before others are promoted."""
         return bool(self._ready) or not self.proposals.search_is_over
 
     def _num_active(self) -> int:
@@ -293,7 +292,7 @@ class SweepScheduler(FIFOScheduler):
                 )
                 return Median(rule, sweep.metric, earlier)
             case HyperBandConfig():
-                # Tune's variant for BOHB waits until a bracket is filled; the plain one halves what is there.
+                # Tune's variant for BOHB waits until a bracket is full; the plain one halves partly filled brackets.
                 return HyperBand(
                     time_attr="evaluation",
                     **known,
@@ -313,9 +312,9 @@ class SweepScheduler(FIFOScheduler):
         return {t.trial_id: t for t in self._history.trials.values() if t.bundle == bundle and t.metrics}
 
     def _exploited(self, trial: Trial, donor: Trial) -> None:
-        """Tune has decided that a trial goes on from another's state, with the settings now in its config."""
+        """Fork a trial: Tune lets it continue from the donor's state with the settings now in its config."""
         params = plain(trial.config)
         step = ray.get(self._broker.fork.remote(trial.trial_id, donor.trial_id, params))
         self._history.apply(Forked(trial_id=trial.trial_id, donor=donor.trial_id, step=step, params=params))
         self._history.trials[trial.trial_id].status = Status.PAUSED
-        _log.info("trial %s goes on from %s: %s", trial.trial_id, donor.trial_id, describe(params))
+        _log.info("trial %s continues from a copy of %s: %s", trial.trial_id, donor.trial_id, describe(params))

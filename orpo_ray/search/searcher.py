@@ -1,4 +1,4 @@
-"""What a searcher is: the source of a sweep's proposals."""
+"""The interface of searchers, which propose a sweep's settings."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ class SearcherError(UserError, RuntimeError):
 
 
 class Searcher(Protocol):
-    """What a searcher is asked."""
+    """Proposes the settings of the search's trials."""
 
     def propose(self, index: int, history: SweepState) -> dict[str, Any] | None:
-        """Params of the search's next trial, or None: wait for results.
+        """Params (axis -> value) of the search's next trial; None: wait for results.
 
         Args:
-            index: its number, from 0; `history.trial_id_of` makes its id of it.
-            history: all trials so far, and those of a warm start.
+            index: its number, from 0; `trial_id_of` converts it to the trial's id.
+            history: all trials so far, including those of a warm start.
 
         Raises:
-            Exhausted: there is nothing left to propose.
+            Exhausted: nothing is left to propose.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A bundle, as a search over sizes needs it."""
+    """Model size and worker count of a bundle, for budgets and searches over sizes."""
 
     parameters: int
     devices: int
-    """Workers of a trial."""
+    """Number of workers of a trial."""
 
 
 def trial_id_of(index: int) -> str:
-    """Id of the search's trial of this number, from 0."""
+    """Trial id of the search's trial with this number, counted from 0."""
     return f"{index:05d}"

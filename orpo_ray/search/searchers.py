@@ -1,7 +1,8 @@
-"""Where proposals come from: each source names the next setting, given what the trials so far have shown.
+"""The searchers: each proposes the next setting, given the results of the trials so far.
 
-Sources are functions of the sweep's seed, the number of the proposal and the history, so that a sweep that was killed
-goes on as if it had not been. Optuna alone keeps a state of its own, in a file that survives kills as the journal does.
+Searchers are functions of the sweep's seed, the number of the proposal and the history, so that a killed sweep
+continues as if it had not been killed. Only Optuna keeps state of its own, in a file that survives kills as the journal
+does.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 OPTUNA_FILE = "optuna.journal"
 _MAX_REPEATS = 50
-"""Proposals in a row that were tried before, until a space of discrete axes counts as exhausted."""
+"""After this many repeated proposals in a row, a space of discrete axes counts as exhausted."""
 
 
 def build(sweep: SweepConfig, run_dir: Path, sizes: dict[str, Size], max_steps: int | None) -> Searcher:
-    """The source that `sweep.searcher` names.
+    """The searcher that `sweep.searcher` names.
 
     Args:
         sweep: with its searcher.
         run_dir: where Optuna keeps its study.
-        sizes: by bundle label; only searcher ladder looks at them.
-        max_steps: of a whole trial; searcher ladder needs it.
+        sizes: bundle label -> size; used only by searcher ladder.
+        max_steps: of a whole trial; required by searcher ladder.
 
     Raises:
         MissingExtraError: its library is not installed.
         SearcherError: the ladder's trials have no length in steps.
-        ValueError: all of a ladder's bundles are of one size.
+        LadderError: all of a ladder's bundles have the same size.
     """
     match sweep.searcher:
         case RandomConfig():
@@ -60,17 +61,17 @@ def build(sweep: SweepConfig, run_dir: Path, sizes: dict[str, Size], max_steps: 
             parameters = {label: size.parameters for label, size in sizes.items()}
             devices = {label: size.devices for label, size in sizes.items()}
             if max_steps is None:
-                raise SearcherError("searcher ladder plans its budget by the trials' length: give train.max_steps")
+                raise SearcherError("searcher ladder plans its budget by the length of trials: set train.max_steps")
             return Ladder(sweep, parameters, devices, max_steps)
 
 
 def key(params: dict[str, Any]) -> str:
-    """Equal for equal settings."""
+    """Canonical text of the params: equal for equal settings."""
     return json.dumps(params, sort_keys=True, default=str)
 
 
 def draw(axis: Axis, rng: np.random.Generator) -> Any:
-    """One value of an axis."""
+    """A random value of an axis."""
     match axis:
         case Uniform():
             return float(rng.uniform(axis.low, axis.high))
@@ -82,10 +83,10 @@ def draw(axis: Axis, rng: np.random.Generator) -> Any:
 
 
 class RandomSearcher:
-    """The grid's cells in turn, everything else drawn at random."""
+    """Cycles through the grid's cells and draws all other axes at random."""
 
     def __init__(self, sweep: SweepConfig) -> None:
-        """For `sweep.num_trials` proposals."""
+        """Prepare `sweep.num_trials` proposals."""
         self._sweep = sweep
         self._cells = grid_cells(sweep.space)
         self._sampled = {n: axis for n, axis in sweep.space.items() if not isinstance(axis, Grid | Bundle)}
@@ -101,10 +102,10 @@ class RandomSearcher:
 
 
 class OptunaSearcher:
-    """Ask and tell of an Optuna study, kept in Optuna's own journal file."""
+    """Ask-and-tell interface to an Optuna study, kept in Optuna's own journal file."""
 
     def __init__(self, sweep: SweepConfig, path: Path) -> None:
-        """Open the study in `path`, or begin it."""
+        """Open the study in `path`, or create it."""
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -114,7 +115,7 @@ class OptunaSearcher:
         self._sweep, self._searcher = sweep, sweep.searcher
         self._metrics = sweep.searcher.objectives or (sweep.metric,)
         self._distributions = to_optuna(sweep.space)
-        # An open-file lock dies with its owner; the default one, a link, would stay after a kill.
+        # An open-file lock is released when its owner dies; the default lock, a link, would survive a kill.
         backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
         self._study = optuna.create_study(
             storage=JournalStorage(backend),
@@ -130,7 +131,7 @@ class OptunaSearcher:
 
         if index >= self._sweep.num_samples:
             raise Exhausted(f"all {self._sweep.num_samples} trials have been proposed")
-        self._tell(history)
+        self._update_study(history)
         tried = {key(trial.params): trial for trial in history.trials.values()}
         for _ in range(_MAX_REPEATS):
             trial = self._study.ask(self._distributions)
@@ -146,8 +147,8 @@ class OptunaSearcher:
                 self._study.tell(trial, values)
         raise Exhausted(f"{_MAX_REPEATS} proposals in a row had been tried before: the space seems exhausted")
 
-    def _tell(self, history: SweepState) -> None:
-        """Bring the study up to date: what ended, what a warm start brings, what a crash lost."""
+    def _update_study(self, history: SweepState) -> None:
+        """Bring the study up to date: trials that ended, trials of a warm start, and trials lost in a crash."""
         import optuna
         from optuna.trial import TrialState
 
@@ -161,11 +162,11 @@ class OptunaSearcher:
             if ours is None:
                 self._study.tell(
                     frozen.number, state=TrialState.FAIL
-                )  # asked, but a crash came before it was submitted
+                )  # a crash came before the proposed trial was submitted
             elif ours.status.has_ended:
-                self._tell_end(frozen, ours, history)
+                self._tell_result(frozen, ours, history)
         for trial_id, ours in history.trials.items():
-            # Of a warm start, or of a sweep that was begun by an earlier version.
+            # Trials of a warm start, or of a sweep started by an earlier version.
             if trial_id in known or not ours.status.has_ended or (values := self._values(ours, history)) is None:
                 continue
             if ours.purpose != "search" or set(self._distributions) - set(ours.params):
@@ -179,7 +180,7 @@ class OptunaSearcher:
                 )
             )
 
-    def _tell_end(self, frozen: Any, ours: TrialState, history: SweepState) -> None:
+    def _tell_result(self, frozen: Any, ours: TrialState, history: SweepState) -> None:
         import optuna
         from optuna.trial import TrialState
 
@@ -193,7 +194,7 @@ class OptunaSearcher:
             self._study.tell(frozen.number, values)
 
     def _values(self, trial: TrialState, history: SweepState) -> list[float] | None:
-        """One value per objective; of a diverged trial the worst that any trial had; None where there is none."""
+        """One value per objective, for a diverged trial the worst of any trial; None if a value is missing."""
         values = [trial.value(metric) for metric in self._metrics]
         if trial.status is Status.DIVERGED:
             values = [worst(metric, history) for metric in self._metrics]
@@ -206,7 +207,7 @@ class OptunaSearcher:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             match self._searcher.sampler:
                 case "tpe":
-                    # Trials in training, or paused at a rung, count as not good, so that no two workers do the same.
+                    # With `constant_liar`, pending trials count as bad, so that no two workers try similar settings.
                     return optuna.samplers.TPESampler(
                         seed=seed, n_startup_trials=self._searcher.startup_trials, constant_liar=True
                     )
@@ -225,7 +226,7 @@ class OptunaSearcher:
 
 
 class HyperOptSearcher:
-    """HyperOpt's TPE over a table of results that is made anew for each proposal."""
+    """HyperOpt's TPE, over a table of results that is rebuilt for each proposal."""
 
     def __init__(self, sweep: SweepConfig) -> None:
         """For `sweep.num_samples` proposals.
@@ -276,7 +277,7 @@ class HyperOptSearcher:
         table.refresh()
         tried = {key(trial.params) for trial in history.trials.values()}
         for attempt in range(_MAX_REPEATS):
-            # A seed that nothing but the proposal's number decides: a restart asks the same question.
+            # The seed depends only on the proposal's number, so that a restart proposes the same.
             seed = int(np.random.default_rng([self._sweep.seed, index, attempt]).integers(2**31))
             (document,) = hyperopt.tpe.suggest([len(observed)], self._domain, table, seed, n_startup_jobs=self._startup)
             values = document["misc"]["vals"]
@@ -295,7 +296,7 @@ class HyperOptSearcher:
 
 
 def observations(sweep: SweepConfig, history: SweepState) -> Iterable[tuple[dict[str, Any], float]]:
-    """(params, metric) of what ended, a diverged trial with the worst metric that any had."""
+    """(params, metric) of each ended trial; a diverged one gets the worst metric of any trial."""
     for trial in history.trials.values():
         if not trial.status.has_ended or trial.purpose != "search" or set(sweep.space) - set(trial.params):
             continue
@@ -305,7 +306,7 @@ def observations(sweep: SweepConfig, history: SweepState) -> Iterable[tuple[dict
 
 
 def worst(metric: str, history: SweepState) -> float | None:
-    """The worst last value of any trial that did not get lost; None while there is none."""
+    """The worst final value of trials that neither failed nor diverged; None if there is none."""
     values = [v for t in history.trials.values() if not t.status.is_lost and (v := t.value(metric)) is not None]
     if not values:
         return None

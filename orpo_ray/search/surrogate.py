@@ -1,12 +1,12 @@
-"""What to expect of settings at model sizes and steps not tried yet: a Gaussian process, and what a trial would tell.
+"""Gaussian process over settings, model sizes and steps, and the information that a further trial would give.
 
 Rasmussen and Williams 2006, chapter 2 (posterior) and 5 (marginal likelihood). With u = x + a·size + b·step, so that
 the best setting may drift with size and over training, the covariance of two evaluations is
 
     base² · M(size, step) + effect² · exp(κ·step + κ·step') · M(u, size, step) + trial² · [same trial] + noise² · [same]
 
-M is Matérn 5/2 with a length scale per coordinate. The first term is how good models of this size are at this step at
-all; the second is what the setting does, and its length scale over size says how much of it sizes have in common. The
+M is Matérn 5/2 with a length scale per coordinate. The first term is the general level of models of this size at this
+step; the second is the effect of the setting, and its length scale over size measures how similar sizes are. The
 hyperparameters are the most probable ones under broad log-normal priors. No Ray, no torch.
 
 Shape suffixes: N and M evaluations, D axes, H hyperparameters.
@@ -27,17 +27,17 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 _SIZE_UNIT = math.log(4.0)
 """Sizes of a ladder are often a factor of four apart: that is one unit of the size coordinate."""
 _MAX_FIT = 110
-"""Evaluations that the hyperparameters are fitted to; the posterior takes all."""
+"""Number of evaluations used to fit the hyperparameters; the posterior uses all."""
 _MAX_ITERATIONS = 25
 _BASE_SCALES = (6.0, 4.0)
-"""Length scales of the first term: what a size can reach at a step changes slowly."""
+"""Length scales of the first term, over size and step: the general level changes slowly."""
 _JITTER = 1e-6
 _SQRT5 = math.sqrt(5.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where evaluations were, or would be, made."""
+    """Points at which evaluations were, or could be, made."""
 
     x_ND: Array
     """Axes, each scaled to [0, 1]."""
@@ -46,7 +46,7 @@ class Places:
     step_N: Array
     """See `step_coordinate`."""
     trial_N: np.ndarray[Any, np.dtype[np.int64]]
-    """Number of the trial; its evaluations share a deviation."""
+    """Number of the trial; evaluations of a trial share a deviation."""
 
     def __len__(self) -> int:
         return len(self.size_N)
@@ -76,7 +76,7 @@ def step_coordinate(step: int, max_steps: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Prior:
-    """Of one hyperparameter; those that must be positive are kept as logarithms."""
+    """Prior and bounds of one hyperparameter, on a log scale for positive ones."""
 
     mean: float
     std: float
@@ -104,7 +104,7 @@ def _priors(num_axes: int) -> list[_Prior]:
 
 @dataclass(frozen=True, slots=True)
 class _Hyper:
-    """The vector θ_H taken apart."""
+    """Named parts of the hyperparameter vector θ_H."""
 
     length_D: Array
     drift_D: Array
@@ -137,14 +137,14 @@ class _Hyper:
 
 
 def _matern(r2: Array) -> tuple[Array, Array]:
-    """Matérn 5/2 of squared scaled distances, and its derivative by them."""
+    """Matérn 5/2 of squared scaled distances, and its derivative with respect to them."""
     root = _SQRT5 * np.sqrt(r2)
     decay = np.exp(-root)
     return (1.0 + root + root * root / 3.0) * decay, (-5.0 / 6.0) * (1.0 + root) * decay
 
 
 def _effect_coordinates(hyper: _Hyper, places: Places) -> Array:
-    """Axes moved by size and step, then size and step, each over its length scale."""
+    """Axes shifted by size and step, then size and step, each divided by its length scale."""
     moved = places.x_ND + np.outer(places.size_N, hyper.drift_D) + np.outer(places.step_N, hyper.early_D)
     size_and_step = np.column_stack([places.size_N / hyper.size, places.step_N / hyper.step])
     return np.concatenate([moved / hyper.length_D, size_and_step], axis=1)
@@ -161,7 +161,7 @@ def _squared(left_NC: Array, right_MC: Array) -> Array:
 
 
 def _covariance(hyper: _Hyper, left: Places, right: Places) -> Array:
-    """Of two evaluations' expectations over seeds [N, M]: the first two terms."""
+    """Covariance [N, M] of the expectations over seeds: the first two terms."""
     effect = _matern(_squared(_effect_coordinates(hyper, left), _effect_coordinates(hyper, right)))[0]
     growth = np.outer(np.exp(hyper.kappa * left.step_N), np.exp(hyper.kappa * right.step_N))
     base = _matern(_squared(_base_coordinates(left), _base_coordinates(right)))[0]
@@ -219,7 +219,7 @@ class _Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Posterior of the expectations over seeds at some places."""
+    """Posterior of the expectations over seeds at M places."""
 
     mean_M: Array
     std_M: Array
@@ -230,7 +230,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """A fitted process. Values are as given; higher is better."""
+    """A fitted Gaussian process, in the units of the given values; higher is better."""
 
     _hyper: _Hyper
     _places: Places
@@ -242,11 +242,11 @@ class Surrogate:
 
     @classmethod
     def fit(cls, places: Places, value_N: Array) -> Surrogate:
-        """Find the hyperparameters, on at most the last 110 evaluations, and condition on all of them.
+        """Fit the hyperparameters to at most the last 110 evaluations, and condition on all of them.
 
         Args:
-            places: where.
-            value_N: what was measured; higher is better. Extremes should have been cut (see `winsorised`).
+            places: of the evaluations.
+            value_N: measured values; higher is better. Extremes should have been cut (see `winsorised`).
 
         Raises:
             ValueError: no evaluations.
@@ -278,9 +278,10 @@ class Surrogate:
         return cls(hyper, places, factor, alpha, shift, scale)
 
     def with_pending(self, places: Places) -> Surrogate:
-        """As if the expected value had been measured there: expectations stay, uncertainty shrinks.
+        """The process as if the expected values had been measured there: expectations stay, uncertainty shrinks.
 
-        A known trial's number makes it another evaluation of that trial. (Kriging believer, Ginsbourger et al. 2010.)
+        A place with a known trial's number counts as another evaluation of that trial. (Kriging believer, Ginsbourger
+        et al. 2010.)
         """
         if not len(places):
             return self
@@ -293,7 +294,7 @@ class Surrogate:
         return self._factor @ (self._factor.T @ self._alpha)
 
     def at(self, places: Places) -> Expected:
-        """The posterior of the expectations over seeds there."""
+        """The posterior of the expectations over seeds at these places."""
         cross = _covariance(self._hyper, self._places, places)
         solved = solve_triangular(self._factor, cross, lower=True, check_finite=False)
         prior = self._hyper.effect**2 * np.exp(2 * self._hyper.kappa * places.step_N) + self._hyper.base**2
@@ -326,21 +327,21 @@ class Surrogate:
         return self._scale * math.hypot(self._hyper.trial, self._hyper.noise)
 
     def correlation_over_size(self, units: float) -> float:
-        """How much of a setting's effect two sizes have in common that are so many factors of four apart; 1 is all."""
+        """Correlation of a setting's effect at two sizes that are `units` factors of four apart."""
         return float(_matern(np.array([(units / self._hyper.size) ** 2]))[0][0])
 
 
 def winsorised(value_N: Array) -> Array:
-    """Values with a cut low tail, so that a few collapsed settings do not decide the scale. Higher is better.
+    """Values with the low tail cut, so that a few collapsed settings do not set the scale. Higher is better.
 
-    Nothing may lie further below the median than three times what the best lies above it.
+    No value lies further below the median than three times the distance of the best above it.
     """
     median, best = float(np.median(value_N)), float(np.max(value_N))
     return np.maximum(value_N, median - 3.0 * max(best - median, 1e-12))
 
 
 def _information_table() -> tuple[Array, Array, Array]:
-    """Nats that a standard normal y tells about a bound γ on a standard normal f of correlation ρ with it."""
+    """Table [R, G] of the mutual information in nats of y and f <= γ, for standard normal y, f with correlation ρ."""
     from scipy.stats import norm
 
     rho_R, gamma_G = np.linspace(0.0, 0.995, 50), np.linspace(-4.0, 8.0, 61)

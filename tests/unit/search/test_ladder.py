@@ -247,31 +247,33 @@ def test_a_small_model_ahead_at_equal_step_is_no_reason_to_stop_a_large_one() ->
     history = SweepState()
     curves(history, "1m", [0.80, 0.81, 0.82, 0.83, 0.84, 0.85])
     large = add(history, "16m", {10: 0.43}, status=None)
-    assert ladder().gives_up(history.trials[large], history) is None
+    assert ladder().reason_to_stop(history.trials[large], history) is None
     curves(history, "16m", [0.60, 0.61, 0.62, 0.63])
-    assert ladder().gives_up(history.trials[large], history) is None, "0.43 + 0.2 is as good as its own size's best"
+    assert ladder().reason_to_stop(history.trials[large], history) is None, (
+        "0.43 + 0.2 is as good as its own size's best"
+    )
 
 
 def test_a_large_trial_far_behind_its_own_size_is_stopped_whatever_small_ones_did() -> None:
     history = SweepState()
     curves(history, "16m", [0.80, 0.81, 0.82, 0.83])
     large = add(history, "16m", {10: 0.40}, status=None)
-    reason = ladder().gives_up(history.trials[large], history)
+    reason = ladder().reason_to_stop(history.trials[large], history)
     assert reason is not None
     assert "by the curves of 4 finished trials of 16m" in reason
     curves(history, "1m", [0.5, 0.9, 0.1, 0.99])
-    assert ladder().gives_up(history.trials[large], history) == reason
+    assert ladder().reason_to_stop(history.trials[large], history) == reason
 
 
 def test_too_few_curves_stop_nobody_and_finalists_are_never_stopped() -> None:
     history = SweepState()
     curves(history, "16m", [0.80, 0.81])
     large = add(history, "16m", {10: 0.40}, status=None)
-    assert ladder().gives_up(history.trials[large], history) is None
+    assert ladder().reason_to_stop(history.trials[large], history) is None
     curves(history, "16m", [0.82, 0.83])
-    assert ladder().gives_up(history.trials[large], history) is not None
+    assert ladder().reason_to_stop(history.trials[large], history) is not None
     history.trials[large].purpose = "confirm"
-    assert ladder().gives_up(history.trials[large], history) is None
+    assert ladder().reason_to_stop(history.trials[large], history) is None
 
 
 # ---- expectations -------------------------------------------------------------------------------------------------
