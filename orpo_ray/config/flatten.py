@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orpo_ray.config.experiment import ExperimentConfig
@@ -66,3 +68,24 @@ def parent_params(config: ExperimentConfig) -> dict[str, str]:
 def as_text(value: Any) -> str:
     """A parameter's value as MLflow stores it: a string as it is, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def override_text(value: Any) -> str:
+    """A setting's value as an override on the command line spells it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def train_command(
+    file: str, name: str, trial_id: str, settings: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> str:
+    """The command that trains one trial of a sweep alone, under a name of its own.
+
+    Args:
+        file: the sweep's experiment file.
+        name: the sweep's.
+        trial_id: the trial's.
+        settings: config path -> value, from `ExperimentConfig.settings`.
+        overrides: `key.path=value` that the sweep was started with.
+    """
+    given = [f"{path}={override_text(value)}" for path, value in settings.items()]
+    return shlex.join(["orpo-ray", "train", file, *overrides, f"name={name[:80]}-{trial_id}", *given])

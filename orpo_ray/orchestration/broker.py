@@ -85,16 +85,7 @@ class Broker:
             return
         self._book.record(Submitted(trial_id=trial_id, params=params, bundle=bundle))
         self._book.record(Evaluated(trial_id=trial_id, step=step, metrics=metrics))
-        self._book.end(
-            Finished(
-                trial_id=trial_id,
-                status=Status.FINISHED,
-                steps=step,
-                metrics=metrics,
-                train_seconds=0.0,
-                reused_from=run_id,
-            )
-        )
+        self._book.end(Finished.reused(trial_id, step, metrics, run_id))
 
     async def pause(self, trial_id: str) -> None:
         """Pause a trial at the evaluation it waits at; it keeps its checkpoint and frees its group."""

@@ -74,7 +74,6 @@ class Outcome:
     results: dict[str, Any]
     """As in results.json."""
     run_dir: Path
-    report_files: list[Path]
     tracking_uri: str
     undelivered: int
     """Events that MLflow did not take in time; the same command delivers them."""
@@ -271,7 +270,7 @@ def _report(plan: _Plan, tracker: SweepTracker, complete: bool) -> Outcome:
         sync.put(run_dir, remote, *map(str, names))
     tracker.attach([run_dir / RESULTS_FILE, *files])
     undelivered = tracker.close(summary, interrupted=not complete)
-    return Outcome(summary, run_dir, files, tracker.uri, undelivered, interrupted=not complete)
+    return Outcome(summary, run_dir, tracker.uri, undelivered, interrupted=not complete)
 
 
 def _sizes(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, Size]:

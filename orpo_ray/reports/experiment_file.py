@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from orpo_ray.config import ExperimentConfig, as_given
+from orpo_ray.config.flatten import train_command
 from orpo_ray.config.space import describe
 from orpo_ray.provenance import without_password
 from orpo_ray.storage.run_dir import SWEEP_FILE
@@ -56,7 +56,7 @@ def as_yaml(tree: Mapping[str, Any]) -> str:
     return text
 
 
-def train_command(trial: Mapping[str, Any], name: str, file: str, config: Mapping[str, Any] | None) -> str | None:
+def command_of(trial: Mapping[str, Any], name: str, file: str, config: Mapping[str, Any] | None) -> str | None:
     """The command that trains one trial again under a name of its own.
 
     Args:
@@ -77,9 +77,4 @@ def train_command(trial: Mapping[str, Any], name: str, file: str, config: Mappin
             settings |= space[axis]["values"][value]
         elif "." in axis:
             settings[axis] = value
-    settings["name"] = f"{name[:80]}-{trial['trial_id']}"
-    return "orpo-ray train " + shlex.join([file, *(f"{key}={_scalar(value)}" for key, value in settings.items())])
-
-
-def _scalar(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return train_command(file, name, trial["trial_id"], settings)

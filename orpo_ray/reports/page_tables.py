@@ -8,7 +8,7 @@ from typing import Any
 
 from orpo_ray.config.space import describe
 from orpo_ray.formatting import duration, status_text
-from orpo_ray.reports.experiment_file import EXPERIMENT_FILE, train_command
+from orpo_ray.reports.experiment_file import EXPERIMENT_FILE, command_of
 from orpo_ray.reports.report_data import ReportData, best_trial, count_statuses, ranked
 from orpo_ray.results.frames import LAMBDA, LR, varied_axes
 
@@ -61,7 +61,7 @@ def trial_table(data: ReportData, config: dict[str, Any] | None) -> dict[str, An
                 "status": trial["status"],
                 "best": trial["trial_id"] == best,
                 "cells": cells,
-                "command": train_command(trial, results["name"], str(file) if file.exists() else "FILE", config),
+                "command": command_of(trial, results["name"], str(file) if file.exists() else "FILE", config),
             }
         )
     short = {LAMBDA: "λ", LR: "lr"} | {axis: axis.rsplit(".", 1)[-1] for axis in axes if axis not in (LAMBDA, LR)}

@@ -106,15 +106,7 @@ class SweepScheduler(FIFOScheduler):
         ray.get(self._broker.adopt.remote(trial_id, params, bundle, step, metrics, known.reused_from))
         self._history.apply(Submitted(trial_id=trial_id, params=params, bundle=bundle))
         self._history.apply(Evaluated(trial_id=trial_id, step=step, metrics=metrics))
-        self._history.apply(
-            Finished(
-                trial_id=trial_id,
-                status=Status.FINISHED,
-                steps=step,
-                train_seconds=0.0,
-                reused_from=known.reused_from,
-            )
-        )
+        self._history.apply(Finished.reused(trial_id, step, metrics, known.reused_from))
 
     # ---- callbacks of Tune
 

@@ -196,6 +196,12 @@ class Finished(Event):
     reused_from: str | None = None
     """MLflow run whose result was taken over instead of training."""
 
+    @classmethod
+    def reused(cls, trial_id: str, step: int, metrics: dict[str, float], run_id: str | None) -> Finished:
+        """The end of a trial whose result an earlier MLflow run holds: nothing is trained."""
+        end: dict[str, Any] = {"status": Status.FINISHED, "steps": step, "metrics": metrics, "train_seconds": 0.0}
+        return cls(trial_id=trial_id, **end, reused_from=run_id)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", Status(self.status))  # a line of the journal holds the word
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from orpo_ray.config import METRIC_MODES, ExperimentConfig
+from orpo_ray.config.flatten import override_text, train_command
 from orpo_ray.config.space import describe
 from orpo_ray.formatting import markdown_table, number
 from orpo_ray.storage.events import Finished, Status
@@ -109,7 +109,7 @@ def trial_note(
         parts += _end(end)
     settings = config.settings(dict(params))
     if settings:
-        rows = [[f"`{path}`", f"`{_yaml(value)}`"] for path, value in list(settings.items())[:_MAX_ROWS]]
+        rows = [[f"`{path}`", f"`{override_text(value)}`"] for path, value in list(settings.items())[:_MAX_ROWS]]
         parts.append(markdown_table(["setting", "value"], rows))
     if command is None:
         parts.append("Its settings changed while it trained (`axes/*`), so no single command trains it again.")
@@ -135,9 +135,9 @@ def trial_command(config: ExperimentConfig, trial_id: str, params: Mapping[str, 
         files = [word for word in arguments if "=" not in word and not word.isdecimal()]
         if files:
             file, given = files[0], [word for word in arguments if "=" in word]
-    settings = {path: f"{path}={_yaml(value)}" for path, value in config.settings(dict(params)).items()}
+    settings = config.settings(dict(params))
     kept = [word for word in given if word.partition("=")[0] not in {"name", *settings} and word[:5] != "sweep"]
-    return shlex.join(["orpo-ray", "train", file, *kept, f"name={config.name}-{trial_id}", *settings.values()])
+    return train_command(file, config.name, trial_id, settings, kept)
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -192,8 +192,3 @@ def _has(trial: Mapping[str, Any], metric: str) -> bool:
 
 def _linked(text: str, address: str | None) -> str:
     return text if address is None else f"[{text}]({address})"
-
-
-def _yaml(value: Any) -> str:
-    """As an override spells it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -15,7 +15,7 @@ from orpo_ray.config import ExperimentConfig, SweepConfig
 from orpo_ray.config.flatten import SPEED_ONLY, as_text, settings_of
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
 from orpo_ray.files import read_json, write_atomically
-from orpo_ray.storage.events import Evaluated, Finished, Status
+from orpo_ray.storage.events import Evaluated, Finished
 from orpo_ray.storage.sweep_state import TrialState
 from orpo_ray.tracking.read_runs import search_all_runs
 from orpo_ray.tracking.uri import TrackingError
@@ -130,16 +130,7 @@ def _finished(
     """A trial that an earlier MLflow run trained to its end."""
     trial = TrialState(trial_id, params, bundle, max_steps=step)
     trial.apply(Evaluated(trial_id=trial_id, step=step, metrics=metrics))
-    trial.apply(
-        Finished(
-            trial_id=trial_id,
-            status=Status.FINISHED,
-            steps=step,
-            metrics=metrics,
-            train_seconds=0.0,
-            reused_from=run_id,
-        )
-    )
+    trial.apply(Finished.reused(trial_id, step, metrics, run_id))
     return trial
 
 
