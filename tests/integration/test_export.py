@@ -111,7 +111,7 @@ def _journal(kind: str, record: Record) -> list[dict[str, Any]]:
     common = {"trial_id": kind, "time": now}
     return [
         {"event": "submitted", "params": {"model": kind}, "bundle": kind, "purpose": "search", **common},
-        {"event": "started", "attempt": 1, "step": 0, "max_steps": 2, "facts": record.facts, **common},
+        {"event": "started", "attempt": 1, "group": "g", "step": 0, "max_steps": 2, "facts": record.facts, **common},
         *(
             {"event": "eval", "step": step, "metrics": metrics, "checkpoint": result.checkpoint, **common}
             for step, metrics in record.evals.items()
