@@ -230,7 +230,7 @@ class HyperOptSearcher:
     """HyperOpt's TPE, over a table of results that is rebuilt for each proposal."""
 
     def __init__(self, sweep: SweepConfig) -> None:
-        """For `sweep.num_samples` proposals.
+        """Prepare `sweep.num_samples` proposals.
 
         Raises:
             SearcherError: hyperopt is not installed.
