@@ -38,7 +38,7 @@ def pull(run_dir: Path, remote: Storage) -> None:
         if parts[0] in (journal.FOLDER, "groups", OWNER_FILE) or any(p.startswith(_CHECKPOINT) for p in parts):
             continue
         if any(p in ("", ".", "..") for p in parts):
-            raise StorageError(f"{remote}: an object named {name!r} would be written outside {run_dir}; remove it")
+            raise StorageError(f"{remote}: an object named {name!r} would be written outside of {run_dir}; remove it")
         file = run_dir / name
         if not file.exists() or file.stat().st_size != size or parts[0] == "trials":
             files[name] = file
