@@ -73,7 +73,7 @@ class Capacity:
     growth: tuple[dict[str, float], ...] | None = ()
     """Resources of each node that an autoscaler could add; empty without an autoscaler, None if limits are unknown."""
     most_new_nodes: int = 0
-    """How many of `growth` may exist at once."""
+    """Largest number of nodes of `growth` that it may add."""
 
     @property
     def has_gpus(self) -> bool | None:

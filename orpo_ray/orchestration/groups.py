@@ -23,7 +23,7 @@ _IDLE_GRACE_S = 3.0
 _SNAPSHOT_EVERY_S = 2.0
 """Interval between snapshots of the cluster: nodes come and go."""
 _AFTERMATH_S = 30.0
-"""For this long after a group has ended with an error, resources that its controller left reserved are searched for."""
+"""Time after a group's error in which resources that its controller left reserved are given back."""
 _KILL_TIMEOUT_S = 10.0
 """Time allowed for `fit()` to return after its controller was killed."""
 

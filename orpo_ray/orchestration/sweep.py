@@ -72,7 +72,7 @@ class Outcome:
     """Results of a sweep, and where its files are."""
 
     results: dict[str, Any]
-    """As in results.json."""
+    """Content of results.json."""
     run_dir: Path
     tracking_uri: str
     undelivered: int
@@ -217,7 +217,7 @@ def _start(plan: _Plan, progress: SweepProgress) -> _Parts:
     handle = broker.start(address, plan.folder, sweep.max_failures)
     kinds = set(plan.resources.values())
     manager = GroupManager(handle, address, plan.folder, sweep, kinds, plan.capacity, notify)
-    # Worker processes take seconds to come up; MLflow is opened meanwhile.
+    # Worker processes take seconds to come up, so MLflow is opened in that time.
     tracker = SweepTracker(config, plan.sweep_id, provenance.collect())
     tracker.start()
     found = warm_start.load(config, sweep, tracker.uri, tracker.parent_id) if sweep.warm_start else None

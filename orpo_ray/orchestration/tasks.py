@@ -36,7 +36,7 @@ class Task:
     name: str
     """Name of the file that keeps the result, without suffix."""
     title: str
-    """For the progress bar."""
+    """Label of its progress bar."""
     asked: Any
     """Cache key, as JSON: everything that the result depends on."""
     parts: Callable[..., Iterator[tuple[int, Any]]]

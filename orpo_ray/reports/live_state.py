@@ -1,4 +1,4 @@
-"""A sweep while it runs: its trials, how good they are, how much is left. No Ray."""
+"""State of a running sweep for the live views: its trials, their ranking, and the remaining cost. No Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orpo_ray.tracking.uri import resolve_uri, ui_command
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What does not change while a sweep runs."""
+    """Facts of a sweep that do not change while it runs."""
 
     sweep_id: str
     name: str
@@ -28,15 +28,15 @@ class About:
     metric: str
     mode: str
     num_trials: int
-    """At most, confirmation included."""
+    """Largest number of trials, confirmation included."""
     budget_hours: float | None
     """Device-hours."""
     mlflow: str
-    """Address of the server, or the command that shows the runs."""
+    """Address of the MLflow server, or the command that opens its UI."""
 
 
 def about_sweep(config: ExperimentConfig, sweep_id: str, run_dir: Path) -> About:
-    """What the config says of a sweep; a config without `sweep` is a sweep of one trial."""
+    """Facts from the config; a config without `sweep` is a sweep of one trial."""
     config, sweep = config.as_sweep()
     return About(
         sweep_id=sweep_id,
@@ -52,39 +52,39 @@ def about_sweep(config: ExperimentConfig, sweep_id: str, run_dir: Path) -> About
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What has happened since the last look."""
+    """Events since the last read, and the status of the sweep's process."""
 
     about: About
     events: list[Event]
-    """As in the journal; of training metrics only the speed."""
+    """New events; training metrics are reduced to the speed."""
     offset: int
-    """Bytes of the journal that have been read; where the next look begins."""
+    """Byte of the journal at which the next read begins."""
     is_whole: bool
-    """Whether that is all there is."""
+    """Whether the end of the journal was reached."""
     is_running: bool
     """Whether a process runs the sweep."""
     is_complete: bool
-    """Whether it came to its end, and was not interrupted."""
+    """Whether the sweep has ended and was not interrupted."""
     stopping: frozenset[str]
     """Trials that a user has asked to stop."""
     time: int
-    """Clock where the sweep runs, in milliseconds since 1970."""
+    """Clock of the sweep's machine, in milliseconds since 1970, UTC."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What the rest of a sweep takes at most, as if no further trial were stopped early."""
+    """Upper bound of a sweep's remaining cost, assuming that no further trial is stopped early."""
 
     device_hours: float
     seconds: float | None
-    """On the clock with what trains now; None where nothing does."""
+    """Wall-clock seconds with the devices that train now; None if none does."""
 
 
 class LiveSweep:
-    """A sweep as its journal tells it now, and whether a process runs it."""
+    """State of a sweep, from its journal, and whether a process runs it."""
 
     def __init__(self, about: About) -> None:
-        """Begin without events; `take` or `apply` adds them from the journal's beginning."""
+        """Start without events; add them with `take`, or by `sweep.apply`, from the journal's beginning."""
         self.about = about
         self.sweep = SweepState()
         self.is_running = True
@@ -92,10 +92,10 @@ class LiveSweep:
         self.stopping: frozenset[str] = frozenset()
         """Trials that a user has asked to stop."""
         self.now_ms: int | None = None
-        """Clock where the sweep runs, in milliseconds since 1970; None: this machine's."""
+        """Clock of the sweep's machine, in milliseconds since 1970, UTC; None: this machine's."""
 
     def take(self, reading: Reading) -> None:
-        """Add what a reading holds."""
+        """Add a reading."""
         self.is_running, self.is_complete = reading.is_running, reading.is_complete
         self.stopping, self.now_ms = reading.stopping, reading.time
         for event in reading.events:
@@ -107,7 +107,7 @@ class LiveSweep:
         return "running" if self.is_running else "ended" if self.is_complete else "interrupted"
 
     def status(self, trial: TrialState) -> Status:
-        """The trial's status, as far as the sweep runs and its user lets the trial go on."""
+        """The trial's status, also considering whether the sweep runs and whether the user has stopped the trial."""
         if trial.status.has_ended:
             return trial.status
         if not self.is_running:
@@ -142,10 +142,10 @@ class LiveSweep:
         return ((now if self.is_running else self.sweep.last_ms) - self.sweep.began_ms) / 1000.0
 
     def left(self) -> Left | None:
-        """None before a trial has been measured, and when nothing is left.
+        """Remaining cost; None before a trial has been measured, and after the end.
 
-        A trial costs its bundle's device-seconds a step (`cost.CostModel`); of trials not yet proposed the bundle is
-        unknown, and they cost the mean of the bundles.
+        A trial's step costs its bundle's device-seconds (`planning.cost.CostModel`). The bundle of a trial not proposed
+        yet is unknown, so it costs the mean over bundles.
         """
         trials = list(self.sweep.trials.values())
         devices = {t.bundle: t.devices for t in trials if t.bundle in self.sweep.parameters}
@@ -166,7 +166,7 @@ class LiveSweep:
         return Left(seconds / 3600.0, seconds / busy if busy else None)
 
     def to_json(self) -> str:
-        """One object: the sweep, its trials (best first) and its groups."""
+        """The sweep, its trials (best first) and its groups, as a JSON object."""
         left = self.left()
         trials = [
             {

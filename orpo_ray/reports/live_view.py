@@ -1,4 +1,4 @@
-"""A `LiveSweep` drawn with rich: trials, curves of the leading ones, worker groups, for a terminal of any size."""
+"""Draw a `LiveSweep` with rich, for a terminal of any size: trials, curves of the best ones, worker groups."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _STYLES = {Status.TRAINING: "", Status.STOPPING: "yellow", Status.FAILED: "red",
 
 
 def plot(curves: list[list[tuple[int, float]]], width: int, height: int) -> list[Text]:
-    """Lines through points in braille dots (2 × 4 of them a character), each with its number, from 1, at its end.
+    """Plot curves in braille dots (2 × 4 per character), each with its number, from 1, at its end.
 
     Args:
-        curves: of (step, value); at most as many as there are colours.
-        width: characters, labels of the value included.
-        height: lines, that of the steps included.
+        curves: points (step, value) of each; at most as many curves as there are colours.
+        width: in characters, including labels of the values.
+        height: in lines, including the line of steps.
     """
     points = [point for curve in curves for point in curve]
     if not points or height < 3 or width < 24:
@@ -77,20 +77,20 @@ def plot(curves: list[list[tuple[int, float]]], width: int, height: int) -> list
 
 
 def sparkline(values: list[float], width: int = 8) -> str:
-    """The last `width` values as bars, from the lowest to the highest of them."""
+    """The last `width` values as bars, scaled from their minimum to their maximum."""
     shown = values[-width:]
     low, high = min(shown, default=0.0), max(shown, default=0.0)
     return "".join("▁▂▃▄▅▆▇█"[round((value - low) / (high - low or 1.0) * 7)] for value in shown)
 
 
 def frame(live: LiveSweep, width: int, height: int | None, selected: str | None, footer: Text | None) -> RenderableType:
-    """The whole view.
+    """Draw the whole view.
 
     Args:
-        live: what is known.
-        width: characters.
+        live: the sweep.
+        width: in characters.
         height: lines to fill exactly; None: as many as all trials need.
-        selected: a trial, told more of.
+        selected: id of the trial to show details of.
         footer: the last line.
     """
     ranked, trials = live.ranked(), live.sweep.trials
@@ -163,7 +163,7 @@ def _head(live: LiveSweep, width: int) -> list[RenderableType]:
 
 
 def _window(ranked: list[TrialState], selected: str | None, room: int | None) -> list[TrialState]:
-    """As many as there is room for, the selected one among them."""
+    """As many trials as fit, including the selected one."""
     if room is None or len(ranked) <= room:
         return ranked
     place = next((i for i, trial in enumerate(ranked) if trial.trial_id == selected), 0)

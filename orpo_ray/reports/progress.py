@@ -1,4 +1,4 @@
-"""Progress of a sweep where it runs: the view of `orpo-ray watch`, or lines where there is no terminal."""
+"""Show a sweep's progress in its own process: the view of `orpo-ray watch`, or lines without a terminal."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from orpo_ray.storage.events import Event, Finished, Started, Status, Warned
 from orpo_ray.storage.sweep_state import TrialState
 
 _LINE_EVERY_S = 60.0
-"""Without a terminal: longest silence while trials are in training."""
+"""Without a terminal: longest time between lines while trials train."""
 _LINES_BESIDE_TRIALS = 20
-"""Lines of the live view besides its table: headline, curves, worker groups."""
+"""Lines of the live view besides its table of trials: headline, curves, worker groups."""
 
 
 class SweepProgress:
-    """Follows the sweep's events.
+    """Shows the sweep's events.
 
-    In a terminal it redraws the live view. Elsewhere it prints a line for each trial that ends, and one on the whole
-    sweep where none has ended for a minute.
+    In a terminal it redraws the live view. Otherwise it prints a line for each trial that ends, and a summary of the
+    sweep if there was no line for a minute.
     """
 
     def __init__(self, console: Console, about: About) -> None:
-        """Draw nothing before the context is entered."""
+        """Prepare; nothing is drawn before the context is entered."""
         self.console = console
         self._sweep = LiveSweep(about)
         self._live: Live | None = None
-        self._spoke = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def __enter__(self) -> SweepProgress:
         if self.console.is_terminal:
@@ -45,7 +45,7 @@ class SweepProgress:
             self._live.__exit__(None, None, None)
 
     def handle(self, events: list[Event]) -> None:
-        """Take note of events, in order. The first ones of a sweep that is continued are its journal."""
+        """Apply events in order. A continued sweep first passes the events of its journal."""
         state = self._sweep.sweep
         is_resumed = not state.trials and any(isinstance(event, Started) for event in events)
         for event in events:
@@ -56,12 +56,12 @@ class SweepProgress:
                 self.log(self._line(trial))
         if is_resumed:
             state.restart()
-        if self._live is None and time.monotonic() - self._spoke > _LINE_EVERY_S:
+        if self._live is None and time.monotonic() - self._printed_at > _LINE_EVERY_S:
             self.log(self._summary())
 
     def log(self, line: str) -> None:
-        """Print a line; a live view stays below it."""
-        self._spoke = time.monotonic()
+        """Print a line; the live view stays below it."""
+        self._printed_at = time.monotonic()
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, trial: TrialState) -> str:

@@ -1,7 +1,7 @@
-"""`orpo-ray watch`: a sweep as it runs, in the terminal, here or on a cluster.
+"""`orpo-ray watch`: read a running sweep, on this machine or on a cluster, and send it the user's requests.
 
-What is shown comes from the sweep's journal, followed by offset; what the user asks for goes the other way, through
-`control`. Nothing here holds a sweep up: it neither knows nor notices who looks at it.
+The view reads new events from the sweep's journal; requests are written with `storage.requests`. Watching is otherwise
+read-only: the sweep is unaffected by viewers.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from orpo_ray.storage.journal import JournalError
 from orpo_ray.storage.run_dir import EVENTS_FILE, LOCK_FILE, SWEEP_FILE
 
 _CHUNK = 1 << 22
-"""Bytes of the journal that are read at once."""
+"""Bytes of the journal per read."""
 _HEAD_NODE = {"node:__internal_head__": 1e-4}
 
 
 class WatchError(UserError, RuntimeError):
-    """The sweep cannot be watched as asked for; the message says what to do."""
+    """The sweep cannot be watched; the message says why and what to do."""
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
 class Source(Protocol):
-    """A run directory, here or elsewhere."""
+    """A run directory, on this machine or on a cluster."""
 
     def read(self, sweep_id: str | None, offset: int) -> Reading:
-        """What is new behind `offset`; from the beginning if the sweep is not the one of `sweep_id`."""
+        """Read events from `offset` on; from the beginning if the directory holds a sweep other than `sweep_id`."""
 
     def ask(self, what: requests.What, trial_id: str | None = None) -> None:
-        """See `control.request`."""
+        """See `storage.requests.request`."""
 
 
 class RunDir:
     """A run directory on this machine. On a cluster this class is an actor on the head node."""
 
     def __init__(self) -> None:
-        """Nothing is looked at before `open`, whose errors a remote caller then gets as they are."""
+        """Read nothing before `open`: unlike a constructor's, its errors reach a remote caller unchanged."""
         self._path = Path()
         self._about: About | None = None
 
@@ -60,7 +60,7 @@ class RunDir:
         """Find the sweep.
 
         Raises:
-            FileNotFoundError: there is none of that name.
+            NoSuchRunError: there is no sweep of that name.
         """
         self._path = find_run_dir(name, output_dir)
         if not (self._path / SWEEP_FILE).is_file():
@@ -74,14 +74,14 @@ class RunDir:
         Raises:
             DamagedFileError: sweep.json or a line of the journal is damaged.
         """
-        # In this order: when the process that ran the sweep is gone, nothing is written any more.
+        # Check the lock first: once the sweep's process is gone, nothing more is written.
         is_running = _is_locked(self._path / LOCK_FILE)
         kept = read_json(self._path / SWEEP_FILE)
         if self._about is None or kept["sweep_id"] != self._about.sweep_id:
             self._about = about_sweep(ExperimentConfig.model_validate(kept["config"]), kept["sweep_id"], self._path)
         if sweep_id != self._about.sweep_id:
             offset = 0
-        events, end, size = _follow(self._path / EVENTS_FILE, offset)
+        events, end, size = _read_from(self._path / EVENTS_FILE, offset)
         is_complete = not is_running and not results.is_open(self._path)
         if is_complete:
             is_complete = not results.load_results(self._path).get("interrupted", False)
@@ -97,7 +97,7 @@ class RunDir:
         )
 
     def ask(self, what: requests.What, trial_id: str | None = None) -> None:
-        """See `control.request`."""
+        """See `storage.requests.request`."""
         requests.request(self._path, what, trial_id)
 
 
@@ -129,17 +129,17 @@ class _Remote:
         except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
             raise WatchError(
                 f"the head node of the Ray cluster at {self._address} does not answer ({error}). orpo_ray must be "
-                "installed there; the sweep itself is not touched by this"
+                "installed there; the sweep itself is not affected"
             ) from error
 
 
 @contextmanager
 def opened(name: str, output_dir: str, address: str | None) -> Iterator[Source]:
-    """The sweep `name`, below `output_dir` on this machine or on the head node of the Ray cluster at `address`.
+    """Open the sweep `name`, below `output_dir` on this machine or on the head node of the Ray cluster at `address`.
 
     Raises:
-        FileNotFoundError: there is no such sweep.
-        WatchError: no cluster answers, or a relative path is given for one.
+        NoSuchRunError: there is no such sweep.
+        WatchError: no cluster answers, or a relative path is given for a cluster.
     """
     if address is None:
         here = RunDir()
@@ -167,7 +167,7 @@ def opened(name: str, output_dir: str, address: str | None) -> Iterator[Source]:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether another process holds the lock; tried with a shared one, let go at once."""
+    """Whether another process holds the lock, tested by taking a shared lock for a moment."""
     if not path.exists():
         return False
     file = os.open(path, os.O_RDONLY)
@@ -180,8 +180,8 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _follow(path: Path, offset: int) -> tuple[list[Event], int, int]:
-    """Whole lines from `offset` on, the byte behind them, and the file's size. A half-written line is left."""
+def _read_from(path: Path, offset: int) -> tuple[list[Event], int, int]:
+    """Events of the complete lines from `offset` on, the offset after them, and the file's size in bytes."""
     if not path.exists():
         return [], 0, 0
     with path.open("rb") as file:
@@ -201,6 +201,6 @@ def _follow(path: Path, offset: int) -> tuple[list[Event], int, int]:
 
 
 def _trimmed(event: Logged) -> Logged:
-    """The event with the one training metric that the view shows: less to send from another machine."""
+    """The event with only the training metric that the view shows, so that less is sent between machines."""
     shown = {name: value for name, value in event.metrics.items() if name == "perf/pairs_per_second"}
     return replace(event, metrics=shown)

@@ -1,4 +1,4 @@
-"""The live view of `orpo-ray watch`: keys, questions and drawing."""
+"""The interactive view of `orpo-ray watch`: keys, confirmations and drawing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ q      leave this view; the sweep goes on (also Ctrl-C)
 
 
 def current(source: Source) -> LiveSweep:
-    """All that the journal tells now."""
+    """The sweep's current state."""
     reading = source.read(None, 0)
     sweep = LiveSweep(reading.about)
     sweep.take(reading)
@@ -48,27 +48,27 @@ def once(source: Source, console: Console) -> None:
 
 
 class View:
-    """The live view and its keys, apart from the terminal."""
+    """State and keys of the view, independent of a terminal."""
 
     def __init__(self, source: Source) -> None:
-        """Read all that is there."""
+        """Read the whole journal."""
         self._source = source
         self._offset, self._sweep_id = 0, ""
         self.refresh()
 
     sweep: LiveSweep
     is_left = False
-    """The user wants to leave."""
+    """Whether the user wants to leave."""
     _selected: str | None = None
     _question: tuple[str, Callable[[], str]] | None = None
     _message = ""
     _shows_help = False
 
     def refresh(self) -> None:
-        """Take note of what is new."""
+        """Read new events."""
         while True:
             reading = self._source.read(self._sweep_id, self._offset)
-            if reading.about.sweep_id != self._sweep_id:  # at first, or a new sweep in the place of the old
+            if reading.about.sweep_id != self._sweep_id:  # the first read, or a new sweep in the same directory
                 self.sweep, self._sweep_id, self._selected = LiveSweep(reading.about), reading.about.sweep_id, None
             self.sweep.take(reading)
             self._offset = reading.offset
@@ -77,13 +77,13 @@ class View:
 
     @property
     def selected(self) -> str | None:
-        """The trial that `s` would stop: the best, until another is chosen."""
+        """The trial that `s` would stop: the best one until another is selected."""
         if self._selected is not None:
             return self._selected
         return next((trial.trial_id for trial in self.sweep.ranked()), None)
 
     def press(self, key: str) -> None:
-        """Do what a key means."""
+        """Handle a key."""
         self._message = ""
         if self._question is not None:
             _, action = self._question
@@ -126,7 +126,7 @@ class View:
         self._question = "stop the whole sweep? Running it again continues it.", stop
 
     def draw(self, width: int, height: int) -> RenderableType:
-        """A frame of exactly that size."""
+        """Draw a frame of exactly this size, in characters and lines."""
         if self._shows_help:
             return Text(_HELP + "\n\n? back", overflow="fold")
         if self._question is not None:
@@ -139,7 +139,7 @@ class View:
 
 
 def live(source: Source, console: Console) -> None:
-    """Show the sweep until it ends or the user leaves; a sweep that does not run is printed once.
+    """Show the sweep until it ends or the user leaves; print it once if it does not run.
 
     Raises:
         WatchError: there is no terminal.
@@ -150,14 +150,14 @@ def live(source: Source, console: Console) -> None:
     if view.sweep.state == "running":
         try:
             with _keyboard() as pressed, Live(console=console, screen=True, auto_refresh=False) as screen:
-                looked = time.monotonic()
+                refreshed_at = time.monotonic()
                 while view.sweep.state == "running" and not view.is_left:
                     screen.update(view.draw(console.width, console.height), refresh=True)
                     for key in pressed(_POLL_S):
                         view.press(key)
-                    if time.monotonic() - looked >= _POLL_S:
+                    if time.monotonic() - refreshed_at >= _POLL_S:
                         view.refresh()
-                        looked = time.monotonic()
+                        refreshed_at = time.monotonic()
         except KeyboardInterrupt:
             view.is_left = True
     if view.is_left:
@@ -170,7 +170,7 @@ def live(source: Source, console: Console) -> None:
 
 @contextmanager
 def _keyboard() -> Iterator[Callable[[float], list[str]]]:
-    """Keys as they are pressed, without echo. The terminal is as before at the end, also after an error or SIGTERM."""
+    """A function that reads pressed keys, without echo. The terminal is restored at the end, also after SIGTERM."""
     stdin = sys.stdin.fileno()
     before = termios.tcgetattr(stdin)
 
@@ -181,7 +181,7 @@ def _keyboard() -> Iterator[Callable[[float], list[str]]]:
         if not select.select([stdin], [], [], timeout_s)[0]:
             return []
         data = os.read(stdin, 1024)
-        if not data:  # the terminal is gone
+        if not data:  # the terminal was closed
             raise SystemExit(128 + signal.SIGHUP)
         keys, at = [], 0
         while at < len(data):

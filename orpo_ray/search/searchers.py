@@ -229,7 +229,7 @@ class HyperOptSearcher:
     """HyperOpt's TPE, over a table of results that is rebuilt for each proposal."""
 
     def __init__(self, sweep: SweepConfig) -> None:
-        """For `sweep.num_samples` proposals.
+        """Prepare `sweep.num_samples` proposals.
 
         Raises:
             MissingExtraError: hyperopt is not installed.

@@ -1,1 +1,1 @@
-"""What a sweep writes, and its copy in an object store."""
+"""Files that a sweep writes, and their copies in an object store."""

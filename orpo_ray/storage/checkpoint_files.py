@@ -17,32 +17,32 @@ MANIFEST = "manifest.json"
 """Written last, it makes a folder a checkpoint; it names every file with its size in bytes and SHA-256."""
 STEP_NAME = re.compile(r"step-\d{8}")
 _PARTIAL = ".partial"
-_OF_A_RANK = re.compile(r"(?:zero_pp_rank_|random-rank-|/rank)0*(\d+)")
+_RANK_IN_NAME = re.compile(r"(?:zero_pp_rank_|random-rank-|/rank)0*(\d+)")
 
 
 def exists(checkpoint: str, remote: Storage | None) -> bool:
-    """Whether a checkpoint is where its address says, on this machine or in the sweep's folder of an object store."""
+    """Whether a checkpoint exists at its address, on this machine or in the sweep's folder of an object store."""
     if remote is None:
         return Path(checkpoint).is_dir()
     return remote.read(f"{_below(remote, checkpoint)}/{MANIFEST}") is not None
 
 
 def copy_to_trial(checkpoint: str, trial_id: str, run_dir: Path, remote: Storage | None) -> str:
-    """Make a copy of another trial's checkpoint the only one that a trial has. Returns its address.
+    """Replace a trial's checkpoints by a copy of another trial's. Returns the address of the copy.
 
-    Files are linked, not copied: checkpoints are never changed, only replaced.
+    On disk, files are hard-linked: checkpoint files are never changed, only replaced.
 
     Args:
-        checkpoint: address of the other trial's.
-        trial_id: of the trial that gets it.
+        checkpoint: address of the other trial's checkpoint.
+        trial_id: trial that gets the copy.
         run_dir: of the sweep.
-        remote: the sweep's folder in an object store, if checkpoints are there.
+        remote: the sweep's folder in an object store, if checkpoints are kept there.
     """
     if remote is None:
         return str(_link_checkpoint(Path(checkpoint), run_dir / "trials" / trial_id))
     source, folder = _below(remote, checkpoint), f"trials/{trial_id}"
     target = f"{folder}/{checkpoint.rpartition('/')[2]}"
-    # The files first and the manifest last; then the older checkpoints can go.
+    # Copy the manifest last, and only then delete the older checkpoints.
     remote.delete(f"{target}/{MANIFEST}")
     remote.copy(source, target, last=MANIFEST)
     names = {name.split("/")[2] for name in remote.list(folder) if name.split("/")[2].startswith("step-")}
@@ -66,14 +66,14 @@ def _link_checkpoint(source: Path, folder: Path) -> Path:
 
 
 def chosen(folder: Path, metric: str | None = None, remote: Storage | None = None) -> Path | None:
-    """The whole checkpoint of a trial that stands for it: where a held-out metric was best; without one, the newest.
+    """The checkpoint that represents a trial: the best by a held-out metric, or the newest without a metric.
 
-    No process group is needed. Where that one is damaged, the newest whole one is taken.
+    If that one is damaged, the newest undamaged one is used. Needs no process group.
 
     Args:
-        folder: the trial's.
+        folder: of the trial.
         metric: `checkpoint.keep_best`.
-        remote: the trial's folder in an object store; the checkpoint is brought from there into `folder`.
+        remote: the trial's folder in an object store; the checkpoint is downloaded from there into `folder`.
 
     Returns:
         The checkpoint's folder; None if there is none.
@@ -98,7 +98,7 @@ def chosen(folder: Path, metric: str | None = None, remote: Storage | None = Non
 
 
 def best_step(metrics: dict[int, dict[str, float]], metric: str | None) -> int | None:
-    """The step at which a held-out metric was best; of equals the newest. None without a metric or a value."""
+    """The step at which a held-out metric was best, the newest on a tie; None without a metric or a value."""
     if metric is None:
         return None
     sign = 1 if METRIC_MODES[metric] == "max" else -1
@@ -107,12 +107,12 @@ def best_step(metrics: dict[int, dict[str, float]], metric: str | None) -> int |
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What was recorded: step, num_workers, zero_stage, progress, files with their sizes in bytes and SHA-256."""
+    """The manifest: step, num_workers, zero_stage, progress, and files with their sizes in bytes and SHA-256."""
     return dict(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
 
 
 def step_name(step: int) -> str:
-    """Name of a checkpoint's folder."""
+    """Folder name of the checkpoint of an optimizer step."""
     return f"step-{step:08d}"
 
 
@@ -189,12 +189,13 @@ def _is_outdated(name: str, keep: set[int], before: int) -> bool:
 
 
 def owner_rank(name: str) -> int:
-    """The rank that writes a file; what no other rank claims is rank 0's."""
-    found = _OF_A_RANK.search(name)
+    """The rank that writes a file; files without a rank in their name belong to rank 0."""
+    found = _RANK_IN_NAME.search(name)
     return int(found[1]) if found else 0
 
 
 def file_facts(path: Path, flush: bool = False) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file; with `flush`, after an fsync."""
     with path.open("rb") as file:
         if flush:
             os.fsync(file.fileno())
@@ -202,7 +203,7 @@ def file_facts(path: Path, flush: bool = False) -> dict[str, Any]:
 
 
 def _difference(path: Path, facts: dict[str, Any]) -> str | None:
-    """How a file differs from what its manifest says of it."""
+    """How a file differs from its manifest entry; None if it does not."""
     if not path.is_file():
         return f"{path.name} is missing"
     if (size := path.stat().st_size) != facts["size"]:
@@ -213,7 +214,7 @@ def _difference(path: Path, facts: dict[str, Any]) -> str | None:
 
 
 class _Outside(ValueError):
-    """A manifest names a file that would not lie in its checkpoint."""
+    """A manifest names a file outside its checkpoint's folder."""
 
 
 def _files_of(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -225,11 +226,11 @@ def _files_of(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def damage_of(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint; every world-th file is looked at.
+    """What is wrong with a checkpoint; None if it is whole.
 
     Args:
         path: its folder.
-        share: (rank, world).
+        share: (rank, world); every world-th file is checked, beginning with file number `rank`.
     """
     try:
         mine = sorted(_files_of(read_manifest(path)).items())[share[0] :: share[1]]
@@ -241,7 +242,12 @@ def damage_of(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
 
 
 def pull_checkpoint(remote: Storage, here: Path) -> str | None:
-    """Have a checkpoint of a trial's folder in an object store on this node. Returns what is wrong with it."""
+    """Download a checkpoint from a trial's folder in an object store. Returns what is wrong with it, or None.
+
+    Args:
+        remote: the trial's folder in the store.
+        here: local folder of the checkpoint, named as in the store; undamaged files in it are kept.
+    """
     name = here.name
     try:
         content = remote.read(f"{name}/{MANIFEST}")
@@ -259,7 +265,7 @@ def pull_checkpoint(remote: Storage, here: Path) -> str | None:
 
 
 def manifest_metrics(manifest: bytes) -> dict[str, float]:
-    """What was measured at a checkpoint; nothing where the manifest is damaged."""
+    """Held-out metrics measured at a checkpoint; empty if the manifest is damaged."""
     try:
         return dict(json.loads(manifest)["progress"].get("metrics", {}))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -267,6 +273,7 @@ def manifest_metrics(manifest: bytes) -> dict[str, float]:
 
 
 def write_durably(path: Path, text: str) -> None:
+    """Write a text file and fsync it."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -274,7 +281,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """A rename survives a power cut once its folder is on the disk."""
+    """Fsync a folder, so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

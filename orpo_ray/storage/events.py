@@ -1,4 +1,4 @@
-"""Events of a sweep's journal: one type per kind, and the states a trial can be in."""
+"""Events of a sweep's journal, one type per kind, and the statuses of a trial."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
 Purpose = Literal["search", "confirm"]
-"""`confirm`: another seed of a finalist, always trained to its end."""
+"""`search`, or `confirm`: a finalist trained to its end with another seed."""
 
 
 class Status(StrEnum):
-    """State of a trial. `results.json`, MLflow and Prometheus show these words."""
+    """Status of a trial; its value appears in `results.json`, MLflow and Prometheus."""
 
     WAITING = "waiting"
-    """For a worker group."""
+    """Queued until a worker group is free."""
     TRAINING = "training"
     PAUSED = "paused"
-    """Between two assignments, with its state in a checkpoint."""
+    """Without a worker group until the scheduler resumes it; its state is in a checkpoint."""
     STOPPING = "stopping"
-    """A user has asked for its end; it trains until its next evaluation."""
+    """Stopped by a user; it trains until its next evaluation."""
     INTERRUPTED = "interrupted"
-    """Not ended, and no process runs the sweep."""
+    """Not ended, while no process runs the sweep."""
     PREEMPTED = "preempted"
-    """Between two assignments, as its node is about to be taken away."""
+    """Returned by its worker group because its node is about to be taken away."""
     UNFINISHED = "unfinished"
-    """Not ended yet, in the results of a sweep that has not ended."""
+    """Not ended, in results of a sweep that has not ended."""
     FINISHED = "finished"
     STOPPED_EARLY = "stopped_early"
     DIVERGED = "diverged"
-    """Its loss or gradient was not finite."""
+    """Ended because its loss or gradient was not finite."""
     FAILED = "failed"
 
     @property
@@ -50,11 +50,11 @@ class Status(StrEnum):
 
 
 ENDS = tuple(status for status in Status if status.has_ended)
-"""Ends of a trial, from the best to the worst."""
+"""Statuses of an ended trial, from best to worst."""
 
 
 def now_ms() -> int:
-    """The clock, in milliseconds since 1970, UTC."""
+    """Current time in milliseconds since 1970, UTC."""
     return int(time.time() * 1000)
 
 
@@ -65,47 +65,48 @@ class Event:
     kind: ClassVar[str]
     trial_id: str
     time: int = field(default_factory=now_ms)
-    """When it happened, in milliseconds since 1970, UTC."""
+    """Milliseconds since 1970, UTC."""
 
     def to_json(self) -> dict[str, Any]:
-        """The event as a line of the journal holds it."""
+        """The event as the JSON object of a journal line."""
         return {"event": self.kind} | {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted(Event):
-    """The searcher has proposed the trial."""
+    """The trial was queued for the first time."""
 
     kind: ClassVar[str] = "submitted"
     params: dict[str, Any]
     """Axis -> value."""
     bundle: str
-    """Label of its bundle; "" where the space has none."""
+    """Label of its bundle; "" without a bundle axis."""
     purpose: Purpose = "search"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(Event):
-    """A worker group trains the trial."""
+    """A worker group began to train the trial."""
 
     kind: ClassVar[str] = "started"
     attempt: int
-    """How often it was handed out before."""
+    """Number of earlier attempts."""
     group: str | None
     processes: list[str] = field(default_factory=list)
     """`host:pid` of each rank."""
     devices: int = 1
     """Number of ranks."""
     step: int
-    """Optimizer steps done before."""
+    """Optimizer steps done before this start."""
     max_steps: int
+    """Optimizer steps of the whole trial."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What only the worker knows, such as `model/parameters`."""
+    """Values that only the worker knows, such as `model/parameters`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged(Event):
-    """Training metrics of a step."""
+    """Training metrics of a step were reported."""
 
     kind: ClassVar[str] = "log"
     step: int
@@ -114,31 +115,31 @@ class Logged(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
-    """Held-out metrics of a step."""
+    """The trial was evaluated on held-out pairs."""
 
     kind: ClassVar[str] = "eval"
     step: int
     metrics: dict[str, float]
     checkpoint: str | None = None
-    """The newest one, where the trial has one."""
+    """Address of the newest checkpoint, if there is one."""
     seconds: float = 0.0
-    """Training time until this step."""
+    """Training time until this step, in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paused(Event):
-    """The trial has given its worker group back."""
+    """The trial was paused, and its worker group is free."""
 
     kind: ClassVar[str] = "paused"
     step: int
     checkpoint: str | None = None
     held: bool = False
-    """The sweep was interrupted: when it is continued, so is the trial, without being chosen again."""
+    """Paused by an interruption of the sweep: the next run resumes it without a decision of the scheduler."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preempted(Event):
-    """The trial has left a node that is about to be taken away; this is no failure."""
+    """The trial left a node that is about to be taken away; this does not count as a failure."""
 
     kind: ClassVar[str] = "preempted"
     step: int
@@ -149,7 +150,7 @@ class Preempted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warned(Event):
-    """Something went wrong that does not end the trial."""
+    """A problem occurred that does not end the trial."""
 
     kind: ClassVar[str] = "warning"
     message: str
@@ -157,31 +158,32 @@ class Warned(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retried(Event):
-    """The trial's processes died, and it is queued again."""
+    """The trial's processes died, and it was queued again."""
 
     kind: ClassVar[str] = "retry"
     attempt: int
     """Number of its next attempt."""
     failures: int
+    """Attempts so far that ended with a crash."""
     error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forked(Event):
-    """The trial goes on from a copy of another's state, with other settings (population-based training)."""
+    """The trial continues from a copy of another's state, with other settings (population-based training)."""
 
     kind: ClassVar[str] = "forked"
     donor: str
     """Id of the trial whose state was copied."""
     step: int
-    """Optimizer step of that state."""
+    """Optimizer step of the copied state."""
     params: dict[str, Any]
     """Axis -> value from now on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished(Event):
-    """The trial has ended."""
+    """The trial ended."""
 
     kind: ClassVar[str] = "finished"
     status: Status
@@ -194,7 +196,7 @@ class Finished(Event):
     error: str | None = None
     """Why it failed, diverged or was stopped."""
     reused_from: str | None = None
-    """MLflow run whose result was taken over instead of training."""
+    """MLflow run whose result was used instead of training."""
 
     @classmethod
     def reused(cls, trial_id: str, step: int, metrics: dict[str, float], run_id: str | None) -> Finished:
@@ -203,21 +205,21 @@ class Finished(Event):
         return cls(trial_id=trial_id, **end, reused_from=run_id)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "status", Status(self.status))  # a line of the journal holds the word
+        object.__setattr__(self, "status", Status(self.status))  # a journal line holds a plain string
 
 
 KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (Submitted, Started, Logged, Evaluated, Paused, Preempted, Warned, Retried, Forked, Finished)
 }
-"""Name of a kind in the journal -> its type."""
+"""Name of an event kind in the journal -> its type."""
 
 
 def from_json(entry: Any) -> Event:
-    """The event that a line of the journal holds.
+    """Parse an event from the JSON object of a journal line.
 
     Raises:
-        ValueError: it is no event, or its kind has other fields.
+        ValueError: it is not an event, or its fields do not match its kind.
     """
     if not isinstance(entry, dict) or not isinstance(kind := entry.get("event"), str):
         raise ValueError("not a JSON object with an `event` key")

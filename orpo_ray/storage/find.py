@@ -11,20 +11,20 @@ from orpo_ray.storage.run_dir import EVENTS_FILE, RESULTS_FILE, SWEEP_FILE
 
 
 def find_run_dir(name_or_path: str | Path, output_dir: str | Path = "runs") -> Path:
-    """The run directory of a sweep, given as a path, by the sweep's name, or as a place in an object store.
+    """The run directory of a sweep, given by its path, its name, or its address in an object store.
 
     Args:
         name_or_path: a run directory; the `name` of a sweep whose directory is `<output_dir>/<name>`; or `storage` of a
-            sweep's config and its name, `s3://bucket/sweeps/NAME`: then its files, without checkpoints, are brought to
-            `<output_dir>/<name>`.
+            sweep's config and its name, `s3://bucket/sweeps/NAME`: then its files, without checkpoints, are downloaded
+            to `<output_dir>/<name>`.
         output_dir: where sweeps were run.
 
     Raises:
-        FileNotFoundError: there is no such sweep; lists the sweeps there with the nearest names.
+        NoSuchRunError: there is no such sweep; lists those with the most similar names.
         StorageError: the object store cannot be read.
     """
     if "://" in str(name_or_path):
-        return sync.fetched(str(name_or_path), Path(output_dir))
+        return sync.fetch_run_dir(str(name_or_path), Path(output_dir))
     for candidate in (Path(name_or_path), Path(output_dir) / name_or_path):
         if _is_run_dir(candidate):
             return candidate
@@ -39,10 +39,12 @@ def _is_run_dir(path: Path) -> bool:
 
 
 def suggest(name: str | Path, output_dir: str | Path) -> str:
+    """Sweeps in `output_dir` with names similar to `name`, as text for an error message."""
     known = sorted(path.name for path in Path(output_dir).glob("*") if _is_run_dir(path))
     return nearest(str(name), known, "there is no sweep there")
 
 
 def nearest(name: str, known: list[str], none: str) -> str:
+    """Known names similar to `name`, as text for an error message; `none` if there are none."""
     near = difflib.get_close_matches(Path(name).name, known, n=3, cutoff=0.4) or known[:5]
     return f"the nearest names there: {', '.join(near)}" if near else none

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts, as a file of a trial."""
+"""Generated answers to held-out prompts, kept in a file per trial."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from orpo_ray.files import write_atomically
 
 GENERATIONS_FILE = "generations.jsonl"
-"""In a trial's directory: one row per evaluation and prompt, see `generate`."""
+"""File in a trial's directory with one row per evaluation and prompt; see `training.generate`."""
 
 
 def keep(folder: Path, rows: list[dict[str, Any]], step: int) -> None:
-    """Put an evaluation's rows behind the earlier ones; those of this step or later, from before a restart, go."""
+    """Append an evaluation's rows; rows of this step or later, written before a restart, are removed."""
     path = folder / GENERATIONS_FILE
     earlier = [row for row in read(folder) if row["step"] < step]
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in earlier + rows))
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows kept in a trial's directory, in order; none if there is no file."""
+    """The rows in a trial's directory, in order; an empty list if there is no file."""
     path = folder / GENERATIONS_FILE
     if not path.is_file():
         return []
-    # Of bytes: a text's lines would also end at U+2028 and its like, which JSON leaves as they are.
+    # Split bytes, not text: text lines also end at U+2028 and similar characters, which JSON does not escape.
     return [json.loads(line) for line in path.read_bytes().splitlines()]

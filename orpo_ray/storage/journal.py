@@ -1,7 +1,7 @@
-"""The sweep's journal: a file that is only appended to and, where there is an object store, its segments there.
+"""The sweep's journal: an append-only file and, with an object store, its segments there.
 
-An event counts as safe when it is on the disk and in the store. What acts on events (MLflow, checkpoints) waits for
-that: what a crash takes away, nobody has seen.
+An event is durable when it is on disk and in the store. MLflow and checkpoints act on an event only then: events lost
+in a crash were never acted on.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from orpo_ray.storage.events import Event, from_json
 from orpo_ray.storage.object_store import Storage, StorageError
 
 FOLDER = "journal"
-"""Of the segments in the object store: `FIRST-LAST.jsonl`, numbers of the segments that it holds the lines of."""
+"""Folder of the segments in the object store. `FIRST-LAST.jsonl` holds the lines of segments FIRST to LAST."""
 _SEGMENT = re.compile(rf"{FOLDER}/(\d{{10}})-(\d{{10}})\.jsonl")
 _LOCAL_CYCLE_S, _REMOTE_CYCLE_S = 0.05, 0.5
-"""Events are flushed in groups, at most so often."""
+"""Shortest interval between flushes, in seconds; events in between are flushed together."""
 _MERGED = 100
-"""So many segments become one: each costs a request when a sweep is taken up again."""
+"""Segments are merged above this number: each costs a request when a sweep is continued."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,13 +34,13 @@ class JournalError(UserError, ValueError):
 
 
 class Journal:
-    """Appends events from one thread; another one makes them safe."""
+    """Appends events from one thread; another thread makes them durable."""
 
     def __init__(self, path: Path, remote: Storage | None) -> None:
-        """Go on after what `path` holds.
+        """Append after the events that `path` holds.
 
         Args:
-            path: the file; with `remote` as `fetch` left it.
+            path: the file; with `remote`, as `fetch` left it.
             remote: the sweep's folder in an object store.
         """
         self._path, self._remote = path, remote
@@ -48,14 +48,14 @@ class Journal:
         self._file = path.open("a", encoding="utf-8")
         self._changed = threading.Condition()
         self._new: list[tuple[str, Event]] = []
-        self._safe: list[Event] = []
+        self._durable: list[Event] = []
         self._appended = self._flushed = 0
         self._waiting: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._segments = _segments(remote) if remote else []
         threading.Thread(target=self._run, name="journal", daemon=True).start()
 
     def append(self, event: Event) -> None:
-        """Write one event down. It survives this process at once, and the machine when it is `flushed`."""
+        """Append one event. It survives a crash of this process at once, and one of the machine after `flushed`."""
         line = json.dumps(event.to_json()) + "\n"
         self._file.write(line)
         self._file.flush()
@@ -65,13 +65,13 @@ class Journal:
             self._changed.notify()
 
     def take(self) -> list[Event]:
-        """Events that have become safe since the last call, in order."""
+        """Events that have become durable since the last call, in order."""
         with self._changed:
-            safe, self._safe = self._safe, []
-        return safe
+            durable, self._durable = self._durable, []
+        return durable
 
     async def flushed(self) -> None:
-        """Wait until all that has been appended is safe."""
+        """Wait until all appended events are durable."""
         loop = asyncio.get_running_loop()
         with self._changed:
             if self._flushed >= self._appended:
@@ -90,18 +90,18 @@ class Journal:
                 batch, self._new = self._new, []
             os.fsync(self._file.fileno())
             if self._remote is not None:
-                self._ship(self._remote, "".join(line for line, _ in batch))
+                self._upload(self._remote, "".join(line for line, _ in batch))
             with self._changed:
-                self._safe += [event for _, event in batch]
+                self._durable += [event for _, event in batch]
                 self._flushed += len(batch)
                 ready = [w for w in self._waiting if w[0] <= self._flushed]
                 self._waiting = [w for w in self._waiting if w[0] > self._flushed]
             for _, loop, future in ready:
                 loop.call_soon_threadsafe(_resolve, future)
 
-    def _ship(self, remote: Storage, text: str) -> None:
+    def _upload(self, remote: Storage, text: str) -> None:
         number = self._segments[-1][1] + 1 if self._segments else 0
-        while True:  # without its journal the sweep can only wait
+        while True:  # no time limit: without its journal the sweep can only wait
             try:
                 remote.write(_name(number, number), text.encode())
                 self._segments.append((number, number))
@@ -112,16 +112,16 @@ class Journal:
                     self._segments = [(0, number)]
                 return
             except StorageError as error:
-                _log.warning("the journal cannot be kept; trials go on, but nothing is reported: %s", error)
+                _log.warning("the journal cannot be stored; trials go on, but nothing is reported: %s", error)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():  # whoever waited may have been cancelled
+    if not future.done():  # the waiting task may have been cancelled
         future.set_result(None)
 
 
 def fetch(path: Path, remote: Storage) -> bool:
-    """Write the journal that the object store holds to a file, replacing it. Returns whether there is one."""
+    """Replace a local journal by the one in the object store. Returns whether the store has one."""
     segments = _segments(remote)
     if not segments:
         path.unlink(missing_ok=True)
@@ -140,7 +140,7 @@ def fetch(path: Path, remote: Storage) -> bool:
 
 
 def _segments(remote: Storage) -> list[tuple[int, int]]:
-    """(first, last) of each segment to read, in order; one that a merged one covers is left out."""
+    """(first, last) of each segment to read, in order; segments covered by a merged one are left out."""
     matches = [m for name in remote.list(FOLDER) if (m := _SEGMENT.fullmatch(name))]
     chosen: list[tuple[int, int]] = []
     for first, last in sorted(((int(m[1]), int(m[2])) for m in matches), key=lambda s: (s[0], -s[1])):
@@ -154,9 +154,9 @@ def _name(first: int, last: int) -> str:
 
 
 def read_events(path: str | Path) -> list[Event]:
-    """Events of a sweep in the order they were written; an empty list where the journal does not exist yet.
+    """Events of a sweep in the order they were written; an empty list if there is no journal yet.
 
-    The last line may be torn (the process died while writing it) and is then left out.
+    The last line may be incomplete (the process died while writing it) and is then left out.
 
     Raises:
         JournalError: any other line is not an event, so the journal is damaged.
@@ -183,7 +183,7 @@ def read_events(path: str | Path) -> list[Event]:
 
 
 def drop_torn_tail(path: Path) -> None:
-    """Cut off a line that a crash left unfinished, so that what follows starts on a line of its own."""
+    """Cut off a line that a crash left incomplete, so that the next event starts on a new line."""
     with path.open("rb+") as file:
         data = file.read()
         whole = data.rfind(b"\n") + 1

@@ -18,8 +18,8 @@ from orpo_ray.storage.object_store import Storage, StorageError
 
 OWNER_FILE = "owner.json"
 _BEAT_S = 10.0
-_SILENCE_S = 45.0
-"""An owner that has not been heard of for so long has died."""
+_DEAD_AFTER_S = 45.0
+"""An owner without a heartbeat for this long counts as dead."""
 
 
 class LeaseError(UserError, RuntimeError):
@@ -27,26 +27,28 @@ class LeaseError(UserError, RuntimeError):
 
 
 class Lease:
-    """The right to run a sweep: an object that its owner keeps changing. No clocks are compared."""
+    """The right to run a sweep: an object that its owner rewrites periodically. No clocks are compared."""
 
     def __init__(self, remote: Storage, on_loss: Callable[[str], None], notify: Callable[[str], None]) -> None:
-        """Take it, waiting for the silence of an owner that seems to have died.
+        """Acquire the lease; if it has an owner, wait until the owner shows no heartbeat.
 
         Args:
             remote: the sweep's folder.
-            on_loss: called, from a thread, with a sentence when another process has taken it.
-            notify: tells the user why it takes a while.
+            on_loss: called from a thread with a message if another process has taken the lease.
+            notify: tells the user why acquiring takes a while.
 
         Raises:
-            LeaseError: its owner is alive.
+            LeaseError: the owner is alive.
         """
         self._remote, self._on_loss = remote, on_loss
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
         self._over = threading.Event()
         seen = remote.read(OWNER_FILE)
         if seen is not None and not _has_died_here(seen):
-            notify(f"{remote}: waiting {_SILENCE_S:.0f} s to see whether {_name(seen)}, which ran this sweep, is alive")
-            deadline = time.monotonic() + _SILENCE_S
+            notify(
+                f"{remote}: waiting {_DEAD_AFTER_S:.0f} s to see whether {_name(seen)}, which ran this sweep, is alive"
+            )
+            deadline = time.monotonic() + _DEAD_AFTER_S
             while time.monotonic() < deadline and (now := remote.read(OWNER_FILE)) is not None:
                 if now != seen:
                     raise LeaseError(f"{remote}: {_name(now)} runs this sweep now; wait for it, or choose another name")
@@ -56,7 +58,7 @@ class Lease:
         threading.Thread(target=self._run, name="lease", daemon=True).start()
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lease."""
         self._over.set()
         if self._is_mine(self._remote.read(OWNER_FILE)):
             self._remote.delete(OWNER_FILE)
@@ -70,7 +72,7 @@ class Lease:
                     return
                 self._beat()
             except StorageError:
-                continue  # the journal waits as well, and tells
+                continue  # the journal waits as well, and logs the error
 
     def _beat(self) -> None:
         self._beats += 1
@@ -87,7 +89,7 @@ def _has_died_here(content: bytes) -> bool:
 
 def _name(content: bytes | None) -> str:
     owner = _parsed(content)
-    return f"process {owner.get('pid')} on {owner.get('host')}" if owner else "somebody"
+    return f"process {owner.get('pid')} on {owner.get('host')}" if owner else "an unknown process"
 
 
 def _parsed(content: bytes | None) -> dict[str, Any]:

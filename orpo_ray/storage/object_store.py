@@ -1,7 +1,7 @@
-"""An object store, or a folder that stands for one: what must outlive every node is kept here.
+"""An object store, or a local folder used as one, for files that must outlive every node.
 
-All of it goes through pyarrow's file systems: `s3://` (any server that speaks S3: AWS_ENDPOINT_URL), `gs://`,
-`abfss://`, `file:///`. Credentials come from the environment or the machine's role, never from a setting.
+All access goes through pyarrow's file systems: `s3://` (any server that speaks S3: AWS_ENDPOINT_URL), `gs://`,
+`abfss://`, `file:///`. Credentials come from the environment or the machine's role, never from the config.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 from orpo_ray.errors import UserError
 
 PATIENCE_S = 900.0
-"""A store that refuses for so long is given up; shorter outages hold up nothing but what must be stored."""
+"""An operation fails after this long; shorter outages only delay the operations themselves."""
 _CONNECT_S, _REQUEST_S = 10.0, 60.0
 _THREADS = 16
 
 
 class StorageError(UserError, RuntimeError):
-    """The object store cannot be used, or has refused for too long; the message says why and what to do."""
+    """The object store cannot be used, or has failed for too long; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A folder in a store. Objects appear whole or not at all; names are relative, with slashes."""
+    """A folder in an object store. Writes are atomic; names are relative, with slashes."""
 
     uri: str
     patience_s: float = PATIENCE_S
-    """How long an operation is tried again, with growing pauses, before it fails."""
+    """How long an operation is retried, with growing pauses, before it fails."""
 
     def __truediv__(self, name: str) -> Storage:
         """A folder below this one."""
@@ -67,24 +67,26 @@ class Storage:
         found = once.read(name)
         once.delete(name)
         if found != content:
-            raise StorageError(f"{self.uri}: what was written is not what is read; is it one store for everybody?")
+            raise StorageError(
+                f"{self.uri}: an object read back differs from what was written; do all nodes reach the same store?"
+            )
 
     def write(self, name: str, content: bytes) -> None:
-        """Make an object of these bytes, replacing one of that name."""
+        """Write an object, replacing one of the same name."""
 
         def put() -> None:
             filesystem, target = self._parent(name)
-            # A local file becomes visible at once when it is whole; an object does so by itself.
+            # A local file is renamed when complete, to appear atomically; objects in a store are atomic by themselves.
             partial = f"{target}.{uuid.uuid4().hex[:8]}" if _is_local(filesystem) else target
             with filesystem.open_output_stream(partial) as stream:
                 stream.write(content)
             if partial != target:
                 filesystem.move(partial, target)
 
-        self._insist(f"write {name}", put)
+        self._retry(f"write {name}", put)
 
     def read(self, name: str) -> bytes | None:
-        """An object's bytes; None if there is none of that name."""
+        """An object's bytes; None if it does not exist."""
 
         def get() -> bytes | None:
             filesystem, path = _open(self.uri)
@@ -94,7 +96,7 @@ class Storage:
             except FileNotFoundError:
                 return None
 
-        found: bytes | None = self._insist(f"read {name}", get)
+        found: bytes | None = self._retry(f"read {name}", get)
         return found
 
     def upload(self, file: Path, name: str) -> None:
@@ -108,10 +110,10 @@ class Storage:
             if partial != target:
                 filesystem.move(partial, target)
 
-        self._insist(f"write {name}", put)
+        self._retry(f"write {name}", put)
 
     def download(self, name: str, file: Path) -> None:
-        """Copy an object to a local file, whose folder is made.
+        """Copy an object to a local file, whose folder is created if missing.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -129,23 +131,23 @@ class Storage:
             finally:
                 partial.unlink(missing_ok=True)
 
-        self._insist(f"read {name}", get)
+        self._retry(f"read {name}", get)
 
     def list(self, folder: str = "") -> dict[str, int]:
-        """Every object below a folder: name (relative to this storage) -> bytes."""
+        """Every object below a folder: name (relative to this storage) -> size in bytes."""
 
-        def look() -> dict[str, int]:
+        def list_files() -> dict[str, int]:
             filesystem, path = _open(self.uri)
             top = f"{path}/{folder}".rstrip("/")
             selector = pyarrow.fs.FileSelector(top, recursive=True, allow_not_found=True)
             files = [i for i in filesystem.get_file_info(selector) if i.type == pyarrow.fs.FileType.File]
             return {info.path[len(path) + 1 :]: info.size for info in sorted(files, key=lambda i: i.path)}
 
-        found: dict[str, int] = self._insist(f"list {folder or '.'}", look)
+        found: dict[str, int] = self._retry(f"list {folder or '.'}", list_files)
         return found
 
     def delete(self, name: str) -> None:
-        """Remove an object, or all below a folder; nothing happens where there is none."""
+        """Remove an object, or all objects below a folder; no error if there is none."""
 
         def remove() -> None:
             filesystem, path = _open(self.uri)
@@ -155,13 +157,18 @@ class Storage:
             elif info.type == pyarrow.fs.FileType.File:
                 filesystem.delete_file(info.path)
 
-        self._insist(f"delete {name}", remove)
+        self._retry(f"delete {name}", remove)
 
     def copy(self, source: str, target: str, last: str) -> None:
-        """Copy all below one folder into another one, both relative to this storage; the file `last` when all is there.
+        """Copy all objects below one folder into another; the object `last` is copied after all others.
+
+        Args:
+            source: folder, relative to this storage.
+            target: folder, relative to this storage.
+            last: name within the folder.
 
         Raises:
-            FileNotFoundError: there is nothing.
+            FileNotFoundError: the source folder is empty.
         """
         filesystem, path = _open(self.uri)
         names = self.list(source)
@@ -179,14 +186,14 @@ class Storage:
                 ):
                     shutil.copyfileobj(stream, out, 8 * 2**20)
 
-            self._insist(f"write {to}", put)
+            self._retry(f"write {to}", put)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(one, [name for name in names if name != f"{source}/{last}"]))
         one(f"{source}/{last}")
 
     def download_all(self, names: dict[str, Path]) -> None:
-        """Several objects at once: name -> local file."""
+        """Download several objects in parallel: name -> local file."""
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(lambda item: self.download(*item), names.items()))
 
@@ -197,7 +204,7 @@ class Storage:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
         return filesystem, target
 
-    def _insist(self, what: str, act: Any) -> Any:
+    def _retry(self, what: str, act: Any) -> Any:
         retrying = Retrying(
             stop=stop_after_delay(self.patience_s),
             wait=wait_random_exponential(multiplier=0.5, max=15),
@@ -217,7 +224,7 @@ class Storage:
 
 @cache
 def _open(uri: str) -> tuple[Any, str]:
-    """(file system, path) of a URI. Kept: opening one asks the network."""
+    """(file system, path) of a URI. Cached, because opening a file system needs network requests."""
     scheme, _, rest = uri.partition("://")
     if scheme == "s3":
         bucket = rest.partition("/")[0]
@@ -231,7 +238,7 @@ def _open(uri: str) -> tuple[Any, str]:
                 endpoint_override=endpoint,
                 connect_timeout=_CONNECT_S,
                 request_timeout=_REQUEST_S,
-                retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=2),  # `_insist` goes on
+                retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=2),  # `_retry` goes on
                 allow_bucket_creation=False,
             ),
             rest,

@@ -1,4 +1,4 @@
-"""Sweeps and trials as results read them, the same from a run directory and from MLflow."""
+"""Sweeps and trials as the results code reads them, from a run directory or from MLflow."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ SPACE_PREFIX = "sweep.space."
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """One trial."""
+    """One trial of a sweep."""
 
     trial_id: str
     bundle: str
-    """Label; "" where there is no bundle axis."""
+    """Label of its bundle; "" without a bundle axis."""
     purpose: str
-    """`search`, or `confirm`: a finalist with another seed."""
+    """`search`, or `confirm`: a finalist trained with another seed."""
     status: str
-    """finished, stopped_early, diverged, failed; unfinished before that."""
+    """Value of `storage.events.Status`: how it ended, or `unfinished`."""
     params: dict[str, Any]
-    """Its place in the space: axis -> value, the seed last. After forks (population-based training) its last."""
+    """Axis -> value, the seed last; after forks (population-based training), the latest values."""
     settings: dict[str, Any]
-    """Config path -> value, all of them, and what its worker found (`model.parameters`, `forward.rows`, ...)."""
+    """Config path -> value of all settings, and values from its worker (`model.parameters`, `forward.rows`, ...)."""
     steps: int
     """Optimizer steps done."""
     attempts: int
-    """How often its training was begun; a pause and a resume are one."""
+    """Number of attempts; training before and after a pause is one attempt."""
     train_seconds: float | None
     metrics: dict[str, float]
-    """Of its last evaluation; NaN where not finite."""
+    """Held-out metrics of its last evaluation; NaN where not finite."""
     checkpoint: str | None
     mlflow_run_id: str | None
     reused_from: str | None
-    """MLflow run whose result was taken over instead of training."""
+    """MLflow run whose result was used instead of training."""
     submitted_ms: int | None
-    """When it was put in the queue, which is the start of its MLflow run; ms since 1970, UTC."""
+    """When it was first queued, i.e. the start of its MLflow run; milliseconds since 1970, UTC."""
     ended_ms: int | None
 
     @property
     def device_seconds(self) -> float:
-        """Training time × workers; 0 where unknown."""
+        """Training time × workers, in seconds; 0 if unknown."""
         return (self.train_seconds or 0.0) * int(self.settings.get("scaling.num_workers") or 1)
 
 
@@ -57,23 +57,23 @@ class SweepRecord:
     metric: str
     mode: Literal["max", "min"]
     axes: tuple[str, ...]
-    """Without the seed of confirmation."""
+    """Names of the axes, without the seed of confirmation trials."""
     bundle_axis: str | None
     settings: dict[str, Any]
-    """Config path -> value, without what the axes set."""
+    """Config path -> value, without settings that the axes set."""
     search: dict[str, Any]
     """`sweep.metric`, `sweep.scheduler.type`, ... -> value; `sweep.space.AXIS` -> the axis."""
     trials: tuple[TrialRecord, ...]
     run_dir: Path | None
-    """Where its files are, if they are here."""
+    """Run directory, if it is on this machine."""
     tracking_uri: str | None
-    """Of MLflow; None: the SQLite file beside the run directory."""
+    """MLflow tracking URI; None: the SQLite file beside the run directory."""
     chosen: str | None = None
-    """Trial id, where a single trial was asked for."""
+    """Trial id, if a single trial was requested."""
 
     @property
     def chosen_trials(self) -> tuple[TrialRecord, ...]:
-        """The trial that was asked for, or all."""
+        """The requested trial, or all trials."""
         return tuple(t for t in self.trials if self.chosen in (None, t.trial_id))
 
 
@@ -81,7 +81,7 @@ def choose(record: SweepRecord, trial_id: str | None) -> SweepRecord:
     """The record with this trial chosen.
 
     Raises:
-        FileNotFoundError: it has no such trial.
+        NoSuchRunError: the sweep has no such trial.
     """
     if trial_id is not None and trial_id not in (known := [t.trial_id for t in record.trials]):
         raise NoSuchRunError(
@@ -92,9 +92,10 @@ def choose(record: SweepRecord, trial_id: str | None) -> SweepRecord:
 
 
 def ordered(params: dict[str, Any]) -> dict[str, Any]:
-    """By name, the seed last: MLflow does not keep the file's order."""
+    """Params sorted by name with the seed last, because MLflow does not keep the file's order."""
     return {name: params[name] for name in sorted(params, key=lambda name: (name == SEED, name))}
 
 
 def number(value: float | None) -> float:
+    """The value as a float; NaN for None."""
     return math.nan if value is None else float(value)

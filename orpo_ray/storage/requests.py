@@ -1,7 +1,7 @@
-"""What a user asks of a running sweep: lines of `requests.jsonl` in its run directory, read by the sweep. No Ray.
+"""A user's requests to a running sweep: lines of `requests.jsonl` in its run directory. No Ray.
 
-A file, because whoever can read the journal can also write beside it, and because nobody need listen: the request waits
-there until the sweep looks. The journal stays the truth; it tells what has become of a request.
+A file, not an RPC: any process that sees the run directory can write it, and requests persist until the sweep reads
+them. The outcome of a request is recorded in the journal.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One line."""
+    """One request, a line of the file."""
 
     what: What
     """`stop_trial`: end that trial at its next evaluation. `stop_sweep`: interrupt the sweep, to be continued."""
     trial_id: str | None
-    """Of a `stop_trial`, else None."""
+    """Trial to stop; None for `stop_sweep`."""
     time: int
-    """When it was asked, in milliseconds since 1970."""
+    """Time of the request, in milliseconds since 1970, UTC."""
 
     @property
     def reason(self) -> str:
-        """For the journal, the report and MLflow."""
+        """Reason of the stop, for the journal, the report and MLflow."""
         at = datetime.fromtimestamp(self.time / 1000, UTC)
         return f"stopped by the user at {at:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def request(run_dir: Path, what: What, trial_id: str | None = None) -> Request:
-    """Ask something of the sweep of `run_dir`; whether it runs is for the caller to see.
+    """Append a request to the sweep in `run_dir`; the caller checks whether the sweep runs.
 
     Raises:
         ValueError: `stop_trial` without a trial, or `stop_sweep` with one.
@@ -53,7 +53,7 @@ def request(run_dir: Path, what: What, trial_id: str | None = None) -> Request:
         raise ValueError(f"{what} with trial {trial_id!r}: stop_trial names a trial, stop_sweep names none")
     asked = Request(what, trial_id, int(time.time() * 1000))
     line = json.dumps(asdict(asked)).encode() + b"\n"
-    # One write in append mode: lines of several viewers never mix. One that died in the middle of a line gets its end.
+    # A single write in append mode, so that lines of several viewers never mix. An incomplete last line is ended first.
     file = os.open(run_dir / REQUESTS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(file).st_size
@@ -65,27 +65,27 @@ def request(run_dir: Path, what: What, trial_id: str | None = None) -> Request:
 
 
 def asked_so_far(run_dir: Path) -> list[Request]:
-    """All requests of a run directory, old ones too; lines that are none are left out."""
+    """All requests of a run directory, including old ones; invalid lines are left out."""
     file = run_dir / REQUESTS_FILE
     lines = file.read_bytes().splitlines() if file.exists() else []
     return [found for line in lines if isinstance(found := _parse(line), Request)]
 
 
 class Inbox:
-    """A sweep's requests, each given out once."""
+    """A sweep's requests, each returned once."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Create it when the sweep starts: a `stop_sweep` that is there already was asked of an earlier run.
+        """Create it when the sweep starts: an existing `stop_sweep` was meant for an earlier run and is ignored.
 
-        A `stop_trial` from before is given out again: that trial may have been left without its end, and to stop one
-        that has ended changes nothing.
+        An existing `stop_trial` is returned again: its trial may not have ended before a crash, and stopping an ended
+        trial has no effect.
         """
         self._path = run_dir / REQUESTS_FILE
         self._began = self._path.stat().st_size if self._path.exists() else 0
         self._offset = 0
 
     def new(self) -> list[Request]:
-        """Requests since the last call. A line still being written waits; one that is no request is logged."""
+        """Requests since the last call. An incomplete line is read later; an invalid line is logged."""
         if not self._path.exists() or self._path.stat().st_size == self._offset:
             return []
         with self._path.open("rb") as file:
@@ -97,14 +97,14 @@ class Inbox:
             self._offset += len(line)
             found = _parse(line)
             if isinstance(found, str):
-                _log.warning("%s: a line is left out: %s", self._path, found)
+                _log.warning("%s: ignored a line: %s", self._path, found)
             elif found is not None and not (is_old and found.what == "stop_sweep"):
                 requests.append(found)
         return requests
 
 
 def _parse(line: bytes) -> Request | str | None:
-    """A request, or why it is none; None for an empty line."""
+    """A request, or a text why the line is invalid; None for an empty line."""
     if not line.strip():
         return None
     try:
@@ -116,4 +116,4 @@ def _parse(line: bytes) -> Request | str | None:
             return Request("stop_trial", trial_id, at)
         case {"what": "stop_sweep", "time": int(at)} if 0 <= at < _LAST_MS:
             return Request("stop_sweep", None, at)
-    return f"no request that is known here ({' or '.join(get_args(What))}): {fields!r:.200}"
+    return f"not a known request ({' or '.join(get_args(What))}): {fields!r:.200}"

@@ -1,4 +1,4 @@
-"""From the journal of a sweep (events.jsonl) to its results (results.json)."""
+"""Convert a sweep's state, read from its journal (events.jsonl), to its results (results.json)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def summarize(
 
     Args:
         name: of the sweep.
-        metric: key of a held-out metric; `best` is the trial with its best value.
+        metric: name of a held-out metric; `best` is the trial with its best value.
         mode: whether `max` or `min` is better.
         state: the sweep, folded from its journal.
         mlflow_run_ids: trial id -> MLflow run id.
@@ -36,9 +36,9 @@ def summarize(
         `params`, `purpose` (`search`, or `confirm`: a finalist with another seed), `status` (finished, stopped_early,
         diverged or failed), `attempts`, `steps`, `metrics` (of its last evaluation; null where not finite),
         `checkpoint`, `mlflow_run_id`, `train_seconds` (null where unknown), `error`, `forks` (of population-based
-        training: `step`, `donor` and the `params` it went on with; `params` are its last) and `reused_from` (the MLflow
-        run whose result was taken over instead of training, or null). `best` is a finished trial, or
-        one stopped early if none finished, or null: never a diverged or failed one, however good its last evaluation
+        training: `step`, `donor` and the `params` it continued with; `params` are its latest) and
+        `reused_from` (the MLflow run whose result was used instead of training, or null). `best` is a finished trial,
+        or one stopped early if none finished, or null: never a diverged or failed one, however good its last evaluation
         was.
 
     Raises:
@@ -55,7 +55,7 @@ def load_results(run_dir: str | Path) -> dict[str, Any]:
     """Read results.json of a run directory.
 
     Raises:
-        NoSuchRunError: there is none; says whether the sweep has begun.
+        NoSuchRunError: there is none; the message says whether the sweep has begun.
     """
     path = Path(run_dir) / RESULTS_FILE
     if not path.is_file():
@@ -71,7 +71,7 @@ def load_results(run_dir: str | Path) -> dict[str, Any]:
 
 
 def current(run_dir: str | Path) -> dict[str, Any]:
-    """Results of a sweep that has ended; else what its journal tells so far, whether it is under way or was killed.
+    """Results of a sweep that has ended; otherwise its results so far, from the journal.
 
     Returns:
         As `summarize`. Without an end of the sweep, a trial without an end has status `unfinished` and no `error`, and
@@ -84,7 +84,7 @@ def current(run_dir: str | Path) -> dict[str, Any]:
     run_dir = Path(run_dir)
     if not is_open(run_dir):
         return load_results(run_dir)
-    # The dump, not an ExperimentConfig: to look at a sweep, its config need not be one that this version would run.
+    # Read the plain JSON, not an ExperimentConfig: this version may not accept the config of an older sweep.
     config = read_json(run_dir / SWEEP_FILE)["config"]
     metric = config["sweep"]["metric"]
     state = read_state(run_dir)
@@ -96,11 +96,11 @@ def current(run_dir: str | Path) -> dict[str, Any]:
 
 
 def is_open(run_dir: Path) -> bool:
-    """Whether a sweep has begun here, and has gone on since its results were written if they were."""
+    """Whether a sweep has begun here and has no results yet, or has continued since they were written."""
     results, journal = run_dir / RESULTS_FILE, run_dir / EVENTS_FILE
     if not (run_dir / SWEEP_FILE).is_file():
         return False
-    # An interrupted sweep has results; when it is continued, its journal outlives them.
+    # An interrupted sweep has results; when it is continued, its journal becomes newer than them.
     return not results.exists() or (journal.exists() and journal.stat().st_mtime_ns > results.stat().st_mtime_ns)
 
 

@@ -1,6 +1,6 @@
-"""State of a sweep and of its trials, folded from the journal's events. No Ray, no torch.
+"""State of a sweep and of its trials, computed by applying the journal's events in order. No Ray, no torch.
 
-The broker, searchers, schedulers, cost models, results and every view read this one fold.
+The broker, searchers, schedulers, cost models, results and all views read this state.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from orpo_ray.storage.run_dir import EVENTS_FILE
 
 @dataclass(slots=True)
 class TrialState:
-    """One trial."""
+    """State of one trial."""
 
     trial_id: str
     params: dict[str, Any]
@@ -40,40 +40,41 @@ class TrialState:
     purpose: Purpose = "search"
     status: Status = Status.WAITING
     attempt: int = 0
-    """How often it was handed out before. Reports of an earlier attempt are ignored."""
+    """Number of earlier attempts. Reports of an earlier attempt are ignored."""
     failures: int = 0
     """Attempts that ended with a crash."""
     starts: list[Started] = field(default_factory=list)
-    """Assignments to a worker group, in order; a pause and a resume share an attempt."""
+    """Starts of training, in order; starts before and after a pause share an attempt."""
     max_steps: int | None = None
     """Optimizer steps of the whole trial; known once it has started."""
     devices: int = 1
-    """Workers it occupies."""
+    """Number of its workers."""
     group: str = ""
-    """Worker group that trains it, or did last."""
+    """Worker group that trains it, or trained it last."""
     processes: list[str] = field(default_factory=list)
     """`host:pid` of each rank of that group."""
     step: int = 0
-    """Optimizer step of its last report; it goes back where training resumes from an earlier checkpoint."""
+    """Optimizer step of its last report; it decreases if training resumes from an earlier checkpoint."""
     furthest_step: int = 0
+    """Largest optimizer step reached."""
     logged_step: int = 0
     """Step of its last training metrics."""
     logged: dict[str, float] = field(default_factory=dict)
     """Its last training metrics."""
     tokens_per_second: list[float] = field(default_factory=list)
-    """As often as it was measured."""
+    """All measurements, in order."""
     peak_memory_gib: float | None = None
-    """The largest of its rank 0."""
+    """Largest peak of its rank 0."""
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     """Optimizer step -> held-out metrics."""
     seconds: dict[int, float] = field(default_factory=dict)
-    """Optimizer step -> seconds of training until then, its own: not those of a fork's donor."""
-    seconds_taken_over: float = 0.0
-    """Seconds in the counter of its checkpoint that another trial had spent; negative where it lost some of its own."""
+    """Optimizer step -> training time of this trial until then, in seconds, without that of a fork's donor."""
+    donor_seconds: float = 0.0
+    """Seconds in its checkpoint's counter that donors spent, minus its own seconds lost in forks; may be negative."""
     checkpoint: str | None = None
-    """The newest one."""
+    """Address of the newest checkpoint."""
     error: str | None = None
-    """Why it was tried again, or how it ended."""
+    """Error of its last failed attempt or of its end."""
     forks: list[Forked] = field(default_factory=list)
     end: Finished | None = None
     submitted_ms: int | None = None
@@ -91,12 +92,12 @@ class TrialState:
 
     @property
     def clock_seconds(self) -> float:
-        """Seconds of training that its checkpoint counts, a fork's donor's included."""
-        return max(self.seconds.values(), default=0.0) + self.seconds_taken_over
+        """Training time that its checkpoint counts, in seconds, including that of a fork's donor."""
+        return max(self.seconds.values(), default=0.0) + self.donor_seconds
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What only its worker knows, such as `model/parameters`; as in MLflow, the first start's values stay."""
+        """Values that only its worker knows, such as `model/parameters`; as in MLflow, those of the first start win."""
         found: dict[str, Any] = {}
         for start in reversed(self.starts):
             found |= start.facts
@@ -104,21 +105,21 @@ class TrialState:
 
     @property
     def paused(self) -> bool:
-        """Whether it waits to be chosen again, its state on disk."""
+        """Whether it waits for the scheduler to resume it."""
         return self.status is Status.PAUSED
 
     @property
     def reused_from(self) -> str | None:
-        """MLflow run whose result was taken over instead of training the same setting again."""
+        """MLflow run whose result was used instead of training the same setting again."""
         return self.end.reused_from if self.end else None
 
     @property
     def device_seconds(self) -> float:
-        """Training time × workers, as far as evaluations and the end have reported it."""
+        """Training time × workers in seconds, as far as evaluations and the end have reported it."""
         return 0.0 if self.reused_from else self.devices * max(self.seconds.values(), default=0.0)
 
     def value(self, metric: str) -> float | None:
-        """The metric at the last evaluation that has it finite; None for a trial that diverged or failed."""
+        """The metric at the last evaluation with a finite value; None for a trial that diverged or failed."""
         if self.status.is_lost:
             return None
         for step in sorted(self.metrics, reverse=True):
@@ -127,7 +128,7 @@ class TrialState:
         return None
 
     def apply(self, event: Event) -> None:
-        """Take note of one event of this trial, other than its submission and forks, which `SweepState` applies."""
+        """Apply one event of this trial, except its submission and forks, which `SweepState` applies."""
         match event:
             case Started():
                 self.status, self.max_steps, self.devices = Status.TRAINING, event.max_steps, event.devices
@@ -143,7 +144,7 @@ class TrialState:
                 self._reach(event.step)
             case Evaluated():
                 self.metrics[event.step] = event.metrics
-                self.seconds[event.step] = event.seconds - self.seconds_taken_over
+                self.seconds[event.step] = event.seconds - self.donor_seconds
                 self.checkpoint = event.checkpoint or self.checkpoint
                 self._reach(event.step)
             case Paused():
@@ -158,14 +159,14 @@ class TrialState:
                 self.status, self.error, self.end = event.status, event.error, event
                 self.step = self.furthest_step = event.steps
                 self.checkpoint = event.checkpoint
-                own = event.train_seconds - self.seconds_taken_over
+                own = event.train_seconds - self.donor_seconds
                 self.seconds[event.steps] = max(own, self.seconds.get(event.steps, 0.0))
 
     def fork(self, event: Forked, donor: TrialState) -> None:
-        """Go on from the donor's state; the copy of its checkpoint is made by the broker."""
+        """Continue from the donor's state; the broker copies the donor's checkpoint."""
         own, theirs = max(self.seconds.values(), default=0.0), max(donor.seconds.values(), default=0.0)
         self.params, self.checkpoint = event.params, None
-        self.seconds_taken_over = theirs + donor.seconds_taken_over - own
+        self.donor_seconds = theirs + donor.donor_seconds - own
         self.metrics = {step: m for step, m in self.metrics.items() if step < event.step}
         self.metrics[event.step] = donor.metrics[event.step]
         self.step = self.furthest_step = self.logged_step = event.step
@@ -176,22 +177,23 @@ class TrialState:
 
 
 class SweepState:
-    """All trials of a sweep, in the order of their submission. Feed it the journal's events in order."""
+    """State of a sweep. Apply the journal's events in order."""
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
-        """Start from `events`, e.g. those of `journal.read_events`."""
+        """Apply `events`, e.g. those of `journal.read_events`."""
         self.trials: dict[str, TrialState] = {}
+        """Trial id -> trial, in the order of submission."""
         self.began_ms: int | None = None
         """Time of the first event, in milliseconds since 1970."""
         self.last_ms = 0
         """Time of the last event."""
         self.evaluations: list[Evaluated] = []
-        """Evaluations of all trials in order, with those that a fork has replaced."""
+        """Evaluations of all trials in order, including those replaced by a fork."""
         for event in events:
             self.apply(event)
 
     def apply(self, event: Event) -> TrialState:
-        """Take note of one event. Returns the trial it is of.
+        """Apply one event. Returns its trial.
 
         Raises:
             ValueError: the trial was never submitted.
@@ -217,13 +219,13 @@ class SweepState:
         return trial
 
     def restart(self) -> None:
-        """Take note that the process that ran the sweep is gone: its trials in training wait."""
+        """Mark trials in training as waiting, because the process that ran the sweep is gone."""
         for trial in self.trials.values():
             if trial.status is Status.TRAINING:
                 trial.status = Status.WAITING
 
     def _end_other_runs(self, group: str) -> None:
-        # A group's name begins with the time its sweep was started: trials of an earlier start train no more.
+        # A group's name contains the start time of its run of the sweep: trials of earlier runs no longer train.
         run = group.rpartition("-")[0]
         for trial in self.trials.values():
             if trial.status is Status.TRAINING and trial.group.rpartition("-")[0] != run:
@@ -236,18 +238,18 @@ class SweepState:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Bundle -> parameters of its model, as far as workers have reported them."""
+        """Bundle label -> number of model parameters, as far as workers have reported it."""
         known = ((t.bundle, t.facts.get("model/parameters")) for t in self.trials.values())
         return {bundle: count for bundle, count in known if count is not None}
 
     @property
     def device_hours(self) -> float:
-        """Training time × workers of all trials."""
+        """Training time × workers of all trials, in hours."""
         return sum(trial.device_seconds for trial in self.trials.values()) / 3600.0
 
 
 def read_state(run_dir: str | Path) -> SweepState:
-    """The state that the journal of a run directory tells; without trials where there is no journal yet.
+    """State of the sweep in a run directory; without trials if there is no journal yet.
 
     Raises:
         JournalError: the journal is damaged.

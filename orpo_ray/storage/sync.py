@@ -1,6 +1,7 @@
-"""A sweep in an object store: which of its files are kept there, and that one process at a time runs it.
+"""Synchronise a run directory with an object store.
 
-Checkpoints are written by the workers (`checkpoint`), the journal by the broker (`journal`); this is the rest.
+Workers write checkpoints there themselves (`training.checkpoint`), the broker its journal (`storage.journal`); this
+module copies all other files. `storage.lease` makes sure that one process at a time runs the sweep.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ _CHECKPOINT = "step-"
 
 
 def restore(run_dir: Path, remote: Storage) -> None:
-    """Make a run directory what the store has of the sweep: its config and its journal. Nothing where it has none.
+    """Replace config and journal of a run directory by those in the store, if the store has the sweep.
 
-    What the journal's file holds beyond the store's is dropped: nobody has acted on it.
+    Events that only the local journal has are dropped: they were never acted on.
     """
     for name in (SWEEP_FILE, FITTED_FILE):
         if (content := remote.read(name)) is not None:
@@ -30,7 +31,7 @@ def restore(run_dir: Path, remote: Storage) -> None:
 
 
 def pull(run_dir: Path, remote: Storage) -> None:
-    """Copy all that is not a checkpoint, the journal or Ray's from the store: what reports are made of."""
+    """Download report inputs; skip checkpoints, journal and Ray state."""
     files = {}
     for name, size in remote.list().items():
         parts = name.split("/")
@@ -44,15 +45,15 @@ def pull(run_dir: Path, remote: Storage) -> None:
     remote.download_all(files)
 
 
-def fetched(uri: str, output_dir: Path) -> Path:
-    """The run directory below `output_dir` of a sweep in an object store, brought up to date.
+def fetch_run_dir(uri: str, output_dir: Path) -> Path:
+    """Download a sweep from an object store, without checkpoints. Returns its run directory below `output_dir`.
 
     Args:
         uri: `storage` of its config and its name, e.g. `s3://bucket/orpo/quickstart`.
         output_dir: where run directories are.
 
     Raises:
-        FileNotFoundError: there is no such sweep.
+        NoSuchRunError: there is no such sweep.
         StorageError: the store cannot be read.
     """
     remote = Storage(uri.rstrip("/"), patience_s=30.0)

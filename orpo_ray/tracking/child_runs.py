@@ -1,4 +1,4 @@
-"""The MLflow runs of a sweep's trials: one child run each, written from the trial's events."""
+"""MLflow child runs: one per trial, written from the trial's events."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _TERMINAL = {
 
 @dataclass(slots=True)
 class _Trial:
-    """What a trial's note needs of its events."""
+    """Values from a trial's events that its note needs."""
 
     params: dict[str, Any]
     purpose: Purpose
@@ -75,34 +75,34 @@ class _Trial:
 
 
 class ChildRuns:
-    """Trials' runs. Different trials may be delivered from different threads at the same time."""
+    """Writes the trials' runs. Different threads may deliver different trials at the same time."""
 
     def __init__(
         self, client: MlflowClient, config: ExperimentConfig, provenance: dict[str, Any], parent: ParentRun
     ) -> None:
-        """Learn which trials MLflow has already.
+        """Find the trials that MLflow has already.
 
         Raises:
             MlflowException: the server does not answer or refuses.
         """
         self._client, self._config, self._provenance, self._parent = client, config, provenance, parent
         self.run_ids: dict[str, str] = {}
-        """Trial id -> run id, of the trials delivered so far."""
+        """Trial id -> MLflow run id, for trials delivered so far."""
         self._trials: dict[str, _Trial] = {}
         self._children: dict[str, ChildRun] = {}
         self._in_doubt: set[str] = set()
-        """Trials of which a request may have arrived although its answer did not."""
+        """Trials with a request that may have arrived although its answer was lost."""
         self._parent_digests: set[str] = set()
-        """Data sets that the parent run lists."""
-        self._inputs_lock = threading.Lock()  # held during requests; only threads that deliver wait for it
+        """Digests of the data sets that the parent run lists."""
+        self._inputs_lock = threading.Lock()  # held during requests; only delivery threads wait for it
         self.find()
 
     def doubt(self, trial_id: str) -> None:
-        """Ask MLflow again what it has of a trial before the next delivery: a request's answer was lost."""
+        """Look the trial's run up again before the next delivery, because a request's answer was lost."""
         self._in_doubt.add(trial_id)
 
     def end_unfinished(self, status: str, at: int) -> None:
-        """End the runs of trials that have no end; they are reopened if the sweep goes on.
+        """End the runs of unfinished trials; they are reopened if the sweep continues.
 
         Args:
             status: of an MLflow run, `KILLED` or `FAILED`.
@@ -114,7 +114,7 @@ class ChildRuns:
                 child.is_open = False
 
     def find(self, trial_id: str | None = None) -> None:
-        """Learn which trials of the sweep MLflow has, or whether it has one of them, and how far each was delivered."""
+        """Find which trials of the sweep (or whether this one) MLflow has, and how far each was delivered."""
         children: dict[str, ChildRun] = {}
         wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self._parent.run_id}'"
         if trial_id is not None:
@@ -125,7 +125,7 @@ class ChildRuns:
         self._children |= children
 
     def deliver(self, trial_id: str, events: list[Event]) -> None:
-        """Write events of one trial, in order, into its run.
+        """Write events of one trial into its run, in order.
 
         Raises:
             MlflowException: the server does not answer or refuses.
@@ -172,7 +172,7 @@ class ChildRuns:
                         tags["orpo_ray.fallback"] = event.facts["forward/fallback"]
                     self._log_inputs(child, event.facts)
                 case Logged() | Evaluated():
-                    # At the watermark itself again: its batch may have been cut in two. MLflow drops equal points.
+                    # Points at the watermark go again: their batch may have been split. MLflow drops equal points.
                     if event.step >= reached.get(event.kind, 0):
                         metrics += metric_points(event.metrics, event.time, event.step)
                         reached[event.kind] = event.step
@@ -226,29 +226,29 @@ class ChildRuns:
         )
 
     def _log_inputs(self, child: ChildRun, facts: dict[str, Any]) -> None:
-        """The data it trains and is evaluated on, which only the worker has seen; the parent run lists it too."""
+        """Log the training and held-out data, which only the worker knows, with the trial's and the parent run."""
         if child.has_inputs or "data/train_digest" not in facts:
             return
         datasets = dataset_inputs(self._config.data, facts)
-        with self._inputs_lock:  # two at once would both create the data set, and one be refused
+        with self._inputs_lock:  # else two threads could create the same data set, and one request would be refused
             try:
                 self._client.log_inputs(child.run_id, datasets=datasets)
                 digests = {data.dataset.digest for data in datasets}
-                if not digests <= self._parent_digests:  # other tokenizers make other data of the same pairs
+                if not digests <= self._parent_digests:  # bundles with different tokenizers have different digests
                     self._client.log_inputs(self._parent.run_id, datasets=datasets)
                     self._parent_digests |= digests
             except MlflowException as error:
-                _pass_over(error, "the data sets of a trial")
+                _log_refusal(error, "the data sets of a trial")
         child.has_inputs = True
 
     def _model_of(self, trial_id: str, trial: _Trial, child: ChildRun, end: Finished) -> str | None:
-        """Id of the MLflow model that stands for the trial's checkpoint, whose files stay where they are."""
+        """Id of the MLflow model that refers to the trial's checkpoint; the files stay where they are."""
         if end.status is not Status.FINISHED or end.checkpoint is None:
             return None
         try:
             return self._get_or_create_model(trial_id, trial, child, end.checkpoint)
-        except MlflowException as error:  # servers before MLflow 3 know of none
-            _pass_over(error, f"the model of trial {trial_id}")
+        except MlflowException as error:  # servers before MLflow 3 have no logged models
+            _log_refusal(error, f"the model of trial {trial_id}")
             return None
 
     def _get_or_create_model(self, trial_id: str, trial: _Trial, child: ChildRun, checkpoint: str) -> str:
@@ -269,9 +269,9 @@ class ChildRuns:
         return str(model.model_id)
 
     def _log_generations(self, trial_id: str, child: ChildRun) -> None:
-        """What the trial's model answered at each evaluation, as the table that MLflow's UI shows.
+        """Log the trial's generated answers at each evaluation as a table for MLflow's UI.
 
-        `client.log_table` would add to a table that is there already, and so double it after a restart.
+        `client.log_table` would append to an existing table and so duplicate it after a restart.
         """
         rows = generations.read(self._config.run_dir / "trials" / trial_id)
         if rows:
@@ -282,11 +282,11 @@ class ChildRuns:
         child.has_generations = True
 
 
-def _pass_over(error: MlflowException, what: str) -> None:
-    """A trial's numbers must not be lost for what only adorns its run.
+def _log_refusal(error: MlflowException, what: str) -> None:
+    """Log a refused request for optional content, so that the trial's metrics are still delivered.
 
     Raises:
-        MlflowException: it was only that the server cannot be reached, and is worth another try.
+        MlflowException: the error is temporary, so the delivery should be retried.
     """
     if is_temporary(error):
         raise error

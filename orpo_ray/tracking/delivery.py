@@ -1,4 +1,4 @@
-"""Items sent in order from threads of their own, and again where the receiver was away: nobody else waits for it."""
+"""Background queue: per-key ordered delivery with retries; callers never block."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Item = TypeVar("Item")
 
 
 class Unreachable(Exception):
-    """The receiver did not answer; worth another try."""
+    """The receiver did not answer; the items should be sent again."""
 
 
 def backoffs() -> Iterator[float]:
-    """Seconds to wait before each further try: doubling, without end."""
+    """Seconds to wait before each retry: doubling up to `LONGEST_BACKOFF_S`, without end."""
     seconds = FIRST_BACKOFF_S
     while True:
         yield seconds
@@ -33,24 +33,24 @@ def backoffs() -> Iterator[float]:
 
 
 class Delivery(Generic[Item]):
-    """Sends what is queued in threads that `start` begins and `close` ends.
+    """Sends queued items from threads that run between `start` and `close`.
 
     Items of a key go in order, one call after another; different keys may go at the same time. Those without a key
-    (None) go one by one, when everything else is sent. While the receiver is unreachable they all wait in memory. What
-    it refuses is logged and counted, and holds up nothing else.
+    (None) go one by one after everything else. While the receiver is unreachable all items wait in memory. Refused
+    items are logged and counted, and do not delay others.
     """
 
     def __init__(self, receiver: str, send: Callable[[str | None, list[Item]], None], senders: int = 1) -> None:
         """Nothing is sent before `start`.
 
         Args:
-            receiver: its name, for messages.
-            send: delivers items of one key; raises Unreachable to get the same items again later, and anything else
-                where they are refused.
-            senders: threads that call `send`, never two at once for the same key.
+            receiver: name of the receiver, for messages.
+            send: delivers items of one key; raises Unreachable to get the same items again later, and any other error
+                if they are refused.
+            senders: number of threads that call `send`, never two at once for the same key.
         """
         self._receiver, self._send = receiver, send
-        # Keys in the order of their oldest item.
+        # Keys, ordered by their oldest item.
         self._queued: dict[str | None, deque[Item]] = {}
         self._in_flight: dict[str | None, int] = {}
         self._refused = 0
@@ -64,7 +64,7 @@ class Delivery(Generic[Item]):
         ]
 
     def start(self) -> None:
-        """Begin to send."""
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
@@ -76,13 +76,13 @@ class Delivery(Generic[Item]):
             self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> int:
-        """Wait until everything queued is sent, at most `timeout_s`; returns how many items were not."""
+        """Wait at most `timeout_s` until all queued items are sent. Returns the number of items not sent."""
         with self._changed:
             self._changed.wait_for(lambda: not (self._queued or self._in_flight), timeout_s)
             return self._refused + sum(self._in_flight.values()) + sum(map(len, self._queued.values()))
 
     def close(self, timeout_s: float) -> int:
-        """`flush`, trying more often, then end: what is left is not sent any more."""
+        """`flush` with more frequent retries, then end the threads. Returns the number of items not sent."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -90,7 +90,7 @@ class Delivery(Generic[Item]):
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
-        give_up = time.monotonic() + 1.0  # daemons: a request that still hangs does not hold up the process
+        give_up = time.monotonic() + 1.0  # the threads are daemons: a hanging request does not keep the process alive
         for thread in self._threads:
             thread.join(timeout=max(0.0, give_up - time.monotonic()))
         return unsent
@@ -105,7 +105,7 @@ class Delivery(Generic[Item]):
             except Unreachable as error:
                 self._put_back(key, items, began, error)
                 continue
-            except Exception:  # this thread must outlive every answer the receiver can think of
+            except Exception:  # this thread must survive any error of the receiver
                 log.exception("%s refused %d items of %s", self._receiver, len(items), key or "no key")
                 refused = len(items)
             with self._changed:
@@ -117,7 +117,7 @@ class Delivery(Generic[Item]):
                 self._changed.notify_all()
 
     def _take(self) -> tuple[str | None, list[Item]] | None:
-        """Wait for a key's items and take them; None when there is nothing more to do."""
+        """Wait for a key's items and take them; None when the delivery is closed."""
         with self._changed:
             while not self._abandoned:
                 pause = self._pause_s()
@@ -126,7 +126,7 @@ class Delivery(Generic[Item]):
                         queue = self._queued.pop(key)
                         items = list(islice(queue, 1 if key is None else _MAX_ITEMS_PER_CALL))
                         if rest := deque(islice(queue, len(items), None)):
-                            self._queued[key] = rest  # behind the others
+                            self._queued[key] = rest  # after the other keys
                         self._in_flight[key] = len(items)
                         return key, items
                 if self._closing and not self._queued and not self._in_flight:
@@ -135,13 +135,13 @@ class Delivery(Generic[Item]):
             return None
 
     def _ready(self) -> Iterator[str | None]:
-        """Keys whose turn it is, the one that has waited longest first."""
+        """Keys that can be sent now, the longest-waiting first."""
         yield from (key for key in self._queued if key is not None and key not in self._in_flight)
         if [*self._queued] == [None] and not self._in_flight:
             yield None
 
     def _pause_s(self) -> float:
-        """Seconds until the receiver is tried again; who stands in `close` gets a try each second."""
+        """Seconds until the next try; during `close` there is one per second."""
         if self._waits is None:
             return 0.0
         again_at = min(self._again_at, self._failed_at + FIRST_BACKOFF_S) if self._closing else self._again_at
@@ -154,16 +154,16 @@ class Delivery(Generic[Item]):
             del self._in_flight[key]
             is_first = self._waits is None
             if self._waits is None:
-                log.warning("%s cannot be reached, what is to be sent waits until it can: %s", self._receiver, error)
+                log.warning("%s cannot be reached; queued items wait until it can: %s", self._receiver, error)
                 self._waits = backoffs()
-            if is_first or began > self._failed_at:  # else it was under way with the one that failed first
+            if is_first or began > self._failed_at:  # else it was in flight together with the first failure
                 self._failed_at = time.monotonic()
                 self._again_at = self._failed_at + next(self._waits)
             self._changed.notify_all()
 
 
 def is_temporary(error: Exception) -> bool:
-    """Whether a request is worth another try: no connection, no time or no permission yet, but not a refusal."""
+    """Whether a request should be retried: no connection, a timeout or no permission yet, but not a refusal."""
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
         return status >= 500 or status in (401, 403, 408, 429)

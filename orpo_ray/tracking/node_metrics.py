@@ -1,4 +1,4 @@
-"""How busy the nodes of a sweep are: an actor on each samples with MLflow's own monitors, the driver collects."""
+"""System metrics of a sweep's nodes, sampled by an actor on each node with MLflow's own monitors."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ class NodeMonitor:
         for monitor in (GPUMonitor, ROCMMonitor):
             try:
                 self._monitors.append(monitor())
-            except (ImportError, RuntimeError):  # no GPU of this make, or no library that asks it
+            except (ImportError, RuntimeError):  # no GPU of this vendor, or its library is missing
                 continue
-        self.sample()  # the first CPU utilisation is of no time at all,
-        time.sleep(_SETTLING_S)  # and one right after it of next to none
+        # CPU utilisation is measured since the last sample: take a first one, and wait so that the next is meaningful.
+        self.sample()
+        time.sleep(_SETTLING_S)
 
     def sample(self) -> dict[str, float]:
-        """What MLflow calls it -> value: percentages, megabytes, watts. CPU utilisation is since the last sample."""
+        """MLflow's metric name -> value in percent, megabytes or watts. CPU utilisation is since the last call."""
         values: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
@@ -46,9 +47,9 @@ class NodeMonitor:
 
 
 class ClusterMonitor:
-    """A `NodeMonitor` on every node that is alive, asked every 10 s; `tick` never waits and never fails for a node.
+    """Samples a `NodeMonitor` on every live node every 10 s; `tick` never waits and never fails because of a node.
 
-    Nodes are numbered in the order in which they are seen, the head node first. A sweep that ends within the first
+    Nodes are numbered in the order in which they appear, the head node first. A sweep that ends within the first
     10 s starts no actor.
     """
 
@@ -60,20 +61,21 @@ class ClusterMonitor:
         self._due_at = time.monotonic() + self._interval_s
         self._numbers: dict[str, int] = {}
         self._actors: dict[str, Any] = {}
-        self._asked: dict[str, Any] = {}  # node -> answer that is on its way
+        self._asked: dict[str, Any] = {}  # node -> pending answer
         self._fresh: dict[str, float] = {}
-        self._untold: set[str] = set()  # nodes with GPUs of which nothing has been heard
+        self._without_gpu_metrics: set[str] = set()  # nodes with GPUs that have not answered yet
 
     def tick(self) -> dict[str, float]:
-        """What the nodes answered since the last call, all together; asks them again when it is time.
+        """Collect the nodes' answers since the last call, and request new samples when they are due.
 
         Returns:
-            `system/node_<i>/<what>` -> value, the keys of which MLflow's UI draws charts per node.
+            `system/node_<i>/<metric>` -> value; MLflow's UI draws charts per node from these keys. Empty until all
+            nodes have answered or the next sample is due.
         """
         self._gather()
         is_due = time.monotonic() >= self._due_at
         if self._asked and not is_due:
-            return {}  # one node is slower than the others
+            return {}  # wait for the slower nodes
         found, self._fresh = self._fresh, {}
         if is_due:
             self._due_at = time.monotonic() + self._interval_s
@@ -87,13 +89,13 @@ class ClusterMonitor:
             del self._asked[node]
             try:
                 sample = ray.get(answer)
-            except RayError as error:  # the node is gone, or going
-                log.info("no system metrics of node %d: %s", self._numbers[node], error)
+            except RayError as error:  # the node is gone or shutting down
+                log.info("no system metrics from node %d: %s", self._numbers[node], error)
                 self._actors.pop(node, None)
                 continue
-            if node in self._untold and not any(name.startswith("gpu_") for name in sample):
-                log.warning("no metrics of the GPUs of node %d: install nvidia-ml-py there", self._numbers[node])
-            self._untold.discard(node)
+            if node in self._without_gpu_metrics and not any(name.startswith("gpu_") for name in sample):
+                log.warning("no GPU metrics from node %d: install nvidia-ml-py there", self._numbers[node])
+            self._without_gpu_metrics.discard(node)
             prefix = f"system/node_{self._numbers[node]}/"
             self._fresh |= {prefix + name: value for name, value in sample.items()}
 
@@ -105,7 +107,7 @@ class ClusterMonitor:
             if node not in self._actors:
                 there = NodeAffinitySchedulingStrategy(node, soft=False)
                 if info["Resources"].get("GPU", 0) > 0:
-                    self._untold.add(node)
+                    self._without_gpu_metrics.add(node)
                 self._actors[node] = ray.remote(num_cpus=0, scheduling_strategy=there)(NodeMonitor).remote()
             if node not in self._asked:
                 self._asked[node] = self._actors[node].sample.remote()

@@ -1,4 +1,4 @@
-"""What MLflow shows above a run: short descriptions of a sweep and its trials, in Markdown. Pure functions."""
+"""Notes that MLflow shows above a run: short Markdown descriptions of a sweep and its trials. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from orpo_ray.storage.events import Finished, Status
 
 _BEST_ROWS = 10
 _MAX_ROWS = 40
-"""Settings shown of one trial; a bundle may hold any number."""
+"""Largest number of settings shown for a trial; a bundle may hold any number."""
 
 _MAX_TEXT = 1500
-"""Characters of an error or a command: a note may have 8000 bytes in all (MLflow refuses longer tags)."""
+"""Largest number of characters of an error or a command: a note may have 8000 bytes (MLflow refuses longer tags)."""
 
 _STATUS = {
     Status.FINISHED: "finished",
@@ -30,7 +30,7 @@ _STATUS = {
 
 
 def sweep_note(config: ExperimentConfig) -> str:
-    """What a sweep is, before it has an answer."""
+    """Note of a sweep without results."""
     if config.sweep is None or not config.sweep.space:
         return f"One training run, by orpo-ray.\n\nResults: `{config.run_dir}`"
     axes = ", ".join(f"`{name}`" for name in config.sweep.space)
@@ -42,11 +42,11 @@ def sweep_note(config: ExperimentConfig) -> str:
 def sweep_answer(
     config: ExperimentConfig, results: Mapping[str, Any], links: Mapping[str, str], *, interrupted: bool
 ) -> str:
-    """`sweep_note` with what came out: the best setting, those tied with it, the cost, and the best ten trials.
+    """`sweep_note` with results: the best setting, those tied with it, the cost, and the best ten trials.
 
     Args:
         config: the experiment.
-        results: of `results.summarize`, with `winners` where they are known.
+        results: from `results.summarize`, with `winners` if they are known.
         links: trial id -> address of its run in MLflow.
         interrupted: the sweep was stopped from outside before its end.
     """
@@ -62,8 +62,8 @@ def sweep_answer(
     ends = ", ".join(f"{counts[status]} {words}" for status, words in _STATUS.items() if counts[status])
     parts.append(f"{len(results['trials'])} trials: {ends}. Cost: {_cost(config, results)} of training.")
     ranked = sorted(
-        (t for t in results["trials"] if t["status"] in ("finished", "stopped_early") and _has(t, metric)),
-        key=lambda t: (t["status"] != "finished", t["metrics"][metric] * (-1 if results["mode"] == "max" else 1)),
+        (t for t in results["trials"] if Status(t["status"]).ended_well and _has(t, metric)),
+        key=lambda t: (t["status"] != Status.FINISHED, t["metrics"][metric] * (-1 if results["mode"] == "max" else 1)),
     )
     if len(ranked) > 1:
         rows = [
@@ -76,7 +76,7 @@ def sweep_answer(
             for t in ranked[:_BEST_ROWS]
         ]
         parts.append(markdown_table(["setting", metric, "steps", "status"], rows))
-    parts.append(sweep_note(config))  # last: MLflow folds all but the first lines away
+    parts.append(sweep_note(config))  # last: MLflow collapses all but the first lines
     return "\n\n".join(parts)
 
 
@@ -90,16 +90,16 @@ def trial_note(
     purpose: str = "search",
     end: Finished | None = None,
 ) -> str:
-    """What a trial is: its settings, how it ended, where its checkpoint is, how to train it again.
+    """Note of a trial: its settings, how it ended, where its checkpoint is, how to train it again.
 
     Args:
         config: the experiment, with its sweep.
-        trial_id: the trial's.
+        trial_id: of the trial.
         params: axis name -> value.
         parent: address of the sweep's run in MLflow.
-        command: that trains it again, of `trial_command`; None where no single command does.
+        command: from `trial_command`; None if no single command trains the trial again.
         purpose: `search` or `confirm`.
-        end: its `finished` event; None while it has none.
+        end: its last event; None while it has not ended.
     """
     kind = "Another seed for a finalist" if purpose == "confirm" else "Trial"
     parts = [f"{kind} of the sweep {_linked(config.name, parent)}, `{trial_id}`: **{describe(dict(params))}**"]
@@ -119,14 +119,14 @@ def trial_note(
 
 
 def trial_command(config: ExperimentConfig, trial_id: str, params: Mapping[str, Any], started_by: str) -> str:
-    """The command that trains one trial of a sweep alone, under a name of its own.
+    """The command that trains one trial of a sweep on its own, under a name of its own.
 
     Args:
         config: the experiment, with its sweep.
-        trial_id: the trial's.
+        trial_id: of the trial.
         params: axis name -> value.
-        started_by: command line of the sweep. Where it is none of `orpo-ray sweep` or `train`, the file is
-            `config.yaml`, which the sweep's run in MLflow keeps.
+        started_by: command line of the sweep. If it is neither `orpo-ray sweep` nor `train`, the file is
+            `config.yaml`, which is an artifact of the sweep's MLflow run.
     """
     words = shlex.split(started_by)
     file, given = "config.yaml", []

@@ -1,4 +1,4 @@
-"""The MLflow run of a whole sweep, and the experiment it is in."""
+"""The MLflow parent run of a sweep, and its experiment."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from orpo_ray.tracking.run_values import (
 )
 from orpo_ray.tracking.uri import TrackingError
 
-_KIND_OF_EXPERIMENT = "mlflow.experimentKind"  # else the UI takes it for one with prompts and traces
+_KIND_OF_EXPERIMENT = "mlflow.experimentKind"  # without it the UI assumes an experiment with prompts and traces
 
 
 class ParentRun:
-    """A sweep's run; found again by the sweep's id."""
+    """The run of a whole sweep, found again by the sweep's id."""
 
     def __init__(
         self, client: MlflowClient, uri: str, config: ExperimentConfig, sweep_id: str, provenance: dict[str, Any]
@@ -51,22 +51,22 @@ class ParentRun:
         """
         self._client, self._uri, self._config = client, uri, config
         self._sweep_id, self._provenance = sweep_id, provenance
-        self.next_system_step = 1  # a line in the UI begins at 1
+        self.next_system_step = 1  # charts in the UI begin at 1
         self.experiment_id = self._get_or_create_experiment()
         self.run_id = self._get_or_create_parent()
 
     def log_system(self, metrics: dict[str, float], time_ms: int, step: int) -> None:
-        """Log a sample of all nodes."""
+        """Log one sample of all nodes' system metrics."""
         self._client.log_batch(self.run_id, metrics=metric_points(metrics, time_ms, step), synchronous=True)
 
     def attach(self, path: Path) -> None:
-        """Store a file with the run, in the folder that it has in the run directory."""
+        """Store a file as an artifact, in the same folder as in the run directory."""
         path, home = path.absolute(), self._config.run_dir
         folder = path.parent.relative_to(home).as_posix() if path.is_relative_to(home) else "."
         self._client.log_artifact(self.run_id, str(path), None if folder == "." else folder)
 
     def end(self, results: dict[str, Any], interrupted: bool, run_ids: Mapping[str, str], at: int) -> None:
-        """End the run with the sweep's answer.
+        """End the run with the sweep's results.
 
         Args:
             results: from `results.summarize`.
@@ -102,7 +102,7 @@ class ParentRun:
                 self._client.create_experiment(name, artifact_location=artifacts)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise  # else another process was faster
+                    raise  # otherwise another process created it first
             experiment = self._client.get_experiment_by_name(name)
         if experiment.lifecycle_stage != "active":
             raise TrackingError(
@@ -111,13 +111,13 @@ class ParentRun:
             )
         experiment_id = str(experiment.experiment_id)
         if self._config.sweep is not None:
-            # What the UI draws first. Of several sweeps in the experiment, the last one says.
+            # The UI draws this metric first. With several sweeps in the experiment, the last one sets it.
             metric = self._config.sweep.metric
             tags = {
                 MLFLOW_EXPERIMENT_PRIMARY_METRIC_NAME: final_name(metric),
                 MLFLOW_EXPERIMENT_PRIMARY_METRIC_GREATER_IS_BETTER: str(METRIC_MODES[metric] == "max"),
             }
-            if _KIND_OF_EXPERIMENT not in experiment.tags:  # what a user chose in the UI stays
+            if _KIND_OF_EXPERIMENT not in experiment.tags:  # keep the user's choice
                 tags[_KIND_OF_EXPERIMENT] = "custom_model_development"
             for key, value in tags.items():
                 if experiment.tags.get(key) != value:
@@ -141,7 +141,7 @@ class ParentRun:
         return self._describe_parent(run, folder="")
 
     def _describe_parent(self, run: Run, folder: str) -> str:
-        """Parameters and artifacts of the parent; in a `folder` of their own where it is resumed: code may differ."""
+        """Log parameters and artifacts; return the run id. A resumed sweep gets its own `folder`: code may differ."""
         run_id: str = run.info.run_id
         params = {k: v for k, v in parent_params(self._config).items() if k not in run.data.params}
         self._client.log_batch(run_id, params=[Param(k, v) for k, v in params.items()], synchronous=True)

@@ -1,8 +1,8 @@
-"""Metrics of a sweep for Prometheus, through Ray's own exporter on the node of the sweep's process.
+"""Metrics of a sweep for Prometheus, through Ray's exporter on the node of the sweep's process.
 
 Ray prefixes every name with `ray_`, and gives a counter the suffix `_total`. It drops a gauge that has not been set for
-two report intervals (20 s): so those of a trial that has ended go away by themselves, and all others are set again and
-again (docs.ray.io, application-level metrics). Names and labels: docs/observability.md.
+two report intervals (20 s): so gauges of an ended trial disappear by themselves, and all others are set repeatedly
+(docs.ray.io, application-level metrics). Names and labels: docs/observability.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from orpo_ray.storage.events import ENDS, Evaluated, Event, Finished, Forked, Re
 from orpo_ray.storage.sweep_state import SweepState, TrialState
 
 REFRESH_S = 5.0
-"""Gauges are set this often; Ray reports every 10 s."""
+"""Interval between settings of the gauges; Ray reports every 10 s."""
 STATES = (Status.WAITING, Status.TRAINING, Status.PAUSED, *ENDS)
 _DURATIONS = [10.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 24 * 3600.0]
 
@@ -41,9 +41,9 @@ COUNTERS = {
     "orpo_ray_evaluations": "Held-out evaluations",
     "orpo_ray_forks": "Exploits of population-based training",
 }
-"""Name -> description; all with the label `sweep`."""
+"""Name -> description; all have the label `sweep`."""
 HISTOGRAM = "orpo_ray_trial_train_seconds"
-"""Seconds of training of ended trials, with the labels `sweep` and `state`."""
+"""Training seconds of ended trials, with the labels `sweep` and `state`."""
 
 _TRIAL_METRICS = {
     "train/loss": ("orpo_ray_trial_loss", 1.0),
@@ -54,15 +54,15 @@ _TRIAL_METRICS = {
 
 
 class SweepMetrics:
-    """Follows the journal's events and keeps Ray's metrics up to date. Not thread-safe; needs a Ray connection.
+    """Applies journal events and sets Ray's metrics. Not thread-safe; needs a Ray connection.
 
-    A sweep that is continued counts from its journal, so its counters begin where they were.
+    A continued sweep replays its journal, so its counters resume at their previous values.
     """
 
     def __init__(self, sweep: str, metric: str, mode: str) -> None:
         """Args:
         sweep: name of the sweep.
-        metric: that it is judged by.
+        metric: held-out metric of the sweep.
         mode: `min` or `max`.
         """
         self._label = {"sweep": sweep}
@@ -75,7 +75,7 @@ class SweepMetrics:
         self._due_at = 0.0
 
     def handle(self, events: list[Event]) -> None:
-        """Take note of events, in order. The first ones of a sweep that is continued are its journal."""
+        """Apply events in order. A continued sweep first passes the events of its journal."""
         is_resumed = not self._state.trials and any(isinstance(event, Started) for event in events)
         for event in events:
             self._count(event)
@@ -95,7 +95,7 @@ class SweepMetrics:
             case Retried():
                 self._counters["orpo_ray_retries"].inc(1.0, self._label)
             case Finished():
-                self._due_at = 0.0  # at once: after the last trial there may be no other occasion
+                self._due_at = 0.0  # refresh at once: after the last trial there may be no later refresh
                 self._seconds.observe(event.train_seconds, {**self._label, "state": event.status.value})
 
     @property
@@ -108,7 +108,7 @@ class SweepMetrics:
 
         Args:
             busy: worker groups that train.
-            idle: worker groups that wait.
+            idle: worker groups without a trial.
             queued: trials that wait for a worker group.
             backlog: events that MLflow has not taken yet.
         """
@@ -136,5 +136,5 @@ class SweepMetrics:
             self._set("orpo_ray_trial_metric", value, trial=trial.trial_id, metric=self._metric)
 
     def _set(self, gauge: str, value: float, **labels: str) -> None:
-        if math.isfinite(value):  # a diverging loss has no place on an axis
+        if math.isfinite(value):  # a gauge cannot show a non-finite loss
             self._gauges[gauge].set(value, {**self._label, **labels})

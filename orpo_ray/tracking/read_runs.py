@@ -19,6 +19,7 @@ from orpo_ray.config import METRIC_MODES
 from orpo_ray.config.flatten import AXES
 from orpo_ray.errors import NoSuchRunError
 from orpo_ray.files import read_json
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.find import nearest, suggest
 from orpo_ray.storage.records import SEED, SPACE_PREFIX, SweepRecord, TrialRecord, choose, ordered
 from orpo_ray.storage.run_dir import SWEEP_FILE
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-_OVERFLOW = 1e308  # MLflow holds ±inf as the largest double
+_OVERFLOW = 1e308  # MLflow stores ±inf as the largest double
 
 
 def compare_page(uri: str, run_ids: Sequence[str]) -> str:
@@ -48,7 +49,11 @@ def compare_page(uri: str, run_ids: Sequence[str]) -> str:
 
 @contextmanager
 def asked(uri: str) -> Iterator[MlflowClient]:
-    """A client of the MLflow at `uri`, whose failures are told as TrackingError."""
+    """An MLflow client for `uri`; its errors are raised as TrackingError.
+
+    Raises:
+        TrackingError: the server refuses or does not answer.
+    """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -68,6 +73,18 @@ def asked(uri: str) -> Iterator[MlflowClient]:
 
 
 def from_mlflow(name: str, tracking_uri: str | None, experiment: str | None, output_dir: Path) -> SweepRecord:
+    """Read a sweep from MLflow.
+
+    Args:
+        name: of the sweep, NAME/TRIAL_ID of a trial, or an MLflow run id.
+        tracking_uri: None: see `uri.resolve_uri`.
+        experiment: MLflow experiment to search; None: all.
+        output_dir: where run directories are.
+
+    Raises:
+        NoSuchRunError: MLflow has no such sweep or trial.
+        TrackingError: MLflow refuses or does not answer.
+    """
     from orpo_ray.provenance import without_password
     from orpo_ray.tracking.uri import resolve_uri
 
@@ -78,7 +95,7 @@ def from_mlflow(name: str, tracking_uri: str | None, experiment: str | None, out
         f"({suggest(name, output_dir)}), nor "
     )
     if file is not None and not file.exists():
-        # Opening it would create it, with all its tables.
+        # Opening the file would create it with all its tables.
         raise NoSuchRunError(
             f"{missing}in MLflow, for there is no {file}; correct the name, or say where its MLflow is (tracking URI)"
         )
@@ -93,11 +110,11 @@ def from_mlflow(name: str, tracking_uri: str | None, experiment: str | None, out
 
 
 def sweep_of_run(run_id: str, uri: str) -> tuple[str | None, str | None, dict[str, Any]]:
-    """Which sweep wrote an MLflow run.
+    """Find the sweep that wrote an MLflow run.
 
     Returns:
-        The sweep's id (None: the run is not of a sweep of orpo-ray), the trial's id (None: a parent run), and the
-        sweep's config as it was given.
+        The sweep's id (None: no sweep of orpo-ray wrote the run), the trial's id (None: a parent run), and the sweep's
+        config as given.
 
     Raises:
         TrackingError: there is no such run, or MLflow does not answer.
@@ -113,7 +130,7 @@ def sweep_of_run(run_id: str, uri: str) -> tuple[str | None, str | None, dict[st
 
 
 def _find_parent(client: MlflowClient, name: str, experiment: str | None) -> tuple[Run | None, str | None]:
-    """The parent run, and the trial if one is named: by run id, by name, or as NAME/TRIAL_ID."""
+    """The parent run, and the trial id if a trial is named. `name` is a run id, a sweep's name or NAME/TRIAL_ID."""
     if re.fullmatch("[0-9a-f]{32}", name):
         if (run := _run_of(client, name)) is None:
             return None, None
@@ -164,7 +181,7 @@ def _experiments(client: MlflowClient, name: str | None) -> list[str]:
 
 def _parents(client: MlflowClient, experiments: list[str], name: str | None = None) -> list[Run]:
     """Parent runs of sweeps, the newest first."""
-    # Names cannot be escaped in a filter; those of sweeps have no quotes.
+    # Quotes cannot be escaped in a filter, and names of sweeps have none.
     if name is not None and "'" in name:
         return []
     where = "tags.`orpo_ray.sweep_id` LIKE '%'" + (f" AND attributes.run_name = '{name}'" if name else "")
@@ -174,7 +191,7 @@ def _parents(client: MlflowClient, experiments: list[str], name: str | None = No
 def search_all_runs(
     client: MlflowClient, experiment_ids: list[str], where: str, order: str = "attributes.start_time ASC"
 ) -> list[Run]:
-    """Every run that matches a filter, page by page."""
+    """All runs that match a filter, read page by page."""
     runs: list[Run] = []
     token: str | None = None
     while True:
@@ -223,13 +240,15 @@ def _trial_record(run: Run, space: dict[str, Any], bundle_axis: str | None) -> T
     tags, metrics = run.data.tags, run.data.metrics
     settings = {key: _value(text) for key, text in run.data.params.items() if not key.startswith(AXES)}
     for name, axis in space.items():
-        settings[name] = metrics.get(f"axes/{name}", _on_axis(axis, run.data.params[name]))  # a fork's, if it forked
+        settings[name] = metrics.get(
+            f"axes/{name}", _on_axis(axis, run.data.params[name])
+        )  # after a fork, its new value
     purpose = tags.get("orpo_ray.purpose", "search")
     params = {name: settings[name] for name in space} | ({SEED: settings[SEED]} if purpose == "confirm" else {})
     final = {key.removeprefix("final/"): value for key, value in metrics.items() if key.startswith("final/")}
     steps, seconds = final.pop("steps", None), final.pop("train_seconds", None)
-    status = tags.get("orpo_ray.status", "unfinished")
-    if status == "unfinished":
+    status = Status(tags.get("orpo_ray.status", Status.UNFINISHED))
+    if status is Status.UNFINISHED:
         points = run.data.to_proto().metrics  # with their steps, which RunData.metrics lacks
         steps = max((m.step for m in points if m.key.startswith(("train/", "eval/"))), default=0)
         measured = {key: value for key, value in metrics.items() if key.startswith("eval/")}
@@ -239,7 +258,7 @@ def _trial_record(run: Run, space: dict[str, Any], bundle_axis: str | None) -> T
         trial_id=tags["orpo_ray.trial_id"],
         bundle=str(settings[bundle_axis]) if bundle_axis else "",
         purpose=purpose,
-        status=status,
+        status=status.value,
         params=ordered(params),
         settings=settings,
         steps=int(steps or 0),
@@ -250,12 +269,12 @@ def _trial_record(run: Run, space: dict[str, Any], bundle_axis: str | None) -> T
         mlflow_run_id=run.info.run_id,
         reused_from=tags.get("orpo_ray.reused_from"),
         submitted_ms=run.info.start_time,
-        ended_ms=run.info.end_time if status != "unfinished" else None,
+        ended_ms=run.info.end_time if status is not Status.UNFINISHED else None,
     )
 
 
 def _value(text: str) -> Any:
-    """What `settings.as_text` wrote."""
+    """Inverse of `flatten.as_text`, as far as possible."""
     try:
         return json.loads(text)
     except ValueError:
@@ -263,5 +282,5 @@ def _value(text: str) -> Any:
 
 
 def _on_axis(axis: dict[str, Any], text: str) -> Any:
-    """The candidate that MLflow holds as this text: a string that looks like a number stays one."""
+    """The candidate with this text in MLflow, so that a string that looks like a number stays a string."""
     return next((c for c in axis.get("values", ()) if text in (c, json.dumps(c, ensure_ascii=False))), _value(text))

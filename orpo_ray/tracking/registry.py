@@ -25,13 +25,13 @@ def publish(
 
     Args:
         uri: tracking URI of MLflow.
-        name: of the registered model, created where it does not exist.
+        name: of the registered model, which is created if it does not exist.
         run_id: MLflow run that trained the model and receives the files.
         folder: the exported model.
-        digest: of the folder's content; the same digest of the same run is never registered twice.
+        digest: of the folder's content; the same digest is registered only once per run.
         tags: of the version, without the `orpo_ray.` prefix.
         description: of the version.
-        alias: that will point to the version.
+        alias: set to the version.
 
     Returns:
         The version's number as text, and whether it is new.
@@ -45,7 +45,7 @@ def publish(
         known = _known_version(client, name, run_id, digest)
         version = known
         if version is None:
-            # Each content has its own path: a version's files never change.
+            # The path contains the digest, so a version's files never change.
             path = f"model/{digest[:12]}"
             client.log_artifacts(run_id, str(folder), path)
             made = client.create_model_version(

@@ -24,31 +24,32 @@ from orpo_ray.provenance import without_password
 from orpo_ray.storage.events import Evaluated, Finished, Logged, Status
 
 _KIND = {"train": Logged.kind, "perf": Logged.kind, "eval": Evaluated.kind}
-"""Prefix of a metric -> the event it comes with."""
+"""Prefix of a metric -> kind of the event that reports it."""
 _MAX_TAG_BYTES = 7900  # MLflow refuses tags over 8000
 GENERATIONS_ARTIFACT = "generations.json"
 
 
 @dataclass(slots=True)
 class ChildRun:
-    """What is known of a trial's run in MLflow."""
+    """Delivery state of a trial's MLflow run."""
 
     run_id: str
     is_open: bool = True
     is_done: bool = False
-    """Its end was delivered, and so everything before it."""
+    """Its end, and so everything before it, was delivered."""
     watermark: dict[str, int] = field(default_factory=dict)
     """Kind of event -> last step delivered."""
     logged_params: frozenset[str] = frozenset()
-    """Keys that MLflow holds already; a second value would be refused."""
+    """Names of logged parameters; MLflow would refuse a second value."""
     has_inputs: bool = False
-    """The data it trains on is noted."""
+    """Its data sets are logged."""
     has_generations: bool = False
     was_found: bool = False
-    """It was read from MLflow, so it may have more than is known here."""
+    """It was read from MLflow, so it may hold more than this process has sent."""
 
 
 def known_child(run: Run) -> ChildRun:
+    """Delivery state of a run that MLflow has already."""
     watermark: dict[str, int] = {}
     for metric in latest_points(run):
         kind = _KIND.get(metric.key.partition("/")[0])
@@ -58,7 +59,7 @@ def known_child(run: Run) -> ChildRun:
     return ChildRun(
         run_id=run.info.run_id,
         is_open=is_open,
-        # The tag alone may have arrived without the end that follows it.
+        # The tag may have arrived without the end of the run that follows it.
         is_done="orpo_ray.status" in run.data.tags and not is_open,
         watermark=watermark,
         logged_params=frozenset(run.data.params),
@@ -69,7 +70,7 @@ def known_child(run: Run) -> ChildRun:
 
 
 def latest_points(run: Run) -> Iterable[Any]:
-    """The latest point of each key; `RunData.metrics` has no steps."""
+    """Latest point of each metric, with its step, which `RunData.metrics` lacks."""
     points: Iterable[Any] = run.data.to_proto().metrics
     return points
 
@@ -77,25 +78,27 @@ def latest_points(run: Run) -> Iterable[Any]:
 def metric_points(
     metrics: Mapping[str, float | None], time_ms: int, step: int, model_id: str | None = None
 ) -> list[Metric]:
+    """MLflow metrics of one step; None becomes NaN."""
     return [
         Metric(k, float("nan") if v is None else float(v), time_ms, step, model_id=model_id) for k, v in metrics.items()
     ]
 
 
 def final_name(metric: str) -> str:
+    """Name under which MLflow holds the final value of a held-out metric."""
     return f"final/{metric.removeprefix('eval/')}"
 
 
 def final_metrics(
     metrics: Mapping[str, float | None], steps: int, train_seconds: float | None
 ) -> dict[str, float | None]:
-    """One number per trial and held-out metric, for MLflow's tables and parallel coordinates."""
+    """One value per trial and held-out metric, for MLflow's tables and parallel coordinates."""
     final = {final_name(k): v for k, v in metrics.items() if k.startswith("eval/")}
     return final | {"final/steps": steps, "final/train_seconds": train_seconds}
 
 
 def end_tags(end: Finished) -> dict[str, str]:
-    """Tags of a trial's run that tell how it ended."""
+    """Tags of a trial's run that describe its end."""
     tags = {"orpo_ray.status": end.status.value}
     tags |= {"orpo_ray.error": end.error} if end.error else {}
     tags |= {"orpo_ray.diverged": "true"} if end.status is Status.DIVERGED else {}
@@ -105,16 +108,17 @@ def end_tags(end: Finished) -> dict[str, str]:
 
 
 def tag_text(text: str) -> str:
+    """The text, truncated to the length that MLflow accepts."""
     return text.encode()[:_MAX_TAG_BYTES].decode(errors="ignore")
 
 
 def worker_params(facts: dict[str, Any]) -> dict[str, Any]:
-    """What only the worker knows, as parameters."""
+    """Values that only the worker knows, as MLflow parameters."""
     return {key.replace("/", "."): value for key, value in facts.items()}
 
 
 def dataset_inputs(data: DataConfig, facts: dict[str, Any]) -> list[DatasetInput]:
-    """Training and held-out pairs, as MLflow's UI shows data sets."""
+    """Training and held-out pairs, as data sets for MLflow's UI."""
     inputs = []
     for part, context, path in (
         ("train", "training", data.path),
@@ -123,7 +127,7 @@ def dataset_inputs(data: DataConfig, facts: dict[str, Any]) -> list[DatasetInput
         kind, source = _source(path)
         dataset = Dataset(
             name=Path(path).name if kind == "local" else path,
-            digest=facts[f"data/{part}_digest"][:32],  # MLflow takes 36 characters
+            digest=facts[f"data/{part}_digest"][:32],  # MLflow accepts 36 characters
             source_type=kind,
             source=json.dumps(source),
             profile=json.dumps({"num_rows": facts[f"data/{part}_pairs"]}),

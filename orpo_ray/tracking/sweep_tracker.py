@@ -1,4 +1,4 @@
-"""MLflow: one parent run per sweep, one child per trial, fed from the sweep's journal."""
+"""Record a sweep in MLflow from its journal: one parent run per sweep, one child run per trial."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from orpo_ray.tracking.uri import TrackingError, bound_requests, resolve_uri
 log = logging.getLogger(__name__)
 
 _SENDERS = 8
-"""Requests to a server at a time, each of another run; a SQLite file gets one writer."""
+"""Parallel requests to a server, each for a different run; a SQLite file gets one writer."""
 
 _SYSTEM = "system metrics"
-"""Key under which metrics of nodes are delivered: they belong to the parent run, and need not wait for its end."""
+"""Delivery key of system metrics: they belong to the parent run but need not wait for its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class _End:
 
 
 class SweepTracker:
-    """Delivers a sweep's events to MLflow from threads of its own; a server that is away holds up nobody.
+    """Delivers a sweep's events to MLflow from background threads; an unreachable server delays nothing else.
 
-    A trial's events go out in order, in batches, several trials at a time where a server takes them. While the server
-    cannot be reached they wait in memory, and the journal keeps them on disk: feed it again, whole, after a restart of
-    the sweep. Nothing is written twice, since a point's step, time and value come from the event, and points below a
-    run's last step are not sent at all.
+    A trial's events are sent in order, in batches; with a server, several trials in parallel. While the server cannot
+    be reached, events wait in memory, and the journal keeps them on disk: pass the whole journal again after a restart
+    of the sweep. Nothing is written twice, because a point's step, time and value come from the event, and points
+    below a run's last step are not sent.
     """
 
     def __init__(self, config: ExperimentConfig, sweep_id: str, provenance: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class SweepTracker:
 
         Args:
             config: the experiment, with its sweep if it has one.
-            sweep_id: names the parent run; the same id finds it again.
+            sweep_id: identifies the parent run, also after a restart.
             provenance: from `provenance.collect`.
 
         Raises:
@@ -77,7 +77,7 @@ class SweepTracker:
 
     @property
     def run_ids(self) -> dict[str, str]:
-        """Trial id -> MLflow run id, of the trials delivered so far; complete after `flush`."""
+        """Trial id -> MLflow run id, for trials delivered so far; complete after `flush`."""
         return self._children.run_ids
 
     @property
@@ -127,42 +127,42 @@ class SweepTracker:
         return self.parent_id
 
     def handle(self, events: Iterable[Event]) -> None:
-        """Queue events of the journal, in its order; returns at once. Events seen before do no harm."""
+        """Queue events of the journal, in order; returns at once. Repeated events have no effect."""
         events = list(events)
         with self._lock:
             self._last_time = max([self._last_time, *(event.time for event in events)])
         self._delivery.put((event.trial_id, event) for event in events)
 
     def handle_system(self, metrics: dict[str, float]) -> None:
-        """Queue a sample of all nodes for the parent run, as the next point of each of its lines; returns at once.
+        """Queue a sample of all nodes for the parent run, as the next point of each chart; returns at once.
 
         Args:
-            metrics: `system/node_<i>/<what>` -> value; see `system_metrics`.
+            metrics: `system/node_<i>/<metric>` -> value; see `node_metrics`.
         """
         with self._lock:
             step, self._parent.next_system_step = self._parent.next_system_step, self._parent.next_system_step + 1
         self._delivery.put([(_SYSTEM, _SystemSample(metrics, step, int(time.time() * 1000)))])
 
     def attach(self, paths: Iterable[Path]) -> None:
-        """Queue files to be stored with the parent run; they are read when delivered, at the latest in `close`."""
+        """Queue files as artifacts of the parent run; they are read on delivery, at the latest in `close`."""
         self._delivery.put((None, _Attachment(path)) for path in paths)
 
     def flush(self, timeout_s: float = 60.0) -> int:
-        """Wait until everything queued is delivered, at most `timeout_s`; returns how many events were not."""
+        """Wait at most `timeout_s` for the delivery of all queued events. Returns the number not delivered."""
         return self._delivery.flush(timeout_s)
 
     def close(self, results: dict[str, Any], *, interrupted: bool = False, timeout_s: float = 60.0) -> int:
-        """End the parent run and deliver what is left, waiting at most `timeout_s`.
+        """Deliver remaining events and end the parent run, waiting at most `timeout_s`.
 
-        The parent ends FINISHED if a trial finished, else FAILED; KILLED if interrupted. Trials without an end are
-        closed too, KILLED or FAILED, and are reopened if the sweep goes on later.
+        The parent run ends FINISHED if a trial finished, else FAILED; KILLED if interrupted. Runs of unfinished
+        trials are ended too, KILLED or FAILED, and are reopened if the sweep continues later.
 
         Args:
             results: from `results.summarize`.
             interrupted: the sweep was stopped from outside before its end.
 
         Returns:
-            How many events could not be delivered; 0 normally. They are in the journal: run the sweep again.
+            Number of events that could not be delivered, normally 0. They are in the journal: run the sweep again.
         """
         self._delivery.put([(None, _End(results, interrupted))])
         undelivered = self._delivery.close(timeout_s)
@@ -174,13 +174,13 @@ class SweepTracker:
             )
         return undelivered
 
-    # ---- in the threads of the delivery: one trial's events in order, different trials at the same time
+    # ---- called in the delivery's threads: one trial's events in order, different trials in parallel
 
     def _send(self, key: str | None, items: list[Any]) -> None:
-        """Write events of a trial (the key is its id), samples of the nodes (`_SYSTEM`), or what ends the sweep (None).
+        """Write events of a trial (the key is its id), samples of the nodes (`_SYSTEM`), or the sweep's end (None).
 
         Raises:
-            Unreachable: the server could not take them now.
+            Unreachable: the server cannot be reached now.
         """
         try:
             if key is None:

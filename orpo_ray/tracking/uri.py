@@ -1,4 +1,4 @@
-"""Where MLflow keeps the runs: which tracking URI is used, whether it works, how to look at it."""
+"""The MLflow tracking URI: resolve it, check it, and show how to open its UI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orpo_ray.provenance import without_password
 
 
 class TrackingError(UserError, RuntimeError):
-    """The tracking URI cannot be used, or its server did not answer when the sweep began."""
+    """MLflow cannot be used at the tracking URI; the message says why and what to do."""
 
 
 def resolve_uri(uri: str | None, output_dir: Path) -> str:
@@ -28,7 +28,7 @@ def resolve_uri(uri: str | None, output_dir: Path) -> str:
         return f"sqlite:///{output_dir / 'mlflow.db'}"
     scheme, separator, rest = uri.partition("://")
     if scheme.startswith("sqlite"):
-        # sqlite:///name is relative, sqlite:////name absolute, sqlite:// lives in memory.
+        # sqlite:///name is relative, sqlite:////name absolute, sqlite:// in memory.
         relative = not rest.startswith("//")
     elif scheme == "file":
         relative = not rest.startswith("/")
@@ -44,7 +44,7 @@ def resolve_uri(uri: str | None, output_dir: Path) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """The command that shows the runs kept at `uri`; for a server, its address to open in a browser."""
+    """The command that opens the UI for `uri`; for a server, its address."""
     return uri if uri.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
@@ -70,9 +70,9 @@ def probe(uri: str) -> str | None:
 
 
 def bound_requests() -> None:
-    """Let a request to a server take 10 s and no more, unless the environment says otherwise.
+    """Limit a request to a server to 10 s without retries, unless the environment sets other values.
 
-    One that hangs for minutes would hold up everything behind it; retrying is done here, not in MLflow's client.
+    A request that hangs for minutes would delay everything behind it. Retries are done here, not in MLflow's client.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

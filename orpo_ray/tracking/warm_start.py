@@ -1,4 +1,4 @@
-"""What earlier MLflow runs already know: finished trials that differ from this sweep's in nothing but its axes."""
+"""Reuse results of earlier MLflow runs: finished trials that differ from this sweep's only in its axes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from orpo_ray.config import ExperimentConfig, SweepConfig
 from orpo_ray.config.flatten import SPEED_ONLY, as_text, settings_of
 from orpo_ray.config.space import Axis, Bundle, Choice, Grid, LogUniform, Uniform
 from orpo_ray.files import read_json, write_atomically
-from orpo_ray.storage.events import Evaluated, Finished
+from orpo_ray.storage.events import Evaluated, Finished, Status
 from orpo_ray.storage.sweep_state import TrialState
 from orpo_ray.tracking.read_runs import search_all_runs
 from orpo_ray.tracking.uri import TrackingError
 
 WARM_START_FILE = "warm_start.json"
-"""What was found when the sweep began; it stays what the sweep started from."""
+"""File with the trials found when the sweep first started; a continued sweep keeps them."""
 
 
 @dataclass(frozen=True, slots=True)
 class WarmStart:
-    """What was found."""
+    """Trials found for a warm start."""
 
     trials: dict[str, TrialState]
-    """By an id of their own, `mlflow:RUN`."""
+    """`mlflow:RUN_ID` -> trial."""
     message: str
-    """How many, of how many; where none fits, in what they differ."""
+    """Number of usable trials and of all finished ones; if none is usable, the settings that differ most often."""
 
 
 def load(config: ExperimentConfig, sweep: SweepConfig, uri: str, parent_id: str) -> WarmStart:
@@ -41,7 +41,7 @@ def load(config: ExperimentConfig, sweep: SweepConfig, uri: str, parent_id: str)
         config: the experiment.
         sweep: its sweep, which names the MLflow experiment to read.
         uri: tracking URI.
-        parent_id: this sweep's own parent run, whose trials are not earlier ones.
+        parent_id: this sweep's own parent run, whose trials are left out.
 
     Raises:
         TrackingError: there is no such experiment.
@@ -60,7 +60,7 @@ def load(config: ExperimentConfig, sweep: SweepConfig, uri: str, parent_id: str)
     trials: dict[str, TrialState] = {}
     differences: Counter[str] = Counter()
     seen = 0
-    for run in search_all_runs(client, [experiment.experiment_id], "tags.`orpo_ray.status` = 'finished'"):
+    for run in search_all_runs(client, [experiment.experiment_id], f"tags.`orpo_ray.status` = '{Status.FINISHED}'"):
         if run.data.tags.get("mlflow.parentRunId") == parent_id or "orpo_ray.reused_from" in run.data.tags:
             continue
         seen += 1
@@ -78,7 +78,7 @@ def load(config: ExperimentConfig, sweep: SweepConfig, uri: str, parent_id: str)
 
 
 def _params_of(run: Run, config: ExperimentConfig, sweep: SweepConfig) -> tuple[dict[str, Any] | None, list[str]]:
-    """The run's place in this sweep's space; None with the settings in which it lies outside."""
+    """The run's params in this sweep's space; None, and the settings that do not match, if it lies outside."""
     theirs = run.data.params
     params: dict[str, Any] = {}
     differs: list[str] = []

@@ -27,7 +27,7 @@ def remote(tmp_path: Path) -> Storage:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "_BEAT_S", 0.2)
-    monkeypatch.setattr(lease_module, "_SILENCE_S", 1.0)
+    monkeypatch.setattr(lease_module, "_DEAD_AFTER_S", 1.0)
 
 
 def lease(remote: Storage, lost: list[str] | None = None, said: list[str] | None = None) -> Lease:
@@ -53,7 +53,7 @@ def test_reports_are_brought_and_checkpoints_are_not(tmp_path: Path, remote: Sto
     for name in ("sweep.json", "results.json", "trials/a/pairs.npz", "trials/a/step-00000004/manifest.json"):
         remote.write(name, name.encode())
     remote.write("journal/0000000000-0000000000.jsonl", b"{}\n")
-    run_dir = sync.fetched(remote.uri, tmp_path / "here")
+    run_dir = sync.fetch_run_dir(remote.uri, tmp_path / "here")
     assert run_dir == tmp_path / "here" / "kept"
     found = sorted(str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file())
     assert found == ["events.jsonl", "results.json", "sweep.json", "trials/a/pairs.npz"]
@@ -61,7 +61,7 @@ def test_reports_are_brought_and_checkpoints_are_not(tmp_path: Path, remote: Sto
 
 def test_a_store_without_that_sweep_is_said(tmp_path: Path, remote: Storage) -> None:
     with pytest.raises(FileNotFoundError, match="holds no sweep"):
-        sync.fetched(remote.uri, tmp_path)
+        sync.fetch_run_dir(remote.uri, tmp_path)
     assert not (tmp_path / "kept").exists()
 
 
