@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orpo_ray.cli.command import Commands, add_command, add_file_command, add_num_cpus
+from orpo_ray.storage.events import Status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,7 +99,7 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
         console.print(
             f"{outcome.undelivered} events have not reached MLflow; the same command delivers them", style="yellow"
         )
-    failed = sum(trial["status"] == "failed" for trial in outcome.results["trials"])
+    failed = sum(trial["status"] == Status.FAILED for trial in outcome.results["trials"])
     if failed:
         console.print(
             f"{failed} trials failed, for the reasons in the table; they are not tried again under this name",

@@ -25,6 +25,7 @@ from orpo_ray.reports.chart_style import (
     whiskers,
 )
 from orpo_ray.results.frames import LAMBDA, LR, SEED, finished_rows, mean_interval, varied_axes
+from orpo_ray.storage.events import Status
 
 _MAX_CELLS = 8
 """Values of an axis that get a cell each; more values share cells."""
@@ -162,8 +163,8 @@ def divergence(results: dict[str, Any], frame: pd.DataFrame, boundaries: dict[st
         frame: from `frames.load_runs_frame`.
         boundaries: from `divergence.divergence_boundaries`.
     """
-    ended = frame[frame["status"].isin(["finished", "stopped_early", "diverged"])]
-    if not (ended["status"] == "diverged").any():
+    ended = frame[frame["status"].isin([Status.FINISHED, Status.STOPPED_EARLY, Status.DIVERGED])]
+    if not (ended["status"] == Status.DIVERGED).any():
         return Panel((), f"No trial diverged: {len(ended)} held as far as they went.")
     if missing := _missing_axes(results, LAMBDA, LR):
         return Panel((), missing)
@@ -181,7 +182,7 @@ def divergence(results: dict[str, Any], frame: pd.DataFrame, boundaries: dict[st
         figure.update_yaxes(title_text="learning rate")
         log_axis(figure.update_yaxes, ended[LR])
         figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"})
-        lost = int((group["status"] == "diverged").sum())
+        lost = int((group["status"] == Status.DIVERGED).sum())
         label = f"{lost} of {len(group)} trials diverged{for_bundle(bundle)}, by λ and learning rate"
         charts.append(Chart(figure, label, str(bundle)))
     return Panel(tuple(charts), "How trials ended, by λ and learning rate; on the line, half diverge (fit).")
@@ -193,7 +194,7 @@ def _add_by_status(figure: go.Figure, trials: pd.DataFrame, x: str, y: str) -> N
         some = trials[trials["status"] == status]
         if some.empty:
             continue
-        is_lost = status in ("diverged", "failed")
+        is_lost = status in (Status.DIVERGED, Status.FAILED)
         figure.add_scatter(
             x=some[x].tolist(),
             y=some[y].tolist(),
@@ -234,6 +235,6 @@ _SHORT_ENDS = {"no trial": "–", "all lost": "×", "none finished": "…", "": 
 def _cell_text(cell: pd.DataFrame) -> str:
     if cell.empty:
         return "no trial"
-    if (cell["status"] == "finished").any():
+    if (cell["status"] == Status.FINISHED).any():
         return ""
-    return "all lost" if cell["status"].isin(("diverged", "failed")).all() else "none finished"
+    return "all lost" if cell["status"].isin((Status.DIVERGED, Status.FAILED)).all() else "none finished"

@@ -14,15 +14,16 @@ from plotly.colors import sample_colorscale
 
 from orpo_ray.formatting import short_count
 from orpo_ray.results.frames import LAMBDA, LR
+from orpo_ray.storage.events import Status
 
 GREY, ALARM = "#8a8f98", "#d55e00"
 """Readable on white and on black; colour-blind readers can tell vermilion from viridis (Okabe and Ito 2008)."""
 SYMBOLS = {
-    "finished": "circle",
-    "unfinished": "circle-open",
-    "stopped_early": "triangle-down-open",
-    "diverged": "x",
-    "failed": "cross",
+    Status.FINISHED: "circle",
+    Status.UNFINISHED: "circle-open",
+    Status.STOPPED_EARLY: "triangle-down-open",
+    Status.DIVERGED: "x",
+    Status.FAILED: "cross",
 }
 """Status of a trial -> marker."""
 

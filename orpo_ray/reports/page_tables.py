@@ -11,6 +11,7 @@ from orpo_ray.formatting import duration, status_text
 from orpo_ray.reports.experiment_file import EXPERIMENT_FILE, command_of
 from orpo_ray.reports.report_data import ReportData, best_trial, count_statuses, ranked
 from orpo_ray.results.frames import LAMBDA, LR, varied_axes
+from orpo_ray.storage.events import Status
 
 PROVENANCE_FILE = "provenance.json"
 GENERATIONS_FILE = "generations.jsonl"
@@ -23,8 +24,8 @@ _MAX_ERROR_CHARS = 4000
 def headline_tiles(data: ReportData, sizes: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Headline tiles as (value, label)."""
     trials, winners, state = data.results["trials"], data.results["winners"], data.state
-    others = count_statuses(trials, but="finished")
-    finished = sum(trial["status"] == "finished" for trial in trials)
+    others = count_statuses(trials, but=Status.FINISHED)
+    finished = sum(trial["status"] == Status.FINISHED for trial in trials)
     tiles = [(f"{finished} of {len(trials)}", "trials finished" + (f"; {others}" if others else ""))]
     if winners["no_intervals"] is None and winners["settings"]:
         tiles.append((f"{len(winners['tied'])} of {len(winners['settings'])}", "settings tied for the best"))
@@ -75,7 +76,7 @@ def trial_table(data: ReportData, config: dict[str, Any] | None) -> dict[str, An
 def unfinished_ends(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Trials that failed, diverged or were stopped early, grouped by status."""
     groups = []
-    for status in ("failed", "diverged", "stopped_early"):
+    for status in (Status.FAILED, Status.DIVERGED, Status.STOPPED_EARLY):
         rows = [
             {
                 "name": describe(trial["params"]),
@@ -96,7 +97,9 @@ def generations(data: ReportData) -> dict[str, Any]:
     results = data.results
     params = {trial["trial_id"]: trial["params"] for trial in results["trials"]}
     best = (best_trial(results) or {}).get("trial_id")
-    without = [t["trial_id"] for t in ranked(results) if t["status"] == "finished" and t["params"].get(LAMBDA) == 0]
+    without = [
+        t["trial_id"] for t in ranked(results) if t["status"] == Status.FINISHED and t["params"].get(LAMBDA) == 0
+    ]
     control = None if best in without else next(iter(without), None)
     texts = {trial_id: _last_generations(data.run_dir, trial_id) for trial_id in (best, control) if trial_id}
     shown = [trial_id for trial_id, rows in texts.items() if rows]

@@ -18,6 +18,7 @@ from orpo_ray.reports.experiment_file import write_best, write_experiment
 from orpo_ray.reports.page_tables import PROVENANCE_FILE
 from orpo_ray.reports.report_data import ReportData, best_trial, ranked, reason
 from orpo_ray.reports.sections import Texts, ends_section, trials_section
+from orpo_ray.storage.events import Status
 
 Format = Literal["html", "md", "png", "csv"]
 
@@ -53,7 +54,7 @@ def results_table(results: dict[str, Any]) -> Table:
         style = (
             "bold green"
             if is_best
-            else {"finished": "", "unfinished": "", "stopped_early": "dim"}.get(trial["status"], "red")
+            else {Status.FINISHED: "", Status.UNFINISHED: "", Status.STOPPED_EARLY: "dim"}.get(trial["status"], "red")
         )
         table.add_row(*cells, *([escape(reason(trial))] if has_reasons else []), style=style)
     return table

@@ -14,6 +14,7 @@ from orpo_ray.formatting import duration, markdown_table, number, status_text
 from orpo_ray.reports.experiment_file import BEST_FILE
 from orpo_ray.reports.report_data import ReportData, best_trial, count_statuses, ranked, reason
 from orpo_ray.results.frames import SEED, by_setting, finished_rows, mean_interval, varied_axes
+from orpo_ray.storage.events import Status
 
 _SUMMARISED = ("eval/preference_accuracy", "eval/nll", "eval/log_odds", "eval/chosen_logp", "eval/rejected_logp")
 _MAX_WORSE = 12
@@ -234,7 +235,7 @@ def best_section(results: dict[str, Any], best_file: Path) -> str:
         of = f"mean of {setting['seeds']} seeds" if setting["seeds"] > 1 else f"trial {setting['trial_ids'][0]}"
     name = f"{best_of}: {name}" if best["params"] else "Result"
     lines = [f"**{name}.** `{metric}` = {value} ({better} is better) after {best['steps']} steps, {of}."]
-    if best["status"] != "finished":
+    if best["status"] != Status.FINISHED:
         lines.append("It was stopped early; no trial ran to its end.")
     if best["checkpoint"]:
         which = " of its best run" if setting is not None and setting["seeds"] > 1 else ""
@@ -298,7 +299,7 @@ def seeds_section(data: ReportData) -> str:
 
 def ends_section(results: dict[str, Any]) -> str:
     parts = []
-    for status in ("stopped_early", "diverged", "failed"):
+    for status in (Status.STOPPED_EARLY, Status.DIVERGED, Status.FAILED):
         trials = [trial for trial in ranked(results) if trial["status"] == status]
         if trials:
             lines = [f"- {describe(t['params'])}: step {t['steps']}{_colon(reason(t))}" for t in trials]
@@ -320,14 +321,16 @@ def cost_section(data: ReportData, config: ExperimentConfig | None) -> str:
     if state.began_ms is not None:
         lines.append(f"- {duration((state.last_ms - state.began_ms) / 1000)} from the first event to the last.")
     planned = {t.trial_id: t.max_steps for t in state.trials.values() if t.max_steps is not None}
-    saved = sum(planned.get(t["trial_id"], t["steps"]) - t["steps"] for t in trials if t["status"] == "stopped_early")
+    saved = sum(
+        planned.get(t["trial_id"], t["steps"]) - t["steps"] for t in trials if t["status"] == Status.STOPPED_EARLY
+    )
     if saved:
         lines.append(f"- Early stopping saved {saved} of {sum(planned.values())} steps.")
     return "## Cost\n\n" + "\n".join(lines)
 
 
 def _num_unfinished(results: dict[str, Any]) -> int:
-    return sum(trial["status"] == "unfinished" for trial in results["trials"])
+    return sum(trial["status"] == Status.UNFINISHED for trial in results["trials"])
 
 
 def _mean_cell(values: pd.Series, sign: str = "") -> str:

@@ -30,6 +30,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.formatting import better_when, markdown_table, short_count, status_text
 from orpo_ray.results import transfer
 from orpo_ray.results.transfer import Law, Transfer
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.records import SweepRecord, TrialRecord
 from orpo_ray.storage.run_dir import write_results
 
@@ -38,7 +39,7 @@ _NAMES = {"lr": "learning rate", "orpo_lambda": "λ"}
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _MARKERS = "osD^vP"
 _SWEPT = frozenset({"optim.lr", "loss.orpo_lambda", "loss.name", "train.seed"})
-_COUNTED = frozenset({"finished", "diverged"})
+_COUNTED = frozenset({Status.FINISHED, Status.DIVERGED})
 """A trial that ended early has its metric after fewer steps, so it does not count."""
 
 
@@ -86,7 +87,7 @@ def gather(records: Sequence[SweepRecord], metric: str | None = None) -> Evidenc
             left_out[reason] += 1
             continue
         counted.append(trial)
-        is_finished = trial.status == "finished"
+        is_finished = trial.status == Status.FINISHED
         if is_finished:
             steps.add(trial.steps)
         rows.append(
@@ -175,7 +176,7 @@ def _why_not(trial: TrialRecord, metric: str) -> str | None:
         return "without a known size"
     if trial.settings.get("loss.name", "orpo") not in ("orpo", "sft"):
         return f"with another loss, {trial.settings['loss.name']}"
-    if trial.status == "finished" and metric not in trial.metrics:
+    if trial.status == Status.FINISHED and metric not in trial.metrics:
         return f"without {metric}"
     return None
 

@@ -23,6 +23,7 @@ from orpo_ray.reproduction.scales import (
 )
 from orpo_ray.reproduction.workspace import ReproduceError, Workspace
 from orpo_ray.results import export, export_source
+from orpo_ray.storage.events import Status
 
 
 def train_lambdas(workspace: Workspace, console: Console, lambdas: Sequence[float] = LAMBDAS) -> dict[str, float]:
@@ -101,7 +102,7 @@ def _train(
     trials = outcome.results["trials"]
     for name, params in models.items():
         found = [t for t in trials if all(t["params"].get(k, v) == v for k, v in params.items())]
-        if len(found) != 1 or found[0]["status"] != "finished":
+        if len(found) != 1 or found[0]["status"] != Status.FINISHED:
             raise ReproduceError(
                 f"{role}: training {name} did not finish ({[(t['status'], t['error']) for t in found]}); to try again, "
                 f"remove {outcome.run_dir} and everything made from it"

@@ -16,6 +16,7 @@ from orpo_ray.results.differences import NO_PAIRS, OTHER_PAIRS, Difference, Scor
 from orpo_ray.results.frames import SEED
 from orpo_ray.results.runs import read_sweep
 from orpo_ray.results.sides import CompareError, Runs, Side, by_key, distinct, record_name, swept_paths
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.pair_scores import PairScores
 from orpo_ray.storage.records import SweepRecord, TrialRecord
 from orpo_ray.tracking.read_runs import compare_page
@@ -194,7 +195,9 @@ def _matched(metric: str, a: SweepRecord, b: SweepRecord, scores: Scores) -> tup
 
 def _settings_run(record: SweepRecord, paths: list[str], metric: str) -> dict[str, list[TrialRecord]]:
     """Setting by value -> its finished trials; for a finalist, only those with fresh seeds."""
-    finished = [t for t in record.trials if t.status == "finished" and not math.isnan(t.metrics.get(metric, math.nan))]
+    finished = [
+        t for t in record.trials if t.status == Status.FINISHED and not math.isnan(t.metrics.get(metric, math.nan))
+    ]
     keyed = [(as_text([t.settings.get(path) for path in paths]), t) for t in distinct(finished)]
     return {key: [t for t in g if t.purpose == "confirm"] or g for key, g in by_key(keyed).items()}
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from orpo_ray.results.frames import LAMBDA, LR
+from orpo_ray.storage.events import Status
 
-_HELD = ("finished", "stopped_early")
+_HELD = (Status.FINISHED, Status.STOPPED_EARLY)
 _MAX_BINS = 8
 _MIN_EACH = 3
 """Smallest number of trials that held, and of trials that diverged, for a fit."""
@@ -35,13 +36,13 @@ def divergence_boundaries(trials: list[dict[str, Any]]) -> dict[str, dict[str, A
     """
     bundles: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
-        if trial["status"] in (*_HELD, "diverged"):
+        if trial["status"] in (*_HELD, Status.DIVERGED):
             bundles.setdefault(trial["bundle"], []).append(trial)
     return {bundle: _boundary(of_bundle) for bundle, of_bundle in bundles.items()}
 
 
 def _boundary(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    diverged_T = np.array([t["status"] == "diverged" for t in trials])
+    diverged_T = np.array([t["status"] == Status.DIVERGED for t in trials])
     counts = {"held": int((~diverged_T).sum()), "diverged": int(diverged_T.sum())}
     if any(LR not in t["params"] for t in trials):
         return {**counts, "rows": [], "no_fit": f"{LR} is not an axis of this sweep"}

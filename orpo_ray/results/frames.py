@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from orpo_ray.config.space import describe
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.sweep_state import SweepState
 
 LAMBDA, LR, SEED = "loss.orpo_lambda", "optim.lr", "train.seed"
@@ -70,7 +71,7 @@ def by_setting(results: dict[str, Any], frame: pd.DataFrame) -> list[tuple[str, 
 
 def finished_rows(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Rows of the trials that finished with a value of the metric."""
-    return frame[(frame["status"] == "finished") & frame[metric].notna()] if metric in frame else frame[:0]
+    return frame[(frame["status"] == Status.FINISHED) & frame[metric].notna()] if metric in frame else frame[:0]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:

@@ -14,6 +14,7 @@ from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import describe
 from orpo_ray.formatting import markdown_table, number, status_text
 from orpo_ray.models.presets import PRESETS
+from orpo_ray.storage.events import Status
 
 _PAPER = "[ORPO](https://arxiv.org/abs/2403.07691)"
 
@@ -175,7 +176,7 @@ def _choice(facts: CardFacts) -> str:
         text += f" {sentence}" if sentence else ""
     else:
         text = f"Chosen by hand: trial `{trial['trial_id']}`, one of {num} of the sweep `{results['name']}`."
-    if trial["status"] != "finished":
+    if trial["status"] != Status.FINISHED:
         text += f" The trial did not finish: {status_text(trial['status'])} after {trial['steps']} steps."
     return f"## How it was chosen\n\n{text}"
 

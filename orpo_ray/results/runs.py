@@ -208,7 +208,7 @@ def _frame(record: SweepRecord) -> pd.DataFrame:
         "name": [describe(t.params) for t in trials],
         "sweep": [record.name for _ in trials],
         "bundle": [t.bundle for t in trials],
-        "status": [t.status for t in trials],
+        "status": [t.status.value for t in trials],
         "purpose": [t.purpose for t in trials],
     }
     axes = [*ALWAYS_SHOWN, *(a for a in record.axes if a not in (*ALWAYS_SHOWN, record.bundle_axis))]

@@ -16,6 +16,7 @@ from orpo_ray.config.space import describe
 from orpo_ray.errors import UserError
 from orpo_ray.formatting import ended_as
 from orpo_ray.results.frames import setting_key, setting_of
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.records import SweepRecord, TrialRecord
 
 
@@ -41,7 +42,7 @@ class Side:
     """Checkpoint of the first compared run."""
     steps: int
     """Optimizer steps of the first compared run."""
-    status: str
+    status: Status
     """Status of the first compared run."""
     candidates: int
     """Number of settings it was chosen from by the score compared here; 1 where nothing was chosen."""
@@ -82,16 +83,16 @@ class Runs:
         valued = [t for t in record.chosen_trials if not math.isnan(t.metrics.get(metric, math.nan))]
         if not valued:
             known = sorted({key for t in record.chosen_trials for key in t.metrics})
-            counts = Counter(t.status for t in record.chosen_trials)
+            counts = Counter(t.status.value for t in record.chosen_trials)
             raise CompareError(
                 f"{label} ({record_name(record)}) has no value of {metric}: {ended_as(counts)}; it has "
                 f"{', '.join(known) if known else 'no evaluation at all'}"
             )
         if not is_sweep:
             return cls(record, tuple(valued), is_sweep, candidates=1)
-        finished = distinct([t for t in valued if t.status == "finished"])
+        finished = distinct([t for t in valued if t.status is Status.FINISHED])
         confirmed = [t for t in finished if t.purpose == "confirm"]
-        judged = confirmed or finished or [t for t in valued if t.status == "stopped_early"] or valued
+        judged = confirmed or finished or [t for t in valued if t.status is Status.STOPPED_EARLY] or valued
         settings = by_key([(setting_key(t.params), t) for t in judged])
         sign = 1 if METRIC_MODES[metric] == "max" else -1
         groups = [sorted(group, key=lambda t: sign * t.metrics[metric], reverse=True) for group in settings.values()]

@@ -22,6 +22,7 @@ from orpo_ray.results.bootstrap import (
 from orpo_ray.results.divergence import divergence_boundaries
 from orpo_ray.results.frames import LAMBDA, LR, setting_key, setting_of
 from orpo_ray.results.pair_files import load_pair_scores
+from orpo_ray.storage.events import Status
 from orpo_ray.storage.pair_scores import PairScores, on_shared_pairs
 
 NLL, NLL_PER_BYTE, ACCURACY = "eval/nll", "eval/nll_per_byte", "eval/preference_accuracy"
@@ -57,7 +58,7 @@ def summarize_winners(results: dict[str, Any], run_dir: str | Path) -> dict[str,
         - `divergence`: from `divergence.divergence_boundaries`.
     """
     metric, mode = results["metric"], results["mode"]
-    finished = [t for t in results["trials"] if t["status"] == "finished" and t["metrics"].get(metric) is not None]
+    finished = [t for t in results["trials"] if t["status"] == Status.FINISHED and t["metrics"].get(metric) is not None]
     # A setting proposed twice with the same seed gives the same run, not a further seed.
     finished = list({repr(sorted(t["params"].items())): t for t in reversed(finished)}.values())[::-1]
     searched = [t for t in finished if not _confirms(t)]
@@ -93,7 +94,7 @@ def _judge(
     lost = [
         t
         for t in results["trials"]
-        if t["status"] in ("diverged", "failed") and judged and _confirms(t) == _confirms(judged[0])
+        if t["status"] in (Status.DIVERGED, Status.FAILED) and judged and _confirms(t) == _confirms(judged[0])
     ]
     rows = [
         {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orpo_ray.errors import NoSuchRunError
+from orpo_ray.storage.events import Status
 
 SEED = "train.seed"
 SPACE_PREFIX = "sweep.space."
@@ -22,7 +23,7 @@ class TrialRecord:
     """Label of its bundle; "" without a bundle axis."""
     purpose: str
     """`search`, or `confirm`: a finalist trained with another seed."""
-    status: str
+    status: Status
     """Value of `storage.events.Status`: how it ended, or `unfinished`."""
     params: dict[str, Any]
     """Axis -> value, the seed last; after forks (population-based training), the latest values."""

@@ -258,7 +258,7 @@ def _trial_record(run: Run, space: dict[str, Any], bundle_axis: str | None) -> T
         trial_id=tags["orpo_ray.trial_id"],
         bundle=str(settings[bundle_axis]) if bundle_axis else "",
         purpose=purpose,
-        status=status.value,
+        status=status,
         params=ordered(params),
         settings=settings,
         steps=int(steps or 0),
