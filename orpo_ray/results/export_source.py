@@ -20,7 +20,7 @@ from orpo_ray.storage.results import current
 from orpo_ray.storage.run_dir import SWEEP_FILE
 from orpo_ray.storage.sweep_state import read_state
 from orpo_ray.tracking.read_runs import sweep_of_run
-from orpo_ray.tracking.uri import resolve_uri
+from orpo_ray.tracking.uri import TrackingError, resolve_uri
 
 
 class ExportError(UserError, RuntimeError):
@@ -76,7 +76,10 @@ def find(run: str, tracking_uri: str | None = None) -> Candidate:
 
 def _of_mlflow_run(run_id: str, uri: str) -> tuple[Path, str | None]:
     """Run directory and trial id (None for a parent run) of an MLflow run."""
-    sweep_id, trial_id, config = sweep_of_run(run_id, uri)
+    try:
+        sweep_id, trial_id, config = sweep_of_run(run_id, uri)
+    except TrackingError as error:
+        raise ExportError(f"{error}, or give another run id") from error
     if sweep_id is None:
         raise ExportError(f"MLflow run {run_id} was not made by orpo-ray; give a run directory, or another run id")
     run_dir = Path(config["output_dir"]).expanduser().absolute() / config["name"]
