@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and read the JSON files of a run directory."""
+"""Write files atomically, and read the JSON files of a run directory."""
 
 from __future__ import annotations
 

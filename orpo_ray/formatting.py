@@ -1,4 +1,4 @@
-"""The pieces of a page: tables, numbers, durations and counts as text."""
+"""Numbers, durations, byte counts and Markdown tables as text."""
 
 from __future__ import annotations
 

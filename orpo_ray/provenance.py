@@ -1,4 +1,4 @@
-"""What produced a number: code, packages, hardware and command line."""
+"""Provenance of results: code version, packages, hardware and command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`orpo-ray export`: take the best model away."""
+"""`orpo-ray export`: write the best model of a sweep as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _export(arguments: argparse.Namespace, console: Console) -> int:
             reason = check.problem or "the exported model does not give the numbers that the run logged"
             if arguments.dtype != "float32":
                 reason += " (rounding its weights may move them so far: try --dtype float32)"
-            console.print(f"{reason}; nothing is registered, and {exported.folder} is left for a look", style="red")
+            console.print(f"{reason}; the model was not registered; {exported.folder} is kept", style="red")
             return 1
     console.print(f"model      {exported.folder}", soft_wrap=True)
     if not arguments.no_register:

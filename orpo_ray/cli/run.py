@@ -97,7 +97,8 @@ def _run(config: ExperimentConfig, num_cpus: int | None, console: Console) -> in
     console.print(f"MLflow     {shown}", soft_wrap=True, markup=False)
     if outcome.undelivered:
         console.print(
-            f"{outcome.undelivered} events have not reached MLflow; the same command delivers them", style="yellow"
+            f"{outcome.undelivered} events have not reached MLflow; run the same command again to deliver them",
+            style="yellow",
         )
     failed = sum(trial["status"] == Status.FAILED for trial in outcome.results["trials"])
     if failed:

@@ -1,4 +1,4 @@
-"""Held-out metrics that rank trials: their direction, and what changes their meaning."""
+"""Held-out metrics that rank trials: which direction is better, and which settings change their meaning."""
 
 from __future__ import annotations
 

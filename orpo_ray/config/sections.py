@@ -1,4 +1,4 @@
-"""The sections of an experiment file but `loss` and `sweep`: every setting, its default, its rules and its meaning."""
+"""Sections of an experiment file, except `loss` and `sweep`: each setting, its default, its rules and its meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs to micro-batches: [prompt | chosen | rejected] rows without padding, or padded rows where a model needs them.
+"""Pack pairs into micro-batches: [prompt | chosen | rejected] rows, or padded rows where a model needs them.
 
 Shape suffixes: P pairs of a micro-batch, T tokens of a row, R rows, N targets, K = 3P sums over them.
 """

@@ -1,4 +1,4 @@
-"""From a micro-batch to log-probabilities: a causal language model as a module that a DeepSpeed engine can wrap.
+"""`PairModel`: a causal language model, for a DeepSpeed engine, that maps a micro-batch to log-probabilities.
 
 Shape suffixes: P pairs, R rows, T tokens of a row, N counted targets, D hidden width, V vocabulary, K = 3P sums.
 """

@@ -1,6 +1,6 @@
-"""The type of matrix products: fp32 or bf16, as config, device and autocast say, and bf16 on CPUs.
+"""The type of matrix products, fp32 or bf16, chosen from config, device and autocast; bf16 on CPUs.
 
-With bf16 units a CPU's bf16 matrix product takes half as long as an fp32 one, without them about twice as long
+On a CPU with bf16 units, a bf16 matrix product takes half as long as an fp32 one; without them, about twice as long
 (docs/log.md). On CPUs without them, values are kept in bf16 and products run through fp32 kernels. An fp32 product of
 the same values is at least as exact: bf16 kernels accumulate in fp32 too.
 """

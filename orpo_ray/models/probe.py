@@ -1,4 +1,4 @@
-"""Which fast paths a model supports, determined by a numerical probe; frozen models that use them."""
+"""Probe numerically which fast forward paths a model supports, and build frozen models that use them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from typing import Any
 import ray
 import ray.actor
 
-from orpo_ray.orchestration.broker_state import Assignment, BrokerAddress, Load
+from orpo_ray.orchestration.broker_address import BrokerAddress
+from orpo_ray.orchestration.broker_state import Assignment, Load
 from orpo_ray.orchestration.trial_book import TrialBook
 from orpo_ray.storage.checkpoint_files import copy_to_trial, step_name
 from orpo_ray.storage.events import (

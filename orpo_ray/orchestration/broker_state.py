@@ -1,4 +1,4 @@
-"""State of trials and worker groups that the broker keeps beside the journal, and the broker's address."""
+"""State of trials and worker groups that the broker keeps beside the journal. No Ray."""
 
 from __future__ import annotations
 
@@ -6,27 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-
 from orpo_ray.storage.events import Status
 from orpo_ray.storage.sweep_state import TrialState
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerAddress:
-    """Name under which every process of the sweep finds the broker."""
-
-    name: str
-    namespace: str
-    """Ray namespace."""
-
-    def connect(self) -> Any:
-        """Actor handle of the broker.
-
-        Raises:
-            ValueError: no such actor is alive.
-        """
-        return ray.get_actor(self.name, namespace=self.namespace)
 
 
 @dataclass(frozen=True, slots=True)

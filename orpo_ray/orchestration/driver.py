@@ -12,7 +12,7 @@ from ray import tune
 
 from orpo_ray.config import ExperimentConfig
 from orpo_ray.config.space import plain
-from orpo_ray.orchestration.broker_state import BrokerAddress
+from orpo_ray.orchestration.broker_address import BrokerAddress
 from orpo_ray.storage.events import Status
 
 WORST = 1.0e6

@@ -10,7 +10,8 @@ import ray
 import ray.train
 
 from orpo_ray.config import SweepConfig
-from orpo_ray.orchestration.broker_state import BrokerAddress, Load
+from orpo_ray.orchestration.broker_address import BrokerAddress
+from orpo_ray.orchestration.broker_state import Load
 from orpo_ray.orchestration.capacity import Capacity, Resources, give_back_abandoned, place, snapshot
 from orpo_ray.orchestration.worker import GroupSpec
 from orpo_ray.orchestration.worker_group import WorkerGroup

@@ -1,4 +1,4 @@
-"""Detects that a worker's machine is about to be preempted: SIGTERM, or Ray draining its node."""
+"""Detect that a worker's machine is about to be preempted: SIGTERM, or Ray draining its node."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from orpo_ray import provenance
 from orpo_ray.config import AshaConfig, ExperimentConfig, SweepConfig
 from orpo_ray.orchestration import broker
 from orpo_ray.orchestration.auto_scaling import fitted
-from orpo_ray.orchestration.broker_state import BrokerAddress
+from orpo_ray.orchestration.broker_address import BrokerAddress
 from orpo_ray.orchestration.capacity import Capacity, Resources, SharedFolder, snapshot
 from orpo_ray.orchestration.checks import (
     SweepError,

@@ -22,7 +22,8 @@ import ray.train
 from filelock import FileLock, Timeout
 
 from orpo_ray.orchestration import preemption, worker_logs
-from orpo_ray.orchestration.broker_state import Assignment, BrokerAddress
+from orpo_ray.orchestration.broker_address import BrokerAddress
+from orpo_ray.orchestration.broker_state import Assignment
 from orpo_ray.storage.object_store import Storage, StorageError
 from orpo_ray.storage.run_dir import SweepFolder
 
@@ -80,7 +81,7 @@ def run_group(spec: GroupSpec) -> None:
     """Training function of the group's TorchTrainer, run by every rank. Returns when the broker lets the group end."""
     if (proof := spec.folder.proof) is not None and not proof.is_file():
         raise FileNotFoundError(
-            f"{proof} is not seen on {socket.gethostname()}: output_dir must be on a file system that all nodes "
+            f"{proof} is not visible on {socket.gethostname()}: output_dir must be on a file system that all nodes "
             "mount, or storage be set"
         )
     # DeepSpeed compiles ops at first use and needs ninja on PATH, which an inactive environment's is not.

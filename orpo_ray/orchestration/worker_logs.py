@@ -2,8 +2,8 @@
 
 A line goes to the process's standard error, which Ray keeps and its dashboard shows, and to a file of the rank. Fields:
 `time` (UTC, ISO 8601, milliseconds), `level`, `logger`, `message`, `group`, `rank`, `node` (Ray's id), `host`, `pid`,
-and where they apply `trial_id`, `attempt` and `exception` (a traceback). After docs.python.org, logging cookbook,
-"implementing structured logging".
+and where they apply `trial_id`, `attempt` and `exception` (a traceback). Based on "Implementing
+structured logging" in the logging cookbook of docs.python.org.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Duration of an optimizer step before any has run: operations divided by a rate, within a factor of 2 or so."""
+"""Estimate the duration of an optimizer step before training, to a factor of about 2: operations over a rate."""
 
 from __future__ import annotations
 

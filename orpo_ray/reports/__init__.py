@@ -1,1 +1,1 @@
-"""What people look at: the HTML report, terminal views and comparison pages."""
+"""Presentation of results: the HTML report, terminal views and comparison pages."""

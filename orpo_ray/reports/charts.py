@@ -1,4 +1,4 @@
-"""The charts of a report (plotly figures): which there are, and in what order."""
+"""Select and order the charts of a report (plotly figures)."""
 
 from __future__ import annotations
 

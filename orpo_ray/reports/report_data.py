@@ -1,4 +1,4 @@
-"""What a report is made from, and the order and words that its parts share."""
+"""Input data of a report, and the order and words that its sections share."""
 
 from __future__ import annotations
 

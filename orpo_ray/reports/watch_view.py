@@ -161,7 +161,9 @@ def live(source: Source, console: Console) -> None:
         except KeyboardInterrupt:
             view.is_left = True
     if view.is_left:
-        console.print(f"the sweep goes on; orpo-ray watch {view.sweep.about.name} shows it again", markup=False)
+        console.print(
+            f"the sweep is still running; to view it again: orpo-ray watch {view.sweep.about.name}", markup=False
+        )
         return
     console.print(frame(view.sweep, console.width, None, None, None))
     if view.sweep.state == "interrupted":

@@ -1,4 +1,4 @@
-"""Compare two sweeps or two runs: which settings differ, and how surely their held-out metrics do."""
+"""Compare two sweeps or two runs: which settings differ, and how certain the difference of held-out metrics is."""
 
 from __future__ import annotations
 

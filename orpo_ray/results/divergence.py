@@ -1,4 +1,4 @@
-"""The learning rate up to which training holds at each λ, estimated from how trials ended."""
+"""The highest learning rate at which training stays stable, for each λ, estimated from how trials ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which trial an export takes, and what its run directory tells about it."""
+"""Choose the trial to export, and read what its run directory records about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep's results as data frames, its axes and settings, and the t-interval of a mean over seeds."""
+"""Data frames of a sweep's results, helpers for its axes and settings, and t-intervals of means over seeds."""
 
 from __future__ import annotations
 

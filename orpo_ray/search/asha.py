@@ -1,7 +1,7 @@
 """Asynchronous successive halving with pauses (Li et al. 2018, arXiv 1810.05934).
 
-A trial that reaches a rung and is not among its best pauses there, on disk, and is promoted once it is. Ray Tune's own
-ASHA stops such a trial for good, judged by the few trials that reported before it.
+A trial that is not among the best at a rung is paused there, with its checkpoint on disk, and promoted when it becomes
+one of the best. Ray Tune's own ASHA stops such a trial for good, judged by the few trials that reported before it.
 """
 
 from __future__ import annotations

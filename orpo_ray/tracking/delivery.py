@@ -1,4 +1,4 @@
-"""Background queue: per-key ordered delivery with retries; callers never block."""
+"""Background queue with retries, ordered per key; `put` never blocks."""
 
 from __future__ import annotations
 

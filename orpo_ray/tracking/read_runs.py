@@ -67,7 +67,7 @@ def asked(uri: str) -> Iterator[MlflowClient]:
         if isinstance(error, FileNotFoundError):
             raise
         raise TrackingError(
-            f"MLflow at {without_password(uri)} cannot be asked: {without_password(str(error))}\n"
+            f"MLflow at {without_password(uri)} cannot be queried: {without_password(str(error))}\n"
             "Start the server, or correct --tracking-uri (or MLFLOW_TRACKING_URI)"
         ) from error
 

@@ -1,4 +1,4 @@
-"""The background half of saving: files that all ranks wrote are hashed, uploaded and sealed with a manifest."""
+"""Commit a checkpoint in the background: hash and upload the files of all ranks, then write the manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A DeepSpeed engine's state as files: written by all ranks, read back by any number of them, weights alone for export.
+"""Save a DeepSpeed engine's state with all ranks, restore it on any number of ranks, or read only its weights.
 
 Files are read as tensors and plain values only, so that a manipulated checkpoint cannot run code.
 """

@@ -281,7 +281,9 @@ def test_hosts_that_share_nothing_but_an_object_store(tmp_path: Path, undisturbe
             aware = {"RAY_ADDRESS": cluster.address, **store.environment}
             file = sweeps.write("local", ONE, **SHORT, **TWO_RANKS)
             output = run_on(hosts, "head", "sweep", str(file), code=REFUSED, **aware)
-            blind = f"is not seen by {hosts.address('one')}, {hosts.address('two')}; on several nodes it must be on a"
+            blind = (
+                f"is not visible to {hosts.address('one')}, {hosts.address('two')}; on several nodes it must be on a"
+            )
             assert blind in words(output)
             assert not any(of_head.iterdir())
 
