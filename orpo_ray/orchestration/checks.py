@@ -71,6 +71,6 @@ def require_shared_folders(config: ExperimentConfig, nodes: list[str]) -> None:
     if nodes:
         where = ", ".join(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in nodes))
         raise SweepError(
-            f"output_dir {config.output_dir}: {config.run_dir} is not visible to {where}; on several nodes it must be on "
-            "a file system that all of them mount, or set storage to an object store"
+            f"output_dir {config.output_dir}: {config.run_dir} is not visible to {where}; on several nodes it must be "
+            "on a file system that all of them mount, or set storage to an object store"
         )
