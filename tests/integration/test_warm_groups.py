@@ -103,8 +103,9 @@ def test_an_earlier_sweep_in_mlflow_informs_the_next(replaced: Sweeps) -> None:
         if lr in known:
             assert trial["reused_from"] == known[lr]["mlflow_run_id"]
             assert trial["metrics"]["eval/nll"] == pytest.approx(known[lr]["metrics"]["eval/nll"])
-    space["optim.lr"]["values"] = RATES[:1]
-    other = replaced.write("other", second, **TINY, **{"loss.nll_scope": "response"})
+    around = {"optim.lr": {"type": "loguniform", "low": RATES[0], "high": new}}
+    third = {"metric": "eval/nll", "num_samples": 1, "space": around, "warm_start": "orpo-ray"}
+    other = replaced.write("other", third, **TINY, **{"loss.nll_scope": "response"})
     output = replaced.run("sweep", str(other))
     assert "warm start: 0 of" in output
     assert "most differ in loss.nll_scope" in output
