@@ -138,6 +138,7 @@ def test_a_job_that_fails_says_so(open_cluster: RayCluster, sweeps: Sweeps) -> N
     assert "job failing-1 FAILED: Job entrypoint command failed with exit code 2" in printed
 
 
+@pytest.mark.alone  # a client must leave within 30 s
 def test_a_stopped_sweep_continues(guarded_cluster: RayCluster, sweeps: Sweeps) -> None:
     """Followed by two, stopped in the middle, submitted again: no trial twice, and the exit codes tell the truth."""
     settings = {"train.max_steps": 150, "train.eval_every": 5, "generation.prompts": 0}

@@ -303,6 +303,7 @@ def test_versions_must_match() -> None:
         jobs._require_versions(ray.__version__, "3.9.1")
 
 
+@pytest.mark.alone  # its interrupt must find the stream open
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs() -> None:
     """Neither for its answer, nor for a stream whose code swallows the cancellation."""
     asked, answers, swallowed = threading.Event(), threading.Event(), threading.Event()
