@@ -303,7 +303,6 @@ def test_versions_must_match() -> None:
         jobs._require_versions(ray.__version__, "3.9.1")
 
 
-@pytest.mark.alone  # its interrupt must find the stream open
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs() -> None:
     """Neither for its answer, nor for a stream whose code swallows the cancellation."""
     asked, answers, swallowed = threading.Event(), threading.Event(), threading.Event()
@@ -326,10 +325,15 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs() -> None:
         time.sleep(0.3)  # the stream is open, too
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell starts background processes with SIGINT ignored, tests among them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        jobs.follow(Hanging(), "test-1", [].append)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            jobs.follow(Hanging(), "test-1", [].append)
+    finally:
+        signal.signal(signal.SIGINT, before)
     answers.set()
     assert swallowed.is_set()
     assert time.monotonic() - began < 20
