@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,9 @@ from tests.support.pair_sources import sources_of_pairs
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell script starts its background jobs so, and they hand it on: Ctrl-C would not reach processes under test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Threads of BLAS that wait for a busy core spin: with two tests at a time, seconds of work would take minutes.
 threadpool_limits(limits=1)
 
