@@ -187,6 +187,8 @@ class SweepState:
         """Time of the first event, in milliseconds since 1970."""
         self.last_ms = 0
         """Time of the last event."""
+        self._run: str | None = None
+        """Run of the sweep that the last start belonged to."""
         self.evaluations: list[Evaluated] = []
         """Evaluations of all trials in order, including those replaced by a fork."""
         for event in events:
@@ -227,9 +229,9 @@ class SweepState:
     def _end_other_runs(self, group: str) -> None:
         # A group's name contains the start time of its run of the sweep: trials of earlier runs no longer train.
         run = group.rpartition("-")[0]
-        for trial in self.trials.values():
-            if trial.status is Status.TRAINING and trial.group.rpartition("-")[0] != run:
-                trial.status = Status.WAITING
+        if run != self._run:
+            self._run = run
+            self.restart()
 
     @property
     def num_ended(self) -> int:
